@@ -1,0 +1,104 @@
+"""Every exception Sparkle raises on purpose.
+
+The children of :class:`SparkleError` are siblings by cause, so that a caller can tell its own mistake
+(:class:`UsageError`) from a peer's (:class:`ProtocolError`), from something that has ended
+(:class:`ClosedError`), from a wait that ran out (:class:`DeadlineError`), from a member that died
+(:class:`PeerLostError`) and from ranks that do not agree (:class:`AgreementError`).
+"""
+
+from __future__ import annotations
+
+
+class SparkleError(Exception):
+    """Base of every error Sparkle raises on purpose."""
+
+
+# --- The caller's mistakes ---------------------------------------------------------------------
+
+
+class UsageError(SparkleError, ValueError):
+    """The caller asked for something that cannot be; the message says what and what to do instead."""
+
+
+class ForkedProcessError(UsageError):
+    """A mesh was used in a forked child; only the process that joined may use it."""
+
+
+class IdentityError(UsageError):
+    """A key file is damaged, readable by others, or not ours; it is left as it was."""
+
+
+# --- A peer's faults ---------------------------------------------------------------------------
+
+
+class ProtocolError(SparkleError):
+    """A peer sent bytes that break the protocol; its link is closed and counted."""
+
+
+class AuthenticationError(ProtocolError):
+    """A proof or an authenticated record did not verify: forged, replayed, reordered or truncated."""
+
+
+class WrongKeyError(AuthenticationError):
+    """Two processes met that do not hold the same mesh key (or do not mean the same mesh)."""
+
+
+class VersionError(ProtocolError):
+    """A peer speaks a version of a protocol that this one does not."""
+
+
+# --- Things that have ended --------------------------------------------------------------------
+
+
+class ClosedError(SparkleError):
+    """The thing was closed, here or by the peer, before or during the call."""
+
+
+class LinkClosedError(ClosedError):
+    """A link to a peer is closed."""
+
+
+class MeshClosedError(ClosedError):
+    """The mesh was left or closed."""
+
+
+class UnreachableError(SparkleError):
+    """A peer could not be reached at any of its addresses; the message lists each and why."""
+
+
+# --- Waits that ran out ------------------------------------------------------------------------
+
+
+class DeadlineError(SparkleError, TimeoutError):
+    """A deadline passed; the message names what was awaited and from whom."""
+
+
+class JoinTimeoutError(DeadlineError):
+    """Too few peers agreed on a view within ``timeout_s``."""
+
+
+class CollectiveTimeoutError(DeadlineError):
+    """A collective did not finish within ``timeout_s``; the message names the absent ranks."""
+
+
+# --- Members -----------------------------------------------------------------------------------
+
+
+class PeerLostError(SparkleError):
+    """A member of the view died, closed its links, or fell silent."""
+
+
+class AgreementError(SparkleError):
+    """The ranks of a view do not agree on something they must agree on."""
+
+
+class MismatchError(AgreementError, ValueError):
+    """Ranks called different collectives, or the same one with other shapes, dtypes or ops."""
+
+
+class DivergenceError(AgreementError):
+    """Ranks computed results with different digests; nothing was written to the caller's arrays."""
+
+
+class CollectiveAbortedError(AgreementError):
+    """Another rank gave the collective up (cancelled, interrupted or failed locally)."""

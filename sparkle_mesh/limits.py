@@ -1,0 +1,44 @@
+"""Every bound Sparkle keeps, with its unit in its name. Relations between bounds are asserted at the end."""
+
+from __future__ import annotations
+
+KIB = 1024
+MIB = 1024 * KIB
+
+# --- Wire: control messages ----------------------------------------------------------------------
+CONTROL_MESSAGE_MAX_BYTES = 256 * KIB
+NAME_MAX_CHARS = 255
+ADDRESS_MAX_CHARS = 256
+ADDRESSES_PER_PEER_MAX_COUNT = 16
+PEER_ID_MAX_CHARS = 128
+REASON_MAX_CHARS = 1024
+
+# --- Fabric --------------------------------------------------------------------------------------
+DEFAULT_PORT = 45654
+DIAL_TIMEOUT_S = 10.0
+OPEN_STREAM_TIMEOUT_S = 10.0
+CLOSE_TIMEOUT_S = 5.0
+
+# --- Links ---------------------------------------------------------------------------------------
+RECORD_MAX_BYTES = 1 * MIB
+RECORD_TAG_BYTES = 16
+REKEY_INTERVAL_RECORDS = 2**16
+LINK_HEADER_MAX_BYTES = 16 * KIB
+LINK_PAYLOAD_MAX_BYTES = 2**40
+LINK_HANDSHAKE_TIMEOUT_S = 10.0
+
+# --- Membership ----------------------------------------------------------------------------------
+MESH_MEMBERS_MAX_COUNT = 1024
+JOIN_TIMEOUT_S = 60.0
+MESH_PROOF_TIMEOUT_S = 10.0
+VIEW_SETTLE_S = 0.3
+PING_INTERVAL_S = 2.0
+SILENCE_TIMEOUT_S = 15.0
+
+# --- Collectives ---------------------------------------------------------------------------------
+COLLECTIVE_TIMEOUT_S = 600.0
+
+# --- Relations -----------------------------------------------------------------------------------
+assert LINK_HEADER_MAX_BYTES < RECORD_MAX_BYTES
+assert PING_INTERVAL_S * 3 < SILENCE_TIMEOUT_S
+assert MESH_PROOF_TIMEOUT_S < JOIN_TIMEOUT_S
