@@ -44,6 +44,7 @@ PRESENCE_INTERVAL_S = 10.0
 MESH_PEERS_MAX_COUNT = 2048
 MESH_OUTBOX_MAX_COUNT = 4096
 PEER_EXCHANGE_MAX_COUNT = 64
+LINK_METRICS_MAX_COUNT = 4096
 OPERATIONS_PER_PROMISE_MAX_COUNT = 1024
 # A member whose control stream ended may have its last data still in flight: wait this long for the
 # end of its data link before calling operations off.

@@ -15,7 +15,7 @@ from sparkle_mesh.membership.keys import MeshKey
 _PREFIX = "sparkle-invite-1:"
 
 
-class _InviteBody(wire.Message):
+class _InviteBody(wire.Message, frozen=True):
     name: wire.NameText
     key: wire.Bytes32 | None = None
     addresses: Annotated[tuple[wire.AddressText, ...], msgspec.Meta(max_length=limits.INVITE_ADDRESSES_MAX_COUNT)] = ()

@@ -1,0 +1,189 @@
+"""What peers of a mesh say to each other on ``/sparkle/mesh/1``.
+
+First the proof (:class:`Hello`, :class:`Challenge`, :class:`Proof`, or :class:`Refused`), then
+:class:`Introduction` from both sides, then any of the rest.
+
+A change of view is one single-decree Paxos instance (Lamport, "Paxos Made Simple", 2001, section 2) per
+lineage and epoch: ``Prepare``/``Promise`` are its phase 1, ``Accept``/``Accepted`` its phase 2, ``Chosen``
+tells the outcome. The fields for open operations travel already in the first version.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+
+from sparkle_mesh import limits, wire
+from sparkle_mesh.membership.view import Member, View
+
+PROTOCOL = "/sparkle/mesh/1"
+VERSION = 1
+
+Role: TypeAlias = Literal["node", "trainer"]
+
+
+class Ballot(wire.Message, array_like=True, order=True, frozen=True):
+    """A proposal's number: ordered by round, then by proposer, so that no two proposers share one."""
+
+    round: wire.Count
+    proposer: wire.PeerIdText
+
+
+class OperationState(wire.Message, array_like=True, frozen=True):
+    """Where one member stands with one collective that is not yet ended everywhere."""
+
+    number: wire.Count
+    tag: wire.NameText
+    state: Literal["begun", "prepared", "committed", "aborted"]
+    digest: Annotated[bytes, msgspec.Meta(max_length=64)]
+
+
+OperationList = Annotated[
+    tuple[OperationState, ...], msgspec.Meta(max_length=limits.OPERATIONS_PER_PROMISE_MAX_COUNT)
+]
+
+# --- Proof -----------------------------------------------------------------------------------------
+
+
+class Hello(wire.Message, tag="hello", frozen=True):
+    """From the opener: the versions it speaks (lowest, highest) and a fresh nonce."""
+
+    version_min: wire.Count
+    version_max: wire.Count
+    nonce: wire.Bytes32
+
+
+class Challenge(wire.Message, tag="challenge", frozen=True):
+    """The answer: the version chosen, a fresh nonce, and the answerer's proof over both."""
+
+    version: wire.Count
+    nonce: wire.Bytes32
+    proof: wire.Bytes32
+
+
+class Proof(wire.Message, tag="proof", frozen=True):
+    """The opener's proof."""
+
+    proof: wire.Bytes32
+
+
+class Refused(wire.Message, tag="refused", frozen=True):
+    """The end of it, with a reason that both sides report."""
+
+    code: Literal["version", "key", "not_local", "full", "duplicate"]
+    reason: wire.ReasonText
+
+
+# --- Introduction ----------------------------------------------------------------------------------
+
+
+class Introduction(wire.Message, tag="introduction", frozen=True):
+    """Who this is, sent by both sides right after the proof."""
+
+    role: Role
+    member: Member
+    host_id: wire.Bytes16
+    min_peers: wire.Count
+    addresses: wire.AddressList
+    software: wire.NameText = ""
+
+
+class PeerAddress(wire.Message, array_like=True, frozen=True):
+    """A peer somebody is connected to."""
+
+    peer_id: wire.PeerIdText
+    addresses: wire.AddressList
+
+
+class PeerExchange(wire.Message, tag="peers", frozen=True):
+    """Peers of this mesh the sender is connected to."""
+
+    peers: Annotated[tuple[PeerAddress, ...], msgspec.Meta(max_length=limits.PEER_EXCHANGE_MAX_COUNT)]
+
+
+class Presence(wire.Message, tag="presence", frozen=True):
+    """Gossiped now and then: the publisher is in this mesh and listens there. Sealed when the mesh has a key."""
+
+    role: Role
+    incarnation: wire.Bytes16
+    addresses: wire.AddressList
+
+
+# --- Agreement -------------------------------------------------------------------------------------
+
+
+class Prepare(wire.Message, tag="prepare", frozen=True):
+    """Phase 1a. ``lineage`` is empty for a first view."""
+
+    lineage: Annotated[bytes, msgspec.Meta(max_length=32)]
+    epoch: wire.Count
+    ballot: Ballot
+
+
+class Promise(wire.Message, tag="promise", frozen=True):
+    """Phase 1b: no lower ballot will be accepted; the highest accepted value, and every open operation."""
+
+    lineage: Annotated[bytes, msgspec.Meta(max_length=32)]
+    epoch: wire.Count
+    ballot: Ballot
+    accepted_ballot: Ballot | None = None
+    accepted_view: View | None = None
+    operations: OperationList = ()
+
+
+class Accept(wire.Message, tag="accept", frozen=True):
+    """Phase 2a: the proposed next view and the outcome of each operation open in the old one."""
+
+    ballot: Ballot
+    view: View
+    outcomes: OperationList = ()
+
+
+class Accepted(wire.Message, tag="accepted", frozen=True):
+    """Phase 2b."""
+
+    epoch: wire.Count
+    ballot: Ballot
+
+
+class Declined(wire.Message, tag="declined", frozen=True):
+    """A promise or acceptance refused: the ballot that stands in the way, or why the view cannot be."""
+
+    epoch: wire.Count
+    ballot: Ballot
+    promised: Ballot | None
+    reason: wire.ReasonText
+
+
+class Chosen(wire.Message, tag="chosen", frozen=True):
+    """A view that was chosen; the answer, too, to proposals that come late."""
+
+    view: View
+    outcomes: OperationList = ()
+
+
+# --- Life ------------------------------------------------------------------------------------------
+
+
+class Ping(wire.Message, tag="ping", frozen=True):
+    """Are you there? ``probe`` comes back in the :class:`Pong`."""
+
+    probe: wire.Count
+
+
+class Pong(wire.Message, tag="pong", frozen=True):
+    """Yes."""
+
+    probe: wire.Count
+
+
+class Leave(wire.Message, tag="leave", frozen=True):
+    """The sender leaves of its own will; nothing follows."""
+
+    reason: wire.ReasonText = ""
+
+
+Greeting: TypeAlias = Hello | Challenge | Proof | Refused
+Agreement: TypeAlias = Prepare | Promise | Accept | Accepted | Declined | Chosen
+MeshMessage: TypeAlias = Introduction | PeerExchange | Agreement | Ping | Pong | Leave | Refused
