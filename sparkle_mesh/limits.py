@@ -49,6 +49,8 @@ OPERATIONS_PER_PROMISE_MAX_COUNT = 1024
 # A member whose control stream ended may have its last data still in flight: wait this long for the
 # end of its data link before calling operations off.
 LINK_DRAIN_S = 1.0
+VIEWS_ELSEWHERE_MAX_COUNT = 64
+MACHINE_HISTORY_MAX_COUNT = 256
 NODE_EVENTS_MAX_COUNT = 1024
 
 # --- Collectives ---------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ declared length asks for before the bytes are there. Unknown fields are ignored,
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, overload
 
 import msgspec
 
@@ -44,12 +44,20 @@ def encode(message: Message) -> bytes:
     return _encoder.encode(message)
 
 
+@overload
+def decode(data: bytes | bytearray | memoryview, message_type: type[M], *, max_bytes: int = ...) -> M: ...
+
+
+@overload
+def decode(data: bytes | bytearray | memoryview, message_type: object, *, max_bytes: int = ...) -> Any: ...
+
+
 def decode(
     data: bytes | bytearray | memoryview,
-    message_type: type[M],
+    message_type: object,
     *,
     max_bytes: int = limits.CONTROL_MESSAGE_MAX_BYTES,
-) -> M:
+) -> Any:
     """Parse ``data`` as one ``message_type`` (a :class:`Message` subclass or a union of tagged ones).
 
     Raises
@@ -60,7 +68,7 @@ def decode(
     if len(data) > max_bytes:
         raise ProtocolError(f"message of {len(data)} bytes is over the limit of {max_bytes}")
     try:
-        return _decoder(message_type).decode(data)  # type: ignore[no-any-return]
+        return _decoder(message_type).decode(data)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         name = getattr(message_type, "__name__", str(message_type))
         raise ProtocolError(f"bytes are not a valid {name}: {error}") from error
