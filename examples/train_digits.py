@@ -1,0 +1,221 @@
+"""Train a small neural network on handwritten digits, together with whoever else runs this program.
+
+Start it on as many machines (or in as many terminals) as you like, each with the same ``--mesh`` and the
+same ``--min-peers``; nobody needs to be told an address on one LAN:
+
+    python examples/train_digits.py --mesh my-digits --min-peers 2
+
+Machines that no multicast reaches are given a key and an invite: ``--key-file FILE --join INVITE`` (see the README).
+
+All that is distributed about it are the four lines marked ``# mesh``. Every rank holds a share of the data and the
+same weights; at each step it computes gradients on its share, averages them with everyone's, and so takes the
+same step as everyone else. The hash printed at the end is the same on every rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.datasets import load_digits
+
+import sparkle_mesh as sparkle
+from sparkle_mesh.errors import SparkleError
+
+HIDDEN_UNITS = 96
+LEARNING_RATE = 0.08
+MOMENTUM = 0.9
+TEST_SHARE = 0.2
+
+Weights = dict[str, np.ndarray]  # every array float32
+
+
+def load_data(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return train images (n, 64) and labels (n,), then test images and labels, split alike on every rank."""
+    digits = load_digits()
+    order = np.random.default_rng(seed).permutation(len(digits.target))
+    images, labels = (digits.data[order] / 16.0).astype(np.float32), digits.target[order]
+    held_out = int(len(labels) * TEST_SHARE)
+    return images[held_out:], labels[held_out:], images[:held_out], labels[:held_out]
+
+
+def initial_weights(random: np.random.Generator) -> Weights:
+    """Return weights of a 64-96-10 network, He-initialised."""
+
+    def layer(inputs: int, outputs: int) -> np.ndarray:
+        return (random.standard_normal((inputs, outputs)) * np.sqrt(2.0 / inputs)).astype(np.float32)
+
+    return {
+        "w1": layer(64, HIDDEN_UNITS),
+        "b1": np.zeros(HIDDEN_UNITS, np.float32),
+        "w2": layer(HIDDEN_UNITS, 10),
+        "b2": np.zeros(10, np.float32),
+    }
+
+
+def loss_and_gradients(weights: Weights, images: np.ndarray, labels: np.ndarray) -> tuple[float, Weights]:
+    """Return the mean cross-entropy over a batch and its gradient with respect to every weight."""
+    hidden = np.maximum(images @ weights["w1"] + weights["b1"], 0.0)
+    logits = hidden @ weights["w2"] + weights["b2"]
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
+    rows = np.arange(len(labels))
+    loss = float(-np.log(probabilities[rows, labels] + 1e-12).mean())
+
+    d_logits = probabilities
+    d_logits[rows, labels] -= 1.0
+    d_logits /= len(labels)
+    d_hidden = d_logits @ weights["w2"].T
+    d_hidden[hidden == 0.0] = 0.0
+    gradients = {
+        "w1": images.T @ d_hidden,
+        "b1": d_hidden.sum(axis=0),
+        "w2": hidden.T @ d_logits,
+        "b2": d_logits.sum(axis=0),
+    }
+    return loss, gradients
+
+
+def accuracy(weights: Weights, images: np.ndarray, labels: np.ndarray) -> float:
+    """Return the share of images whose digit the network names correctly."""
+    hidden = np.maximum(images @ weights["w1"] + weights["b1"], 0.0)
+    return float(((hidden @ weights["w2"] + weights["b2"]).argmax(axis=1) == labels).mean())
+
+
+def hash_weights(weights: Weights) -> str:
+    """Return the SHA-256 of all weights, bit for bit."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(weights[name].tobytes())
+    return digest.hexdigest()
+
+
+class Progress:
+    """Tells how training goes: one live line on a terminal, plain lines or JSON objects elsewhere."""
+
+    def __init__(self, mesh: Any, steps: int, as_json: bool) -> None:
+        self.mesh, self.steps, self.as_json = mesh, steps, as_json
+        self.last_step, self.last_time = 0, time.perf_counter()
+
+    def show(self, step: int, loss: float, test_accuracy: float) -> None:
+        """Show the state after ``step`` steps; the step time is the mean since the last call."""
+        now = time.perf_counter()
+        state = {
+            "rank": self.mesh.rank,
+            "step": step,
+            "steps": self.steps,
+            "loss": loss,
+            "accuracy": test_accuracy,
+            "step_ms": (now - self.last_time) * 1000 / (step - self.last_step),
+            "bytes": self.mesh.stats.bytes_sent + self.mesh.stats.bytes_received,
+            "peers": len(self.mesh.peers()),
+        }
+        self.last_step, self.last_time = step, now
+        line = (
+            f"rank {state['rank']}/{self.mesh.size}  step {step}/{self.steps}  loss {loss:.4f}  "
+            f"accuracy {test_accuracy:.1%}  {state['step_ms']:.1f} ms/step  {state['bytes'] / 1e6:.1f} MB  "
+            f"{state['peers']} peers"
+        )
+        if self.as_json:
+            print(json.dumps(state), flush=True)
+        elif sys.stdout.isatty():
+            print(f"\r\x1b[K{line}", end="\n" if step == self.steps else "", flush=True)
+        else:
+            print(line, flush=True)
+
+
+def train(mesh: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Train over ``mesh`` for the steps asked for; return what the report holds."""
+    train_images, train_labels, test_images, test_labels = load_data(options.seed)
+    images, labels = train_images[mesh.rank :: mesh.size], train_labels[mesh.rank :: mesh.size]  # mesh: my share
+    steps = options.steps or options.epochs * -(-len(train_labels) // (options.batch * mesh.size))
+    random = np.random.default_rng([options.seed, mesh.rank])
+
+    weights = initial_weights(random)
+    mesh.broadcast(weights, root=0)  # mesh: everyone starts from rank 0's weights
+    velocity = {name: np.zeros_like(value) for name, value in weights.items()}
+
+    losses: list[float] = []
+    accuracies: list[tuple[int, float]] = []
+    progress = Progress(mesh, steps, options.json)
+    started = time.perf_counter()
+    for step in range(1, steps + 1):
+        batch = random.choice(len(labels), size=min(options.batch, len(labels)), replace=False)
+        loss, gradients = loss_and_gradients(weights, images[batch], labels[batch])
+        mesh.all_reduce(gradients, op="mean")  # mesh: my gradients become everyone's mean
+        for name, gradient in gradients.items():
+            velocity[name] = MOMENTUM * velocity[name] - LEARNING_RATE * gradient
+            weights[name] += velocity[name]
+        losses.append(loss)
+        if step % options.show_every == 0 or step == steps:
+            accuracies.append((step, accuracy(weights, test_images, test_labels)))
+            progress.show(step, loss, accuracies[-1][1])
+    return {
+        "rank": mesh.rank,
+        "size": mesh.size,
+        "steps": steps,
+        "seconds": time.perf_counter() - started,
+        "losses": losses,
+        "accuracies": accuracies,
+        "accuracy": accuracies[-1][1],
+        "weights_sha256": hash_weights(weights),
+        "bytes_sent": mesh.stats.bytes_sent,
+        "bytes_received": mesh.stats.bytes_received,
+    }
+
+
+def positive(text: str) -> int:
+    """Parse a count of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Train on handwritten digits with everyone in the mesh.")
+    parser.add_argument("--mesh", default="digits", help="name of the mesh; the same on every machine (%(default)s)")
+    parser.add_argument("--min-peers", type=positive, default=2, help="start once this many are here (%(default)s)")
+    parser.add_argument("--key-file", type=Path, help="key of the mesh, from `sparkle-node new-key FILE`")
+    parser.add_argument("--join", action="append", default=[], help="address or invite of a peer (repeatable)")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for peers (%(default)s)")
+    parser.add_argument("--steps", type=positive, help="steps to train; default: what --epochs asks for")
+    parser.add_argument("--epochs", type=positive, default=30, help="passes over the data (%(default)s)")
+    parser.add_argument("--batch", type=positive, default=32, help="images per rank and step (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="split, initial weights and batches (%(default)s)")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write this rank's results as JSON")
+    parser.add_argument("--show-every", type=positive, default=10, help="steps between progress lines (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="progress as one JSON object a line, for programs")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Join, train, report."""
+    options = parse_options()
+    print(f"waiting for {options.min_peers} ranks in the mesh {options.mesh!r} ...", file=sys.stderr, flush=True)
+    try:
+        key = options.key_file.read_text() if options.key_file else None
+        with sparkle.join(  # mesh: find the others
+            options.mesh, key=key, min_peers=options.min_peers, timeout_s=options.timeout, join=options.join
+        ) as mesh:
+            report = train(mesh, options)
+    except (SparkleError, OSError) as error:
+        sys.exit(f"train_digits.py: {error}")
+    if options.report:
+        options.report.write_text(json.dumps(report, indent=1) + "\n")
+    print(
+        f"rank {report['rank']}: accuracy {report['accuracy']:.1%} after {report['steps']} steps "
+        f"in {report['seconds']:.1f} s, weights {report['weights_sha256'][:16]}",
+        file=sys.stderr,
+    )
+
+
+if __name__ == "__main__":
+    main()
