@@ -1,8 +1,13 @@
-"""What the surroundings decide: where things are kept. The only library file that reads the environment."""
+"""What the surroundings decide: where things are kept, which host this is.
+
+The only library file that reads the environment.
+"""
 
 from __future__ import annotations
 
 import os
+import uuid
+from hashlib import sha256
 from pathlib import Path
 
 import platformdirs
@@ -32,3 +37,12 @@ def resolve_data_dir(data_dir: str | os.PathLike[str] | None = None) -> Path:
     if hasattr(os, "getuid") and owner != os.getuid():
         raise UsageError(f"data directory {path} belongs to user id {owner}, not to this one; choose another by data_dir")
     return path
+
+
+def host_id() -> bytes:
+    """Return 16 bytes that all processes of this boot of this host share, and no other host has."""
+    try:
+        seed = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+    except OSError:
+        seed = uuid.getnode().to_bytes(6, "big")
+    return sha256(b"sparkle host 1\0" + seed).digest()[:16]

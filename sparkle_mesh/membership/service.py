@@ -1,0 +1,487 @@
+"""The runner of membership: streams to the peers of a mesh, the proof on each, and the formation machine.
+
+Of two connected peers the one with the smaller id opens the stream ``/sparkle/mesh/1``; it lives as long as
+both do. Its end is immediate evidence that the peer is gone, and so is a silence longer than
+``limits.SILENCE_TIMEOUT_S`` (every ``limits.PING_INTERVAL_S`` each side pings). Nothing here decides: the
+machines of :mod:`.proof` and :mod:`.formation` do.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import trio
+
+from sparkle_mesh import limits
+from sparkle_mesh.broadcast import Broadcast
+from sparkle_mesh.clock import SYSTEM_ENTROPY, Entropy
+from sparkle_mesh.errors import (
+    ClosedError,
+    ProtocolError,
+    SparkleError,
+    UnreachableError,
+    VersionError,
+    WrongKeyError,
+)
+from sparkle_mesh.fabric.framing import receive_message, send_message
+from sparkle_mesh.fabric.interface import Address, Fabric, FabricStream, PeerConnected, PeerId
+from sparkle_mesh.membership import formation
+from sparkle_mesh.membership.formation import Candidate, Formation
+from sparkle_mesh.membership.keys import MeshSecrets
+from sparkle_mesh.membership.messages import (
+    PROTOCOL,
+    Accept,
+    Accepted,
+    Chosen,
+    Declined,
+    Greeting,
+    Introduction,
+    Leave,
+    MeshMessage,
+    PeerAddress,
+    PeerExchange,
+    Ping,
+    Pong,
+    Prepare,
+    Promise,
+    Refused,
+    Role,
+)
+from sparkle_mesh.membership.proof import AnswererProof, Fail, Instruction, OpenerProof, Proven, Say
+from sparkle_mesh.membership.view import Member, View
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PeerAdmitted:
+    """A peer proved the key and introduced itself."""
+
+    peer_id: PeerId
+    introduction: Introduction
+
+
+@dataclass(frozen=True, slots=True)
+class PeerGone:
+    """An admitted peer left (``graceful``), died, or fell silent."""
+
+    peer_id: PeerId
+    reason: str
+    graceful: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PeerRefused:
+    """A peer is not of this mesh; ``wrong_key`` when it does not hold the key (or means another mesh)."""
+
+    peer_id: PeerId
+    reason: str
+    wrong_key: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ViewChanged:
+    """A view was agreed; ``mine`` tells whether this process is a member of it."""
+
+    view: View
+    mine: bool
+
+
+MembershipEvent: TypeAlias = PeerAdmitted | PeerGone | PeerRefused | ViewChanged
+
+
+class PeerChannel:
+    """An admitted peer: its stream, what waits to be sent, and when it was last heard."""
+
+    def __init__(self, stream: FabricStream, introduction: Introduction, *, now: float) -> None:
+        self.peer_id = stream.peer_id
+        self.introduction = introduction
+        self.admitted_at = now
+        self.last_heard = now
+        self.latency_s: float | None = None
+        self.gone_reason: str | None = None
+        self.graceful = False
+        self.scope = trio.CancelScope()
+        self._stream = stream
+        self._outbox, self._to_send = trio.open_memory_channel[MeshMessage](limits.MESH_OUTBOX_MAX_COUNT)
+        self._written = trio.Event()
+        self._pings: dict[int, float] = {}
+
+    def send(self, message: MeshMessage) -> None:
+        """Queue ``message``; a peer that lets the queue run full is let go."""
+        try:
+            self._outbox.send_nowait(message)
+        except trio.WouldBlock:
+            self.drop(f"it does not read: {limits.MESH_OUTBOX_MAX_COUNT} messages wait")
+        except (trio.ClosedResourceError, trio.BrokenResourceError):
+            logger.debug("%s is going; %s not sent", self.peer_id, type(message).__name__)
+
+    def drop(self, reason: str) -> None:
+        """End the channel."""
+        self.gone_reason = self.gone_reason or reason
+        self.scope.cancel()
+
+    def ping(self, probe: int, *, now: float) -> None:
+        """Send a ping and remember when."""
+        self._pings = {old: sent for old, sent in self._pings.items() if now - sent < limits.SILENCE_TIMEOUT_S}
+        self._pings[probe] = now
+        self.send(Ping(probe=probe))
+
+    def ponged(self, probe: int, *, now: float) -> None:
+        """Take the answer to a ping."""
+        sent = self._pings.pop(probe, None)
+        if sent is not None:
+            self.latency_s = (now - sent) / 2
+
+    async def write_all(self) -> None:
+        """Send what is queued until the queue is closed."""
+        try:
+            async for message in self._to_send:
+                await send_message(self._stream, message)
+        finally:
+            self._written.set()
+
+    async def read(self) -> Any:
+        """Return the next message of the peer (a ``MeshMessage``)."""
+        return await receive_message(self._stream, MeshMessage)
+
+    async def finish(self) -> None:
+        """Write what is still queued and close the stream, within ``limits.CLOSE_TIMEOUT_S``."""
+        self._outbox.close()
+        with trio.move_on_after(limits.CLOSE_TIMEOUT_S) as scope:
+            scope.shield = True
+            await self._written.wait()
+            await self._stream.aclose()
+
+
+class MembershipService:
+    """Knows who is in the mesh.
+
+    Parameters
+    ----------
+    fabric
+        The control plane; this serves ``/sparkle/mesh/1`` on it.
+    role, min_peers, host_id, incarnation
+        What this process tells of itself. ``min_peers`` counts this process.
+    public
+        Whether a mesh without a key admits peers from beyond this host and its local networks.
+    heard
+        Called with ``(peer id, addresses, source)`` for peers that others tell of.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        secrets: MeshSecrets,
+        *,
+        role: Role,
+        host_id: bytes,
+        incarnation: bytes,
+        min_peers: int = 1,
+        public: bool = False,
+        software: str = "",
+        heard: Callable[[PeerId, Sequence[Address], str], None],
+        entropy: Entropy = SYSTEM_ENTROPY,
+    ) -> None:
+        self._fabric = fabric
+        self._secrets = secrets
+        self._role: Role = role
+        self._member = Member(peer_id=fabric.peer_id, incarnation=incarnation)
+        self._host_id, self._min_peers, self._software = host_id, min_peers, software
+        self._open_to_all = public or secrets.keyed
+        self._heard = heard
+        self._entropy = entropy
+        self._channels: dict[PeerId, PeerChannel] = {}
+        self._opening: set[PeerId] = set()
+        self._events: Broadcast[MembershipEvent] = Broadcast(limits.NODE_EVENTS_MAX_COUNT)
+        self._wake = trio.Event()
+        self._nursery: trio.Nursery | None = None
+        self._leaving = False
+        me = Candidate(self._member, host_id, min_peers) if role == "trainer" else None
+        self._formation = Formation(secrets.mesh_id, me, now=trio.current_time())
+
+    # --- What it knows --------------------------------------------------------------------------
+
+    @property
+    def member(self) -> Member:
+        """This process as a member."""
+        return self._member
+
+    @property
+    def view(self) -> View | None:
+        """The view this process is in; for a node, one it watches."""
+        if self._formation.view is None and self._role == "node":
+            return next(iter(self._formation.views_elsewhere.values()), None)
+        return self._formation.view
+
+    @property
+    def channels(self) -> dict[PeerId, PeerChannel]:
+        """The admitted peers."""
+        return self._channels
+
+    def is_admitted(self, peer_id: PeerId) -> bool:
+        """Whether ``peer_id`` has proven the key and is connected."""
+        return peer_id in self._channels
+
+    def state_of_play(self) -> str:
+        """Say in a few words what the first view waits for."""
+        return self._formation.state_of_play()
+
+    def events(self) -> Any:
+        """Subscribe to :data:`MembershipEvent`; a context manager yielding a receive channel."""
+        return self._events.subscribe()
+
+    # --- Running --------------------------------------------------------------------------------
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled."""
+        try:
+            async with self._fabric.events() as connections, trio.open_nursery() as nursery:
+                self._nursery = nursery
+                self._fabric.handle(PROTOCOL, self._serve)
+                nursery.start_soon(self._keep_time)
+                nursery.start_soon(self._keep_pinging)
+                task_status.started()
+                async for event in connections:
+                    if isinstance(event, PeerConnected) and self._fabric.peer_id < event.peer_id:
+                        nursery.start_soon(self._open, event.peer_id)
+                raise ProtocolError("the fabric's events came faster than membership could take them")
+        finally:
+            self._events.close()
+
+    async def leave(self, reason: str = "") -> None:
+        """Say farewell to all peers and close their streams."""
+        self._leaving = True
+        with trio.CancelScope(shield=True):
+            async with trio.open_nursery() as nursery:
+                for channel in list(self._channels.values()):
+                    nursery.start_soon(self._farewell, channel, reason)
+
+    async def _farewell(self, channel: PeerChannel, reason: str) -> None:
+        channel.send(Leave(reason=reason))
+        await channel.finish()
+        channel.drop("this process left")
+
+    async def _keep_time(self) -> None:
+        while True:
+            wakeup = self._formation.next_wakeup()
+            self._wake = trio.Event()
+            with trio.move_on_at(wakeup if wakeup is not None else float("inf")):
+                await self._wake.wait()
+            self._carry_out(self._formation.tick(now=trio.current_time()))
+
+    async def _keep_pinging(self) -> None:
+        probe = 0
+        while True:
+            await trio.sleep(limits.PING_INTERVAL_S * self._entropy.uniform(0.9, 1.1))
+            now = trio.current_time()
+            probe += 1
+            for channel in list(self._channels.values()):
+                silence = now - channel.last_heard
+                if silence > limits.SILENCE_TIMEOUT_S:
+                    channel.drop(f"it was silent for {silence:.1f} s")
+                else:
+                    channel.ping(probe, now=now)
+
+    # --- Streams --------------------------------------------------------------------------------
+
+    async def _open(self, peer_id: PeerId) -> None:
+        if peer_id in self._opening or peer_id in self._channels or self._leaving:
+            return
+        self._opening.add(peer_id)
+        try:
+            stream = await self._fabric.open_stream(peer_id, PROTOCOL, timeout_s=limits.OPEN_STREAM_TIMEOUT_S)
+        except UnreachableError as error:
+            self._events.send(PeerRefused(peer_id, str(error), wrong_key=False))
+            return
+        finally:
+            self._opening.discard(peer_id)
+        nonce = self._entropy.token(32)
+        proof = OpenerProof(self._secrets, me=self._fabric.peer_id, peer=peer_id, nonce=nonce)
+        await self._greet_and_follow(stream, proof, proof.start())
+
+    async def _serve(self, stream: FabricStream) -> None:
+        nonce = self._entropy.token(32)
+        proof = AnswererProof(self._secrets, me=self._fabric.peer_id, peer=stream.peer_id, nonce=nonce)
+        first: list[Instruction] = []
+        problem = self._reason_to_refuse(stream.peer_id)
+        if problem is not None:
+            first = [Say(problem), Fail(ProtocolError(f"peer {stream.peer_id}: {problem.reason}"))]
+        await self._greet_and_follow(stream, proof, first)
+
+    def _reason_to_refuse(self, peer_id: PeerId) -> Refused | None:
+        if len(self._channels) >= limits.MESH_PEERS_MAX_COUNT:
+            return Refused(code="full", reason=f"{limits.MESH_PEERS_MAX_COUNT} peers are connected already")
+        address = self._fabric.remote_address(peer_id)
+        if not self._open_to_all and not is_local_address(address):
+            return Refused(code="not_local", reason="a mesh without a key is open to this host and its LAN only")
+        return None
+
+    async def _greet_and_follow(
+        self, stream: FabricStream, proof: OpenerProof | AnswererProof, first: list[Instruction]
+    ) -> None:
+        """Prove, introduce, and follow the peer to the end; all that goes wrong with it ends here."""
+        peer_id = stream.peer_id
+        try:
+            with trio.fail_after(limits.MESH_PROOF_TIMEOUT_S):
+                introduction = await self._greet(stream, proof, first)
+        except (SparkleError, trio.TooSlowError) as error:
+            wrong_key = isinstance(error, WrongKeyError)
+            reason = str(error) or f"peer {peer_id} did not finish the proof in {limits.MESH_PROOF_TIMEOUT_S} s"
+            level = logging.WARNING if isinstance(error, (WrongKeyError, VersionError)) else logging.INFO
+            logger.log(level, "not admitted: %s", reason)
+            self._events.send(PeerRefused(peer_id, reason, wrong_key=wrong_key))
+            await stream.aclose()
+            return
+        await self._follow(PeerChannel(stream, introduction, now=trio.current_time()))
+
+    async def _greet(
+        self, stream: FabricStream, proof: OpenerProof | AnswererProof, instructions: list[Instruction]
+    ) -> Introduction:
+        proven = False
+        while True:
+            for instruction in instructions:
+                match instruction:
+                    case Say(message):
+                        await send_message(stream, message)
+                    case Fail(error):
+                        raise error
+                    case Proven():
+                        proven = True
+            if proven:
+                break
+            instructions = proof.receive(await receive_message(stream, Greeting))
+        await send_message(stream, self._introduction())
+        answer = await receive_message(stream, Introduction | Refused)
+        if isinstance(answer, Refused):
+            error_type = WrongKeyError if answer.code == "key" else ProtocolError
+            raise error_type(f"peer {stream.peer_id} refused: {answer.reason}")
+        if answer.member.peer_id != stream.peer_id:
+            raise ProtocolError(f"peer {stream.peer_id} introduced itself as {answer.member.peer_id}")
+        return answer  # type: ignore[no-any-return]
+
+    def _introduction(self) -> Introduction:
+        return Introduction(
+            role=self._role,
+            member=self._member,
+            host_id=self._host_id,
+            min_peers=self._min_peers,
+            addresses=tuple(self._fabric.addresses)[: limits.ADDRESSES_PER_PEER_MAX_COUNT],
+            software=self._software,
+        )
+
+    async def _follow(self, channel: PeerChannel) -> None:
+        """Hold the channel until its end, whatever that is."""
+        peer_id = channel.peer_id
+        previous = self._channels.get(peer_id)
+        if previous is not None:
+            previous.drop("it came again on a new stream")
+            self._let_go(previous)
+        self._channels[peer_id] = channel
+        try:
+            with channel.scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._write, channel)
+                    self._welcome(channel)
+                    await self._read(channel)
+                    nursery.cancel_scope.cancel()
+        finally:
+            self._let_go(channel)
+            await channel.finish()
+            if self._channels.get(peer_id) is None:
+                with trio.move_on_after(limits.CLOSE_TIMEOUT_S) as scope:
+                    scope.shield = True
+                    await self._fabric.disconnect(peer_id)
+
+    def _let_go(self, channel: PeerChannel) -> None:
+        if self._channels.get(channel.peer_id) is not channel:
+            return
+        del self._channels[channel.peer_id]
+        reason = channel.gone_reason or "its connection ended"
+        logger.info("peer %s is gone: %s", channel.peer_id, reason)
+        now = trio.current_time()
+        self._carry_out(self._formation.candidate_went(channel.peer_id, now=now))
+        self._events.send(PeerGone(channel.peer_id, reason, channel.graceful))
+
+    def _welcome(self, channel: PeerChannel) -> None:
+        introduction, now = channel.introduction, trio.current_time()
+        others = [
+            PeerAddress(peer_id=other.peer_id, addresses=other.introduction.addresses)
+            for other in self._channels.values()
+            if other is not channel and other.introduction.addresses
+        ]
+        for start in range(0, len(others), limits.PEER_EXCHANGE_MAX_COUNT):
+            channel.send(PeerExchange(peers=tuple(others[start : start + limits.PEER_EXCHANGE_MAX_COUNT])))
+        self._heard(channel.peer_id, introduction.addresses, "introduction")
+        self._events.send(PeerAdmitted(channel.peer_id, introduction))
+        if introduction.role == "trainer":
+            candidate = Candidate(introduction.member, introduction.host_id, introduction.min_peers)
+            self._carry_out(self._formation.candidate_came(candidate, now=now))
+        else:
+            self._carry_out(self._formation.watcher_came(channel.peer_id, now=now))
+
+    async def _write(self, channel: PeerChannel) -> None:
+        try:
+            await channel.write_all()
+        except ClosedError as error:
+            channel.drop(f"its connection ended ({error})")
+
+    async def _read(self, channel: PeerChannel) -> None:
+        while True:
+            try:
+                message = await channel.read()
+            except ClosedError:
+                return
+            except ProtocolError as error:
+                logger.warning("peer %s broke the protocol: %s", channel.peer_id, error)
+                channel.gone_reason = f"it broke the protocol: {error}"
+                return
+            channel.last_heard = trio.current_time()
+            match message:
+                case Leave(reason=reason):
+                    channel.graceful = True
+                    channel.gone_reason = "it left the mesh" + (f": {reason}" if reason else "")
+                    return
+                case Ping(probe=probe):
+                    channel.send(Pong(probe=probe))
+                case Pong(probe=probe):
+                    channel.ponged(probe, now=channel.last_heard)
+                case PeerExchange(peers=peers):
+                    for peer in peers:
+                        self._heard(peer.peer_id, peer.addresses, "exchange")
+                case Prepare() | Promise() | Accept() | Accepted() | Declined() | Chosen():
+                    now = channel.last_heard
+                    self._carry_out(self._formation.receive(channel.peer_id, message, now=now))
+                case _:
+                    channel.gone_reason = f"it broke the protocol: {type(message).__name__} out of place"
+                    return
+
+    def _carry_out(self, instructions: list[formation.Instruction]) -> None:
+        for instruction in instructions:
+            match instruction:
+                case formation.SendTo(peer_id, message):
+                    channel = self._channels.get(peer_id)
+                    if channel is not None:
+                        channel.send(message)
+                case formation.ViewAgreed(view):
+                    logger.info("view of %d members agreed", view.size)
+                    self._events.send(ViewChanged(view, mine=True))
+                case formation.ViewElsewhere(view):
+                    self._events.send(ViewChanged(view, mine=False))
+        self._wake.set()
+
+
+def is_local_address(address: Address | None) -> bool:
+    """Whether a multiaddr is on this host, a private network, or link-local."""
+    if address is None:
+        return False
+    parts = address.split("/")
+    for protocol, value in zip(parts[1:], parts[2:], strict=False):
+        if protocol in ("ip4", "ip6"):
+            ip = ipaddress.ip_address(value.split("%")[0])
+            return ip.is_private or ip.is_loopback or ip.is_link_local
+    return address.startswith("/memory/")

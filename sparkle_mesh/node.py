@@ -1,0 +1,266 @@
+"""One process's presence in a mesh: fabric, discovery and membership run together.
+
+``sparkle-node`` is this with the role ``node``; a training process is this with the role ``trainer`` plus
+links and collectives (:mod:`sparkle_mesh.mesh`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TypeAlias
+
+import trio
+
+from sparkle_mesh import limits
+from sparkle_mesh.clock import SYSTEM_CLOCK, SYSTEM_ENTROPY, Clock, Entropy
+from sparkle_mesh.devices.detect import DeviceInfo, detect_devices
+from sparkle_mesh.discovery.service import DiscoveryService
+from sparkle_mesh.environment import host_id
+from sparkle_mesh.fabric.identity import Identity
+from sparkle_mesh.fabric.interface import Fabric, PeerId
+from sparkle_mesh.fabric.libp2p_fabric import open_libp2p_fabric
+from sparkle_mesh.membership.invite import Invite, is_invite
+from sparkle_mesh.membership.keys import MeshKey, MeshSecrets
+from sparkle_mesh.membership.messages import Role
+from sparkle_mesh.membership.presence import PresenceService
+from sparkle_mesh.membership.service import (
+    MembershipService,
+    PeerAdmitted,
+    PeerChannel,
+    PeerGone,
+    PeerRefused,
+    ViewChanged,
+)
+from sparkle_mesh.membership.view import View
+from sparkle_mesh.status import NodeStatus, PeerStatus, ViewStatus
+
+try:
+    __version__ = version("sparkle-mesh")
+except PackageNotFoundError:  # run from a source tree that was never installed
+    __version__ = "0+unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class PeerJoined:
+    """A peer proved that it is of this mesh."""
+
+    peer: PeerStatus
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLeft:
+    """A peer left, died or fell silent."""
+
+    peer_id: PeerId
+    reason: str
+
+
+NodeEvent: TypeAlias = PeerJoined | PeerLeft | PeerRefused | ViewChanged
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeConfig:
+    """How a process takes part in a mesh.
+
+    Attributes
+    ----------
+    mesh, key
+        The mesh's name, and its key if it has one.
+    public
+        Whether a mesh without a key is open beyond this host and its local networks.
+    role
+        ``"node"`` watches and helps others to meet; ``"trainer"`` becomes a member of views.
+    listen
+        Multiaddrs to listen on.
+    join
+        Addresses with ``/p2p/…`` tails, or invites to this same mesh.
+    data_dir
+        Where things are kept; see :func:`sparkle_mesh.environment.resolve_data_dir`.
+    lan
+        Whether to look for peers by multicast on the local networks.
+    min_peers
+        How large a first view must be for this process, itself included (trainers only).
+    """
+
+    mesh: str
+    key: MeshKey | None = None
+    public: bool = False
+    role: Role = "node"
+    identity: Identity
+    listen: tuple[str, ...]
+    join: tuple[str, ...] = ()
+    data_dir: Path
+    lan: bool = True
+    min_peers: int = 1
+    entropy: Entropy = field(default=SYSTEM_ENTROPY, repr=False)
+    clock: Clock = field(default=SYSTEM_CLOCK, repr=False)
+
+
+def join_addresses(join: tuple[str, ...]) -> tuple[str, ...]:
+    """Return ``join`` with each invite replaced by the addresses it holds."""
+    addresses: list[str] = []
+    for item in join:
+        addresses.extend(Invite.decode(item).addresses if is_invite(item) else (item,))
+    return tuple(addresses)
+
+
+class MeshNode:
+    """A running node; made by :func:`open_node`. All methods are for its own trio run."""
+
+    def __init__(self, config: NodeConfig, fabric: Fabric) -> None:
+        self.config = config
+        self.fabric = fabric
+        self.secrets = MeshSecrets(config.mesh, config.key)
+        incarnation = config.entropy.token(16)
+        self.discovery = DiscoveryService(
+            fabric,
+            mesh_tag=self.secrets.tag,
+            role=config.role,
+            data_dir=config.data_dir,
+            join=join_addresses(config.join),
+            lan=config.lan,
+            entropy=config.entropy,
+        )
+        self.membership = MembershipService(
+            fabric,
+            self.secrets,
+            role=config.role,
+            host_id=host_id(),
+            incarnation=incarnation,
+            min_peers=config.min_peers,
+            public=config.public,
+            software=f"sparkle-mesh {__version__}",
+            heard=self.discovery.heard,
+            entropy=config.entropy,
+        )
+        self._presence = PresenceService(
+            fabric,
+            self.secrets,
+            role=config.role,
+            incarnation=incarnation,
+            heard=self.discovery.heard,
+            entropy=config.entropy,
+        )
+        self._started_at = config.clock.now()
+        self._devices: tuple[DeviceInfo, ...] = ()
+
+    @property
+    def peer_id(self) -> PeerId:
+        """This process's peer id."""
+        return self.fabric.peer_id
+
+    @property
+    def devices(self) -> tuple[DeviceInfo, ...]:
+        """The machine's devices (nodes only; a trainer uses its own)."""
+        return self._devices
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Take part until cancelled."""
+        if self.config.role == "node":
+            self._devices = await trio.to_thread.run_sync(detect_devices)
+        with self.membership.events() as events:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self.membership.run)
+                await nursery.start(self._presence.run)
+                await nursery.start(self.discovery.run)
+                task_status.started()
+                async for event in events:
+                    if isinstance(event, PeerRefused):
+                        self.discovery.refused(event.peer_id)
+                nursery.cancel_scope.cancel()
+
+    def status(self) -> NodeStatus:
+        """Return what this node is and knows, for people and programs."""
+        view = self.membership.view
+        return NodeStatus(
+            peer_id=self.peer_id,
+            addresses=tuple(self.fabric.addresses),
+            mesh=self.config.mesh,
+            keyed=self.secrets.keyed,
+            public=self.config.public,
+            role=self.config.role,
+            version=__version__,
+            pid=os.getpid(),
+            uptime_s=self.config.clock.now() - self._started_at,
+            devices=self._devices,
+            peer_count=len(self.membership.channels),
+            view=_view_status(view) if view is not None else None,
+            discovery=self.discovery.status(),
+        )
+
+    def peers(self) -> list[PeerStatus]:
+        """Return the admitted peers, by peer id."""
+        channels = self.membership.channels
+        return [self._peer_status(channels[peer_id]) for peer_id in sorted(channels)]
+
+    def invite(self) -> str:
+        """Return one line of text with which others can join this mesh."""
+        tail = f"/p2p/{self.peer_id}"
+        addresses = tuple(address + tail for address in self.fabric.addresses)
+        return Invite(
+            name=self.config.mesh, key=self.config.key, addresses=addresses[: limits.INVITE_ADDRESSES_MAX_COUNT]
+        ).encode()
+
+    @contextmanager
+    def events(self) -> Iterator[AsyncIterator[NodeEvent]]:
+        """Subscribe to peers coming and going, refusals and views."""
+        with self.membership.events() as events:
+            yield self._translate(events)
+
+    async def _translate(self, events: trio.MemoryReceiveChannel[object]) -> AsyncIterator[NodeEvent]:
+        async for event in events:
+            match event:
+                case PeerAdmitted(peer_id, _):
+                    channel = self.membership.channels.get(peer_id)
+                    if channel is not None:
+                        yield PeerJoined(self._peer_status(channel))
+                case PeerGone(peer_id, reason, _):
+                    yield PeerLeft(peer_id, reason)
+                case PeerRefused() | ViewChanged():
+                    yield event
+
+    def _peer_status(self, channel: PeerChannel) -> PeerStatus:
+        view = self.membership.view
+        return PeerStatus(
+            peer_id=channel.peer_id,
+            role=channel.introduction.role,
+            addresses=channel.introduction.addresses,
+            connected_s=trio.current_time() - channel.admitted_at,
+            latency_ms=None if channel.latency_s is None else channel.latency_s * 1e3,
+            rank=view.rank_of(channel.introduction.member) if view is not None else None,
+            admitted=True,
+        )
+
+
+def _view_status(view: View) -> ViewStatus:
+    return ViewStatus(
+        epoch=view.epoch,
+        lineage_hex=view.lineage.hex(),
+        size=view.size,
+        members=tuple(member.peer_id for member in view.members),
+    )
+
+
+@asynccontextmanager
+async def open_node(config: NodeConfig) -> AsyncIterator[MeshNode]:
+    """Run a node until the block ends; it leaves the mesh gracefully then.
+
+    Raises
+    ------
+    UsageError
+        If an address to listen on or to join cannot be used; the message says which and why.
+    """
+    async with open_libp2p_fabric(config.identity, listen=config.listen) as fabric:
+        node = MeshNode(config, fabric)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(node.run)
+            try:
+                yield node
+            finally:
+                await node.membership.leave()
+                nursery.cancel_scope.cancel()
