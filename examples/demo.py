@@ -32,7 +32,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 REQUIRED_ACCURACY = 0.95
-STEPS, STEPS_SHORT = 400, 120
+STEPS, STEPS_SHORT = 400, 150
 STOP_TIMEOUT_S = 10.0
 REFRESH_S = 0.2
 LOG_TAIL_LINES = 25
@@ -159,11 +159,11 @@ def live_display(title: str) -> Iterator[Any]:
         return
 
     print(title, flush=True)
-    shown = {"at": 0.0, "rows": ()}
+    shown: dict[str, Any] = {"at": 0.0, "rows": ()}
 
     def lines(trainers: Sequence[Child]) -> None:
         now = time.monotonic()
-        rows = tuple(describe(trainer) for trainer in trainers if trainer.latest)
+        rows = tuple(sorted((describe(trainer) for trainer in trainers if trainer.latest), key=lambda row: row[1]))
         finished = bool(rows) and all(t.latest and t.latest["step"] == t.latest["steps"] for t in trainers)
         if rows != shown["rows"] and (now - shown["at"] > 2.0 or finished):
             shown.update(at=now, rows=rows)
@@ -230,7 +230,7 @@ def draw(reports: Sequence[dict[str, Any]], path: Path) -> None:
     right.set_ylim(0, 102)
     right.tick_params(axis="y", colors="crimson")
     handles = [*axes.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
-    right.legend(handles=handles, loc="center right", framealpha=0.9)
+    right.legend(handles=handles, loc="center right", bbox_to_anchor=(1.0, 0.7), framealpha=0.9)
     axes.set_title(
         f"{len(reports)} ranks, one model: accuracy {reports[0]['accuracy']:.1%}, "
         f"weights {reports[0]['weights_sha256'][:12]} on every rank",

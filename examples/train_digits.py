@@ -49,7 +49,8 @@ def initial_weights(random: np.random.Generator) -> Weights:
     """Return weights of a 64-96-10 network, He-initialised."""
 
     def layer(inputs: int, outputs: int) -> np.ndarray:
-        return (random.standard_normal((inputs, outputs)) * np.sqrt(2.0 / inputs)).astype(np.float32)
+        scale = np.float32(np.sqrt(2.0 / inputs))
+        return scale * random.standard_normal((inputs, outputs), dtype=np.float32)
 
     return {
         "w1": layer(64, HIDDEN_UNITS),

@@ -1,0 +1,186 @@
+"""What is measured: one class per library, each an all_reduce over a group of processes on this machine.
+
+A backend is opened in every process of its group with the process's number, the group's size and a folder that
+only this group uses, where it may leave what its processes need to meet. To add a peer, write a class and name it
+in ``BACKENDS``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import sys
+import threading
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+MEET_TIMEOUT_S = 90.0
+FITS_SOCKET_BUFFERS_BYTES = 64 * 1024
+
+
+class Backend(ABC):
+    """One library's all_reduce, in one process of a group."""
+
+    #: What its links are, for the rows.
+    link: ClassVar[str] = "tcp"
+    #: Whether all_reduce really sums, so that results can be verified.
+    reduces: ClassVar[bool] = True
+    #: The module it needs, and what to do when that is absent.
+    needs: ClassVar[tuple[str, str] | None] = None
+
+    rank: int
+    size: int
+
+    @abstractmethod
+    def __init__(self, number: int, size: int, folder: Path) -> None:
+        """Meet the others of the group; ``number`` is this process's, unless the library has ranks of its own."""
+
+    @classmethod
+    def how_to_install(cls) -> str | None:
+        """Return what to do before this can be measured; None if it can be."""
+        if cls.needs is None or importlib.util.find_spec(cls.needs[0]) is not None:
+            return None
+        return cls.needs[1]
+
+    @abstractmethod
+    def all_reduce(self, array: np.ndarray, algorithm: str) -> None:
+        """Sum ``array`` (float32, one dimension) over all ranks, in place."""
+
+    @abstractmethod
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leave the group."""
+
+
+class Sparkle(Backend):
+    """This library, as a user has it: joined by name alone, encrypted."""
+
+    link = "tcp, AES-256-GCM"
+
+    def __init__(self, number: int, size: int, folder: Path) -> None:
+        import sparkle_mesh as sparkle
+
+        name = f"benchmark-{folder.name}"
+        # Found through the folder's registry alone: no multicast, so that nothing else on the network is measured.
+        self._mesh: Any = sparkle.join(name, min_peers=size, timeout_s=MEET_TIMEOUT_S, data_dir=folder, lan=False)
+        self.rank, self.size = self._mesh.rank, self._mesh.size
+
+    def all_reduce(self, array: np.ndarray, algorithm: str) -> None:
+        self._mesh.all_reduce(array, algorithm=algorithm)
+
+    def barrier(self) -> None:
+        self._mesh.barrier()
+
+    def close(self) -> None:
+        self._mesh.close()
+
+
+class Gloo(Backend):
+    """PyTorch's gloo over TCP on the loopback interface, plaintext."""
+
+    link = "tcp, plaintext"
+    needs = ("torch", "gloo comes with PyTorch: `pip install torch`, or `pip install -e '.[bench]'` in the clone")
+
+    def __init__(self, number: int, size: int, folder: Path) -> None:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo" if sys.platform == "linux" else "lo0"
+        import torch
+        import torch.distributed as distributed
+
+        self._torch, self._distributed = torch, distributed
+        meeting_point = f"file://{folder.resolve()}/gloo"
+        distributed.init_process_group("gloo", init_method=meeting_point, rank=number, world_size=size)
+        self.rank, self.size = number, size
+
+    def all_reduce(self, array: np.ndarray, algorithm: str) -> None:
+        self._distributed.all_reduce(self._torch.from_numpy(array))  # shares the array's memory
+
+    def barrier(self) -> None:
+        self._distributed.barrier()
+
+    def close(self) -> None:
+        self._distributed.destroy_process_group()
+
+
+class Wire(Backend):
+    """The limit: the bytes that a ring moves, over plain TCP, without reducing anything.
+
+    Every rank sends ``2 (n - 1) / n`` of the array's bytes to the next and receives as many from the one before, all
+    at once and in large pieces, as an all_reduce over a ring would if it were free of everything else.
+    """
+
+    link = "tcp, plaintext"
+    reduces = False
+
+    def __init__(self, number: int, size: int, folder: Path) -> None:
+        self.rank, self.size = number, size
+        listener = socket.create_server(("127.0.0.1", 0))
+        listener.settimeout(MEET_TIMEOUT_S)
+        written = folder / f"port-{number}.new"
+        written.write_text(str(listener.getsockname()[1]))
+        written.rename(folder / f"port-{number}")
+        following = folder / f"port-{(number + 1) % size}"
+        deadline = time.monotonic() + MEET_TIMEOUT_S
+        while not following.exists():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"rank {(number + 1) % size} did not start within {MEET_TIMEOUT_S:.0f} s")
+            time.sleep(0.01)
+        self._next = socket.create_connection(("127.0.0.1", int(following.read_text())), timeout=MEET_TIMEOUT_S)
+        self._previous, _ = listener.accept()
+        listener.close()
+        for connection in (self._next, self._previous):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.settimeout(MEET_TIMEOUT_S)
+        self._scratch = memoryview(bytearray(1 << 20))
+
+    def _receive(self, count: int) -> None:
+        while count:
+            received = self._previous.recv_into(self._scratch[: min(count, len(self._scratch))], 0, socket.MSG_WAITALL)
+            if not received:
+                raise ConnectionError("the rank before this one closed its connection")
+            count -= received
+
+    def all_reduce(self, array: np.ndarray, algorithm: str) -> None:
+        count = 2 * (self.size - 1) * array.nbytes // self.size
+        payload = array.view(np.uint8).data
+        if count <= FITS_SOCKET_BUFFERS_BYTES:
+            self._next.sendall(payload[: count // 2])
+            self._next.sendall(payload[: count - count // 2])
+            self._receive(count)
+            return
+
+        def send() -> None:
+            left = count
+            while left:
+                piece = min(left, len(payload), 1 << 20)
+                self._next.sendall(payload[:piece])
+                left -= piece
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        self._receive(count)
+        sender.join()
+
+    def barrier(self) -> None:
+        for _ in range(2):  # once around to know that all are here, once more to tell them
+            if self.rank:
+                self._receive(1)
+                self._next.sendall(b"\0")
+            else:
+                self._next.sendall(b"\0")
+                self._receive(1)
+
+    def close(self) -> None:
+        self._next.close()
+        self._previous.close()
+
+
+BACKENDS: dict[str, type[Backend]] = {"sparkle": Sparkle, "gloo": Gloo, "wire": Wire}
+PEERS = ("gloo", "wire")

@@ -1,0 +1,97 @@
+"""``train_digits.py``: its arithmetic, and real processes that train together."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from sparkle_mesh import MeshKey
+
+TRAINER = "examples/train_digits.py"
+
+
+def test_gradients_are_those_of_the_loss(load_example):
+    example = load_example("train_digits")
+    random = np.random.default_rng(1)
+    weights = {name: value.astype(np.float64) for name, value in example.initial_weights(random).items()}
+    images, labels = random.random((7, 64)), random.integers(0, 10, 7)
+    _, gradients = example.loss_and_gradients(weights, images, labels)
+    for name, value in weights.items():
+        direction = random.standard_normal(value.shape)
+        step = 1e-6
+        ahead, _ = example.loss_and_gradients(weights | {name: value + step * direction}, images, labels)
+        behind, _ = example.loss_and_gradients(weights | {name: value - step * direction}, images, labels)
+        assert np.vdot(gradients[name], direction) == pytest.approx((ahead - behind) / (2 * step), rel=1e-4), name
+
+
+def test_ranks_split_the_data_and_share_the_test_set(load_example):
+    train_images, train_labels, test_images, test_labels = load_example("train_digits").load_data(seed=3)
+    assert train_images.dtype == np.float32
+    assert len(train_images) == len(train_labels) == 1438
+    assert len(test_images) == len(test_labels) == 359
+    assert not {image.tobytes() for image in train_images} & {image.tobytes() for image in test_images}
+
+
+def test_hash_sees_every_bit(load_example):
+    example = load_example("train_digits")
+    weights = example.initial_weights(np.random.default_rng(0))
+    changed = {name: value.copy() for name, value in weights.items()}
+    assert example.hash_weights(changed) == example.hash_weights(weights)
+    changed["b2"].view(np.uint32)[3] ^= 1
+    assert example.hash_weights(changed) != example.hash_weights(weights)
+
+
+def test_processes_end_with_one_model(processes, mesh_name, tmp_path):
+    reports = [tmp_path / f"{number}.json" for number in range(3)]
+    common = [TRAINER, "--mesh", mesh_name, "--min-peers", "3", "--steps", "150", "--seed", "5"]
+    commands = [[*common, "--report", report] for report in reports]
+    commands[0].append("--json")
+    ended = processes.run_together(commands)
+    assert [one.code for one in ended] == [0, 0, 0], [one.err for one in ended]
+    results = sorted((json.loads(report.read_text()) for report in reports), key=lambda result: result["rank"])
+    assert [(result["rank"], result["size"], result["steps"]) for result in results] == [(r, 3, 150) for r in range(3)]
+    assert len({result["weights_sha256"] for result in results}) == 1
+    assert all(result["accuracy"] >= 0.93 for result in results)
+    assert all(len(result["losses"]) == 150 for result in results)
+    # The gradients of 150 steps went over the links, both ways.
+    assert all(min(result["bytes_sent"], result["bytes_received"]) > 150 * 4 * 7210 for result in results)
+
+    lines = [json.loads(line) for line in ended[0].out.splitlines()]
+    assert [line["step"] for line in lines] == list(range(10, 151, 10))
+    assert set(lines[0]) == {"rank", "step", "steps", "loss", "accuracy", "step_ms", "bytes", "peers"}
+    assert lines[-1]["peers"] >= 2
+    assert ended[1].out.startswith("rank ")
+    assert "accuracy" in ended[1].err
+
+
+def test_key_file_admits(processes, mesh_name, tmp_path):
+    key_file = tmp_path / "mesh.key"
+    MeshKey.generate().save(key_file)
+    command = [TRAINER, "--mesh", mesh_name, "--key-file", key_file, "--epochs", "1"]
+    ended = processes.run_together([command, command])
+    assert [one.code for one in ended] == [0, 0], [one.err for one in ended]
+    assert "after 23 steps" in ended[0].err
+
+
+def test_alone_it_says_what_it_waited_for(processes, mesh_name):
+    ended = processes.run(TRAINER, "--mesh", mesh_name, "--timeout", "1")
+    assert ended.code == 1
+    assert mesh_name in ended.err
+    assert "min_peers" in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_missing_key_file_is_one_line(processes, tmp_path):
+    ended = processes.run(TRAINER, "--key-file", tmp_path / "none.key")
+    assert ended.code == 1
+    assert "none.key" in ended.err
+    assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--epochs", "-1"], ["--min-peers", "many"]])
+def test_wrong_numbers_are_refused(processes, arguments):
+    ended = processes.run(TRAINER, *arguments)
+    assert ended.code == 2
+    assert arguments[0] in ended.err
