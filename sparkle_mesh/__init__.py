@@ -1,0 +1,48 @@
+"""Sparkle: any set of computers as one training machine, with no server in the middle.
+
+>>> import sparkle_mesh as sparkle
+>>> with sparkle.join("my-run", min_peers=4) as mesh:  # doctest: +SKIP
+...     mesh.all_reduce(gradients, op="mean")
+
+Importing this is quick: what a name needs is loaded when the name is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparkle_mesh import errors as errors
+    from sparkle_mesh.membership.keys import MeshKey as MeshKey
+    from sparkle_mesh.mesh import AsyncMesh as AsyncMesh
+    from sparkle_mesh.mesh import Mesh as Mesh
+    from sparkle_mesh.mesh import join as join
+    from sparkle_mesh.mesh import open_mesh as open_mesh
+    from sparkle_mesh.version import __version__ as __version__
+
+__all__ = ["AsyncMesh", "Mesh", "MeshKey", "__version__", "errors", "join", "open_mesh"]
+
+_HOMES = {
+    "AsyncMesh": "sparkle_mesh.mesh",
+    "Mesh": "sparkle_mesh.mesh",
+    "MeshKey": "sparkle_mesh.membership.keys",
+    "__version__": "sparkle_mesh.version",
+    "join": "sparkle_mesh.mesh",
+    "open_mesh": "sparkle_mesh.mesh",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return import_module("sparkle_mesh.errors")
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -30,6 +30,7 @@ LINK_HANDSHAKE_TIMEOUT_S = 10.0
 # --- Membership ----------------------------------------------------------------------------------
 MESH_MEMBERS_MAX_COUNT = 1024
 JOIN_TIMEOUT_S = 60.0
+MESH_CLOSE_TIMEOUT_S = 15.0
 MESH_PROOF_TIMEOUT_S = 10.0
 INVITE_ADDRESSES_MAX_COUNT = 16
 # How long the set of candidates must stay as it is before a first view is proposed, and how much longer
@@ -55,9 +56,46 @@ NODE_EVENTS_MAX_COUNT = 1024
 
 # --- Collectives ---------------------------------------------------------------------------------
 COLLECTIVE_TIMEOUT_S = 600.0
+# What one message carries. Smaller ones cost more system calls and turns of the scheduler per byte, larger
+# ones no longer fit a core's cache between being received and being reduced.
+COLLECTIVE_SEGMENT_BYTES = 512 * KIB
+COLLECTIVE_SEGMENT_MIN_BYTES = 16 * KIB
+# Data that may be sent to a peer before it has begun the same operation; the peer holds it until then.
+COLLECTIVE_EAGER_MAX_BYTES = 64 * KIB
+# Operations that a peer may have begun and given up before this rank has come to them.
+COLLECTIVE_OPERATIONS_AHEAD_MAX_COUNT = 64
+# Control messages waiting for a peer that takes none; then it counts as lost.
+COLLECTIVE_OUTBOX_MAX_COUNT = 1024
+COLLECTIVE_ARRAYS_MAX_COUNT = 65536
+COLLECTIVE_ARRAYS_DESCRIBED_MAX_COUNT = 16
+COLLECTIVE_DESCRIPTION_MAX_CHARS = 4096
+COLLECTIVE_PLANS_CACHED_MAX_COUNT = 64
+COLLECTIVE_BUFFERS_POOLED_MAX_BYTES = 512 * MIB
+COLLECTIVE_BUFFERS_POOLED_MAX_COUNT = 8
+
+# --- Devices, status, the node's control socket ---------------------------------------------------
+DEVICES_MAX_COUNT = 256
+DEVICE_FEATURES_MAX_COUNT = 64
+DEVICE_DETECTION_TIMEOUT_S = 5.0
+STATUS_ADDRESSES_MAX_COUNT = 1024
+STATUS_DISCOVERY_MAX_COUNT = 64
+CONTROL_REQUEST_MAX_BYTES = 4 * KIB
+CONTROL_REPLY_MAX_BYTES = 16 * MIB
+CONTROL_CLIENTS_MAX_COUNT = 16
+# The node answers from memory: a client that is slower than this is stuck.
+CONTROL_CLIENT_TIMEOUT_S = 5.0
+# How long a command waits for the node to answer, one that is just starting included.
+CONTROL_ASK_TIMEOUT_S = 10.0
+CONTROL_POLL_INTERVAL_S = 0.05
+# Lines that may wait for a reader of the node's output; more are dropped and counted.
+OUTPUT_LINES_MAX_COUNT = 4096
+OUTPUT_FLUSH_TIMEOUT_S = 2.0
 
 # --- Relations -----------------------------------------------------------------------------------
 assert LINK_HEADER_MAX_BYTES < RECORD_MAX_BYTES
+assert COLLECTIVE_SEGMENT_MIN_BYTES <= COLLECTIVE_EAGER_MAX_BYTES <= COLLECTIVE_SEGMENT_BYTES
+assert COLLECTIVE_DESCRIPTION_MAX_CHARS * 3 < LINK_HEADER_MAX_BYTES
+assert CONTROL_REQUEST_MAX_BYTES < CONTROL_REPLY_MAX_BYTES
 assert PING_INTERVAL_S * 3 < SILENCE_TIMEOUT_S
 assert MESH_PROOF_TIMEOUT_S < JOIN_TIMEOUT_S
 assert VIEW_SETTLE_S < PROPOSER_STAGGER_S < PROPOSAL_TIMEOUT_S < SILENCE_TIMEOUT_S

@@ -10,7 +10,6 @@ import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeAlias
 
@@ -38,12 +37,7 @@ from sparkle_mesh.membership.service import (
 )
 from sparkle_mesh.membership.view import View
 from sparkle_mesh.status import NodeStatus, PeerStatus, ViewStatus
-
-try:
-    __version__ = version("sparkle-mesh")
-except PackageNotFoundError:  # run from a source tree that was never installed
-    __version__ = "0+unknown"
-
+from sparkle_mesh.version import __version__
 
 @dataclass(frozen=True, slots=True)
 class PeerJoined:

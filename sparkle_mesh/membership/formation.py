@@ -9,9 +9,10 @@ The proposal is single-decree Paxos (Lamport, "Paxos Made Simple", 2001, section
 first view has no old view whose majority could accept it, so its acceptors are the proposed members
 themselves, and it is chosen when *all* of them have accepted it. Two views that share a member therefore
 never both come to life, and a chosen view is one that every member knows to be complete: an acceptor declines
-unless it is connected to every member itself. What an acceptor accepted it holds on to, and a proposer that
-finds it in a promise proposes it again, as long as all its members are there. Once one of them is gone the
-view is of no use even if it was chosen (no collective ends without all members), and gives way.
+unless it is connected to every member itself. A promise reports what was accepted as long as the acceptor sees
+all its members; a proposer proposes the highest value reported, or, if it cannot be a member of that, leaves
+the field to those who can. Once a member of an accepted view is gone the view is of no use even if it was
+chosen (no collective ends without all members), and gives way.
 
 Processes that hear of a chosen view without them (``Chosen``) are latecomers: they remember it, and the
 caller is told.
@@ -113,8 +114,11 @@ class Formation:
         self._me = me
         self._candidates: dict[str, Candidate] = {}
         self._watchers: set[str] = set()
+        # Peer id to the lineage of the view that the peer said it is in, where that is not this process's.
+        self._settled: dict[str, bytes] = {}
         self._promised: Ballot | None = None
         self._accepted: tuple[Ballot, View] | None = None
+        self._accepted_lineages: deque[bytes] = deque(maxlen=limits.MACHINE_HISTORY_MAX_COUNT)
         self._proposal: _Proposal | None = None
         self._round = 0
         self._still_since = now
@@ -127,6 +131,7 @@ class Formation:
         self._note(now, f"came {candidate.peer_id}")
         if len(self._candidates) >= limits.MESH_MEMBERS_MAX_COUNT:
             return []
+        self._settled.pop(candidate.peer_id, None)
         self._candidates[candidate.peer_id] = candidate
         self._still_since = now
         if self.view is not None:
@@ -142,11 +147,12 @@ class Formation:
     def candidate_went(self, peer_id: str, *, now: float) -> list[Instruction]:
         """The peer died, left, or cannot be reached any more."""
         self._watchers.discard(peer_id)
+        self._settled.pop(peer_id, None)
         if self._candidates.pop(peer_id, None) is None:
             return []
         self._note(now, f"went {peer_id}")
         self._still_since = now
-        for lineage in [key for key, view in self.views_elsewhere.items() if not self._any_alive(view)]:
+        for lineage in [key for key in self.views_elsewhere if key not in self._settled.values()]:
             del self.views_elsewhere[lineage]
         if self._proposal is not None and any(m.peer_id == peer_id for m in self._proposal.view.members):
             self._drop_proposal(now, f"member {peer_id} went")
@@ -161,7 +167,7 @@ class Formation:
             case Promise():
                 return self._on_promise(sender, message, now)
             case Accept():
-                return self._on_accept(sender, message, now)
+                return self._on_accept(sender, message)
             case Accepted():
                 return self._on_accepted(sender, message, now)
             case Declined():
@@ -194,6 +200,11 @@ class Formation:
             text += f"; a view of {view.size} members formed without this process"
         return text
 
+    @property
+    def is_proposing(self) -> bool:
+        """Whether a proposal of this process is under way."""
+        return self._proposal is not None
+
     # --- Proposing ------------------------------------------------------------------------------
 
     def _eligible(self) -> list[Candidate]:
@@ -206,8 +217,12 @@ class Formation:
         return chosen if self._me in chosen else []
 
     def _free_candidates(self) -> list[Candidate]:
-        taken = {member for view in self.views_elsewhere.values() for member in view.members}
+        taken = self._taken()
         return [c for c in self._candidates.values() if c.member not in taken]
+
+    def _taken(self) -> set[Member]:
+        """Return the candidates that said themselves that they entered a view without this process."""
+        return {self._candidates[peer_id].member for peer_id in self._settled if peer_id in self._candidates}
 
     def _propose_at(self) -> float | None:
         if self._proposal is not None or self._me is None:
@@ -216,8 +231,9 @@ class Formation:
         if not eligible:
             return None
         turn = sorted(c.peer_id for c in eligible).index(self._me.peer_id)
-        still = self._still_since + limits.VIEW_SETTLE_S + turn * limits.PROPOSER_STAGGER_S
-        return max(still, self._not_before)
+        # The stagger counts from the last failure too, or proposers that outran each other would do so for ever.
+        ready = max(self._still_since + limits.VIEW_SETTLE_S, self._not_before)
+        return ready + turn * limits.PROPOSER_STAGGER_S
 
     def _propose(self, now: float) -> list[Instruction]:
         assert self._me is not None
@@ -259,7 +275,12 @@ class Formation:
         if not _has_peer(proposal.view, sender):
             return []
         proposal.promises[sender] = promise
-        proposal.view = self._value_to_propose(proposal)
+        value = self._value_to_propose(proposal)
+        if value is None:
+            self._drop_proposal(now, "another view, without this process, may have been chosen")
+            self._not_before = now + limits.PROPOSAL_TIMEOUT_S
+            return []
+        proposal.view = value
         missing = [m.peer_id for m in proposal.view.members if m.peer_id not in proposal.promises]
         if missing:
             # The value of somebody's promise may hold members that were not asked yet.
@@ -270,17 +291,18 @@ class Formation:
         proposal.accepting = True
         return self._to_members(proposal.view, Accept(ballot=proposal.ballot, view=proposal.view), now)
 
-    def _value_to_propose(self, proposal: _Proposal) -> View:
+    def _value_to_propose(self, proposal: _Proposal) -> View | None:
+        """Return the highest value reported, the proposer's own if there is none, None if it must not propose."""
         found: Mapping[Ballot, View] = {
             p.accepted_ballot: p.accepted_view
             for p in proposal.promises.values()
             if p.accepted_ballot is not None and p.accepted_view is not None
         }
-        for ballot in sorted(found, reverse=True):
-            view = found[ballot]
-            if view.is_sound() and view.mesh_id == self._mesh_id and self._can_be_member_of(view) is None:
-                return view
-        return proposal.view
+        if not found:
+            return proposal.view
+        view = found[max(found)]
+        sound = view.is_sound() and view.mesh_id == self._mesh_id
+        return view if sound and self._can_be_member_of(view) is None else None
 
     def _on_accepted(self, sender: str, accepted: Accepted, now: float) -> list[Instruction]:
         proposal = self._proposal
@@ -313,6 +335,8 @@ class Formation:
         self._yield_to(prepare.ballot, now)
         self._promised = prepare.ballot
         ballot, view = self._accepted if self._accepted is not None else (None, None)
+        if view is not None and self._can_be_member_of(view) is not None:
+            ballot, view = None, None
         promise = Promise(
             lineage=prepare.lineage,
             epoch=prepare.epoch,
@@ -322,26 +346,23 @@ class Formation:
         )
         return [SendTo(sender, promise)]
 
-    def _on_accept(self, sender: str, accept: Accept, now: float) -> list[Instruction]:
+    def _on_accept(self, sender: str, accept: Accept) -> list[Instruction]:
         if self.view is not None:
             return [SendTo(sender, Chosen(view=self.view))]
         view = accept.view
         problem: str | None
         if accept.ballot.proposer != sender or view.epoch != _FIRST_EPOCH:
             problem = "not a proposal for a first view"
-        elif self._promised is not None and accept.ballot < self._promised:
-            problem = "a higher ballot was promised"
+        elif accept.ballot != self._promised:
+            problem = "this ballot was not promised, or a higher one was"
         elif not view.is_sound() or view.mesh_id != self._mesh_id:
             problem = "the view is not sound"
-        elif self._accepted is not None and self._accepted[1] != view and self._can_be_member_of(self._accepted[1]) is None:
-            problem = "another view was accepted and all its members are there"
         else:
             problem = self._can_be_member_of(view)
         if problem is not None:
             return [SendTo(sender, self._decline(view.epoch, accept.ballot, problem))]
-        self._yield_to(accept.ballot, now)
-        self._promised = accept.ballot
         self._accepted = (accept.ballot, view)
+        self._accepted_lineages.append(view.lineage)
         return [SendTo(sender, Accepted(epoch=view.epoch, ballot=accept.ballot))]
 
     def _can_be_member_of(self, view: View) -> str | None:
@@ -352,8 +373,11 @@ class Formation:
             return "this process is not in it"
         if view.size < self._me.min_peers:
             return f"its {view.size} members are fewer than min_peers={self._me.min_peers} here"
+        taken = self._taken()
         for member in view.members:
             known = self._candidates.get(member.peer_id)
+            if member in taken:
+                return f"{member.peer_id} is in another view"
             if member != self._me.member and (known is None or known.member != member):
                 return f"this process is not connected to {member.peer_id}"
         return None
@@ -375,8 +399,11 @@ class Formation:
             return []
         if self._me is not None and view.rank_of(self._me.member) is not None:
             # A view with this process cannot have been chosen unless this process accepted it.
-            accepted_it = self._accepted is not None and self._accepted[1] == view
-            return self._enter(view) if accepted_it else []
+            if view.lineage not in self._accepted_lineages:
+                return []
+            if self._can_be_member_of(view) is None:
+                return self._enter(view)
+        self._settled[sender] = view.lineage
         if view.lineage in self.views_elsewhere or len(self.views_elsewhere) >= limits.VIEWS_ELSEWHERE_MAX_COUNT:
             return []
         self.views_elsewhere[view.lineage] = view
@@ -390,10 +417,6 @@ class Formation:
         self._proposal = None
         everyone = [*self._candidates, *self._watchers]
         return [*(SendTo(peer_id, Chosen(view=view)) for peer_id in everyone), ViewAgreed(view)]
-
-    def _any_alive(self, view: View) -> bool:
-        known = {candidate.member for candidate in self._candidates.values()}
-        return any(member in known for member in view.members)
 
     def _note(self, now: float, what: str) -> None:
         self.history.append(f"{now:.3f} {what}")

@@ -1,0 +1,1 @@
+"""Deterministic worlds that run the production machines under a virtual clock; see ``python -m simulations -h``."""

@@ -1,0 +1,63 @@
+"""Run simulated worlds: ``python -m simulations --seeds 1000``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from concurrent.futures import ProcessPoolExecutor
+
+from simulations.formation import Exercised, InvariantBroken, World
+
+
+def run_seed(seed: int) -> tuple[int, str | None, Exercised]:
+    """Run one seed; return it, what broke if anything, and what it exercised."""
+    world = World(seed)
+    try:
+        world.run()
+    except InvariantBroken as error:
+        return seed, str(error), world.exercised
+    return seed, None, world.exercised
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse ``arguments``, run the seeds, print a summary; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m simulations", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=1000, help="how many seeds to run (default %(default)s)")
+    parser.add_argument("--first-seed", type=int, default=0, help="the first of them (default %(default)s)")
+    parser.add_argument("--seed", type=int, help="run this one seed alone")
+    parser.add_argument("--trace", action="store_true", help="with --seed: print every event")
+    options = parser.parse_args(arguments)
+    if options.seed is not None:
+        return _run_one(options.seed, trace=options.trace)
+    total, failures = Exercised(), []
+    with ProcessPoolExecutor() as pool:
+        seeds = range(options.first_seed, options.first_seed + options.seeds)
+        for done, (_, failure, exercised) in enumerate(pool.map(run_seed, seeds, chunksize=16), start=1):
+            total.add(exercised)
+            if failure is not None:
+                failures.append(failure)
+            if sys.stderr.isatty():
+                print(f"\r{done}/{options.seeds} seeds, {len(failures)} failed", end="", file=sys.stderr)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    for failure in failures[:10]:
+        print(f"{failure}\n  replay: python -m simulations --seed {failure.split()[1].rstrip(':')} --trace")
+    print(f"{options.seeds} seeds from {options.first_seed}: {len(failures)} failed; exercised {total}")
+    return 1 if failures else 0
+
+
+def _run_one(seed: int, *, trace: bool) -> int:
+    world = World(seed)
+    failure: InvariantBroken | None = None
+    try:
+        world.run()
+    except InvariantBroken as error:
+        failure = error
+    if trace:
+        print("\n".join(world.trace))
+    print(failure or f"seed {seed}: passed; exercised {world.exercised}")
+    return 1 if failure else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

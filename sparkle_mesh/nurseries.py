@@ -1,0 +1,32 @@
+"""Errors out of nurseries: bare where there is only one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import trio
+
+
+@contextmanager
+def bare_errors() -> Iterator[None]:
+    """Raise the one error inside an exception group bare, so that callers can catch it by its type.
+
+    Cancellations beside it do not count; groups of several errors, or of cancellations alone, pass as they are.
+    """
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        errors = [leaf for leaf in _leaves(group) if not isinstance(leaf, trio.Cancelled)]
+        if len(errors) == 1:
+            error = errors[0]
+            raise error from error.__cause__
+        raise
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error

@@ -1,0 +1,166 @@
+"""A trio run in a background thread, and calls into it from ordinary threads.
+
+A call waits for its result in a way that Ctrl-C interrupts: the call is then cancelled inside the run, its
+end is awaited for a bounded time, and KeyboardInterrupt goes on to the caller.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import AbstractAsyncContextManager
+from typing import Any, TypeVar, TypeVarTuple, Unpack
+
+import trio
+
+from sparkle_mesh import limits
+from sparkle_mesh.errors import MeshClosedError
+from sparkle_mesh.nurseries import bare_errors
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+
+class Portal:
+    """Holds an async context manager open in a trio run of its own thread.
+
+    Parameters
+    ----------
+    name
+        The thread's name.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._manager: Callable[[], AbstractAsyncContextManager[Any]] | None = None
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._nursery: trio.Nursery | None = None
+        self._scope = trio.CancelScope()
+        self._started: Future[None] = Future()
+        self._opened: Future[Any] = Future()
+        self._finished: Future[None] = Future()
+        self._stop = trio.Event()
+
+    def open(self, manager: Callable[[], AbstractAsyncContextManager[T]]) -> T:
+        """Start the thread, enter ``manager()`` in it, and return what it yields.
+
+        Raises
+        ------
+        BaseException
+            What entering raised; the thread has ended then.
+        """
+        self._manager = manager
+        self._thread.start()
+        try:
+            opened: T = self._opened.result()
+        except BaseException:
+            self.close(hurry=True)
+            raise
+        return opened
+
+    def call(self, function: Callable[[Unpack[Ts]], Awaitable[T]], *args: Unpack[Ts]) -> T:
+        """Run ``await function(*args)`` in the trio run and return its result.
+
+        Raises
+        ------
+        MeshClosedError
+            If the run has ended, or ends meanwhile.
+        BaseException
+            What ``function`` raised.
+        """
+        future: Future[T] = Future()
+        scope = trio.CancelScope()
+
+        async def task() -> None:
+            with bare_errors(), scope:
+                try:
+                    future.set_result(await function(*args))
+                except trio.Cancelled:
+                    future.set_exception(MeshClosedError("the mesh was closed, or the call given up, while it ran"))
+                    raise
+                except BaseException as error:
+                    future.set_exception(error)
+
+        def start() -> None:
+            if self._nursery is None:
+                future.set_exception(MeshClosedError("the mesh is closed; join again"))
+            else:
+                self._nursery.start_soon(task)
+
+        self._soon(start)
+        try:
+            return future.result()
+        except BaseException:
+            if not future.done():  # interrupted here, not failed there
+                self._soon(scope.cancel)
+                _wait(future, limits.CLOSE_TIMEOUT_S)
+            raise
+
+    def close(self, *, hurry: bool = False) -> None:
+        """Leave the context manager and end the thread.
+
+        A first Ctrl-C meanwhile turns a graceful close into a hurried one and is raised again at the end.
+        """
+        if self._thread.ident is None:
+            return
+        interrupt: BaseException | None = None
+        try:
+            self._started.result()
+            self._soon(self._scope.cancel if hurry else self._stop.set, quietly=True)
+            _wait(self._finished, limits.MESH_CLOSE_TIMEOUT_S)
+        except KeyboardInterrupt as error:
+            interrupt = error
+        if not self._finished.done():
+            self._soon(self._scope.cancel, quietly=True)
+            _wait(self._finished, limits.MESH_CLOSE_TIMEOUT_S)
+        self._thread.join(limits.CLOSE_TIMEOUT_S)
+        if interrupt is not None:
+            raise interrupt
+
+    def _soon(self, function: Callable[[], object], *, quietly: bool = False) -> None:
+        token = self._token
+        try:
+            if token is None:
+                raise trio.RunFinishedError
+            token.run_sync_soon(function)
+        except trio.RunFinishedError as error:
+            if not quietly:
+                raise MeshClosedError("the mesh is closed; join again") from error
+
+    # --- In the thread --------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        failure: BaseException | None = None
+        try:
+            trio.run(self._main)
+        except BaseException as error:  # handed to whoever waits; a thread has nobody else to tell
+            failure = error
+        finally:
+            self._started.cancel()
+            if not self._opened.done():
+                self._opened.set_exception(failure or MeshClosedError("closed while it was being opened"))
+            self._finished.set_result(None)
+
+    async def _main(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        self._started.set_result(None)
+        assert self._manager is not None
+        with bare_errors(), self._scope:
+            async with self._manager() as opened, trio.open_nursery() as nursery:
+                self._nursery = nursery
+                self._opened.set_result(opened)
+                try:
+                    await self._stop.wait()
+                finally:
+                    self._nursery = None
+                    nursery.cancel_scope.cancel()
+
+
+def _wait(future: Future[Any], timeout_s: float) -> None:
+    """Wait for ``future`` to be done, whatever it holds, no longer than ``timeout_s``."""
+    try:
+        future.exception(timeout_s)
+    except FutureTimeoutError:
+        return
