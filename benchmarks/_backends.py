@@ -21,6 +21,8 @@ import numpy as np
 
 MEET_TIMEOUT_S = 90.0
 FITS_SOCKET_BUFFERS_BYTES = 64 * 1024
+# The fastest of the sizes from 128 KiB to 4 MiB tried on loopback: fewer wake-ups.
+WIRE_PIECE_BYTES = 4 << 20
 
 
 class Backend(ABC):
@@ -138,7 +140,7 @@ class Wire(Backend):
         for connection in (self._next, self._previous):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.settimeout(MEET_TIMEOUT_S)
-        self._scratch = memoryview(bytearray(1 << 20))
+        self._scratch = memoryview(bytearray(WIRE_PIECE_BYTES))
 
     def _receive(self, count: int) -> None:
         while count:
@@ -159,7 +161,7 @@ class Wire(Backend):
         def send() -> None:
             left = count
             while left:
-                piece = min(left, len(payload), 1 << 20)
+                piece = min(left, len(payload), WIRE_PIECE_BYTES)
                 self._next.sendall(payload[:piece])
                 left -= piece
 
