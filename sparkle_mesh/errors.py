@@ -102,3 +102,22 @@ class DivergenceError(AgreementError):
 
 class CollectiveAbortedError(AgreementError):
     """Another rank gave the collective up (cancelled, interrupted or failed locally)."""
+
+
+class OutcomeUnknownError(AgreementError, DeadlineError):
+    """This rank held the result but could not learn in time whether all do; it has left the collective group."""
+
+
+# --- The machine's node ------------------------------------------------------------------------
+
+
+class NodeRunningError(SparkleError):
+    """A node runs on this data directory already; the message names its process."""
+
+
+class NoNodeError(SparkleError):
+    """No node answers on this data directory."""
+
+
+class NodeBusyError(SparkleError):
+    """The node refused or broke off a request on its control socket; the message says why."""

@@ -1,0 +1,88 @@
+"""What a running node tells of itself: to its owner's command line, to the dashboard, to programs.
+
+Bounds are wide on purpose: these come from our own node over a socket that only its owner can open, and a
+machine with many network interfaces must not make its status unreadable.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeAlias
+
+import msgspec
+
+from sparkle_mesh import limits, wire
+from sparkle_mesh.devices.detect import DeviceInfo
+
+DeviceStatus: TypeAlias = DeviceInfo
+
+StatusAddresses = Annotated[tuple[wire.AddressText, ...], msgspec.Meta(max_length=limits.STATUS_ADDRESSES_MAX_COUNT)]
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
+
+
+class PeerStatus(wire.Message, frozen=True, kw_only=True):
+    """One peer as a node sees it.
+
+    Attributes
+    ----------
+    role
+        ``"node"`` or ``"trainer"``.
+    addresses
+        Where it says that it listens, without the ``/p2p/…`` tail.
+    connected_s
+        Seconds since it was admitted.
+    latency_ms
+        Half the last measured round trip, in milliseconds; None until one was measured.
+    rank
+        Its rank in the view the node knows of; None if it is not a member.
+    admitted
+        Whether it has proven that it is of this mesh.
+    """
+
+    peer_id: wire.PeerIdText
+    role: wire.NameText
+    addresses: StatusAddresses
+    connected_s: Seconds
+    latency_ms: float | None = None
+    rank: int | None = None
+    admitted: bool
+
+
+class ViewStatus(wire.Message, frozen=True, kw_only=True):
+    """A view: its members' peer ids are in rank order."""
+
+    epoch: wire.Count
+    lineage_hex: wire.NameText
+    size: wire.Count
+    members: Annotated[tuple[wire.PeerIdText, ...], msgspec.Meta(max_length=limits.MESH_MEMBERS_MAX_COUNT)]
+
+
+class NodeStatus(wire.Message, frozen=True, kw_only=True):
+    """A node: who it is, where it listens, its mesh, its machine.
+
+    Attributes
+    ----------
+    keyed, public
+        Whether a key guards the mesh; whether one without a key is open beyond this host and its LAN.
+    uptime_s
+        Seconds since it started.
+    peer_count
+        Admitted peers now connected.
+    view
+        The view the node is in or watches; None before one was agreed.
+    discovery
+        One line on each way in which it looks for peers.
+    """
+
+    peer_id: wire.PeerIdText
+    addresses: StatusAddresses
+    mesh: wire.NameText
+    keyed: bool
+    public: bool
+    role: wire.NameText
+    version: wire.NameText
+    pid: wire.Count
+    uptime_s: Seconds
+    devices: Annotated[tuple[DeviceStatus, ...], msgspec.Meta(max_length=limits.DEVICES_MAX_COUNT)]
+    peer_count: wire.Count
+    view: ViewStatus | None = None
+    discovery: Annotated[tuple[str, ...], msgspec.Meta(max_length=limits.STATUS_DISCOVERY_MAX_COUNT)] = ()
