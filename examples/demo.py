@@ -64,8 +64,8 @@ class Child:
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        with self.log.open("w") as log:
-            for line in self.process.stdout:
+        with self.process.stdout as lines, self.log.open("w") as log:
+            for line in lines:
                 log.write(line)
                 log.flush()
                 if line.startswith("{"):
@@ -78,16 +78,23 @@ class Child:
         with self.log.open() as log:
             return "".join(deque(log, maxlen=LOG_TAIL_LINES)).rstrip() or "(it printed nothing)"
 
-    def stop(self) -> None:
-        """End the process: politely, then surely."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
-            try:
-                self.process.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-        self.reader.join(timeout=1.0)
+
+def end(children: Sequence[Child]) -> None:
+    """End every process: politely all at once, then surely. A second Ctrl-C skips the polite part."""
+    try:
+        for child in children:
+            if child.process.poll() is None:
+                child.process.send_signal(signal.SIGINT)
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        for child in children:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.process.wait(max(0.0, deadline - time.monotonic()))
+    finally:
+        for child in children:
+            if child.process.poll() is None:
+                child.process.kill()
+                child.process.wait()
+            child.reader.join(timeout=1.0)
 
 
 def node_command() -> list[str]:
@@ -117,8 +124,7 @@ def running_children(options: argparse.Namespace, steps: int, reports: Path) -> 
                 children.append(Child(f"trainer {number}", command, options.out / f"trainer-{number}.log", environment))
             yield children
         finally:
-            for child in reversed(children):
-                child.stop()
+            end(children)
 
 
 def describe(child: Child) -> tuple[str, ...]:

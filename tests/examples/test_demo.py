@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import sys
 
 import psutil
 import pytest
@@ -91,6 +93,18 @@ def test_interrupted_demo_ends_its_processes(processes, short_folder, tmp_path, 
     assert "interrupted" in err
     assert not any(child.is_running() for child in children)
     assert list(short_folder.iterdir()) == []
+
+
+def test_child_that_ignores_the_polite_signal_is_killed(load_example, tmp_path, monkeypatch):
+    demo = load_example("demo")
+    monkeypatch.setattr(demo, "STOP_TIMEOUT_S", 0.1)
+    deaf = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); print('{}', flush=True); signal.pause()"
+    child = demo.Child("deaf", [sys.executable, "-c", deaf], tmp_path / "deaf.log", dict(os.environ))
+    while child.latest is None:  # until it has said that it does not listen
+        child.reader.join(timeout=0.01)
+    demo.end([child])
+    assert child.process.returncode == -signal.SIGKILL
+    assert child.log_tail() == "{}"
 
 
 def test_different_weights_are_noticed(load_example):
