@@ -1,0 +1,238 @@
+"""The two tasks that own one link to one peer: a reader and a writer.
+
+The reader never stops reading: data for the running operation goes where the execution says, control messages go to the
+group, data of an operation that has failed is dropped, and the little that a peer may send ahead of this rank is
+held. So the end of a link is noticed at once, an abort is not stuck behind data, and after a failed operation links
+are in step for the next one. Two exceptions hold a peer back: a segment that cannot be taken before another peer's
+has come, and a peer that is too many operations ahead.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import trio
+
+from sparkle_mesh import limits, wire
+from sparkle_mesh.collectives.messages import (
+    Abort,
+    Begin,
+    Control,
+    Prepared,
+    data_operation,
+    decode_control,
+    is_data,
+)
+from sparkle_mesh.errors import ProtocolError
+from sparkle_mesh.transport.link import Link
+
+if TYPE_CHECKING:
+    from sparkle_mesh.collectives.executor import Incoming
+    from sparkle_mesh.collectives.group import CollectiveGroup
+    from sparkle_mesh.collectives.operation import Operation
+
+
+@dataclass(slots=True)
+class Ahead:
+    """What a peer has said about an operation that this rank has not come to."""
+
+    begin: Begin | None = None
+    abort: Abort | None = None
+    data: deque[tuple[bytes, bytearray]] = field(default_factory=deque)
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(len(payload) for _, payload in self.data)
+
+
+class Exchange:
+    """One link's reader and writer."""
+
+    def __init__(self, rank: int, link: Link, group: CollectiveGroup) -> None:
+        self.rank = rank
+        self.link = link
+        self.ahead: dict[int, Ahead] = {}
+        self.last_seen = "nothing yet"
+        self._group = group
+        self._outbox: deque[bytes] = deque()
+        self._wake = trio.Event()
+        self._scratch = np.empty(0, np.uint8)
+        self._replaying: trio.Event | None = None
+
+    # --- Writing ---------------------------------------------------------------------------------
+
+    def post(self, message: Control) -> None:
+        """Queue a control message; it goes before any data that is not on its way yet."""
+        if len(self._outbox) >= limits.COLLECTIVE_OUTBOX_MAX_COUNT:
+            self._group.peer_lost(self.rank, f"it has not taken {len(self._outbox)} messages")
+            return
+        self._outbox.append(wire.encode(message))
+        self.wake()
+
+    def wake(self) -> None:
+        """There may be something to send."""
+        self._wake.set()
+
+    async def write(self) -> None:
+        """Send what is queued and what the running operation has ready, for ever.
+
+        Raises
+        ------
+        LinkClosedError
+        """
+        while True:
+            if self._outbox:
+                await self.link.send(self._outbox.popleft())
+                continue
+            operation = self._group.operation
+            message = None
+            if operation is not None:
+                begun = self.rank in operation.agreement.begins
+                message = operation.execution.next_send(self.rank, begun, self.wake)
+            if operation is None or message is None:
+                self._wake = trio.Event()
+                await self._wake.wait()
+                continue
+            await self.link.send(message.header, (message.data,))
+            operation.execution.sent(self.rank, message)
+            self._group.progress(operation)
+
+    # --- Reading ---------------------------------------------------------------------------------
+
+    async def read(self) -> None:
+        """Take what comes, for ever.
+
+        Raises
+        ------
+        LinkClosedError
+            At the end of the link.
+        ProtocolError
+            If the peer breaks the protocol.
+        """
+        while True:
+            header, nbytes = await self.link.receive_header()
+            if is_data(header):
+                await self._data(bytes(header), nbytes)
+            elif nbytes:
+                raise ProtocolError(f"a control message came with a payload of {nbytes} bytes")
+            else:
+                await self._control(decode_control(header))
+
+    async def _control(self, message: Control) -> None:
+        group = self._group
+        if message.epoch != group.epoch:
+            raise ProtocolError(f"message of epoch {message.epoch} in epoch {group.epoch}")
+        if isinstance(message, Begin):
+            if message.lineage != group.lineage:
+                raise ProtocolError("the peer is in another lineage of the mesh")
+            self.last_seen = f"call {message.operation}, {message.description}"
+        while message.operation > group.number + limits.COLLECTIVE_OPERATIONS_AHEAD_MAX_COUNT:
+            await group.next_operation.wait()
+        if message.operation > group.number:
+            self._note_ahead(message)
+        elif group.operation is not None and message.operation == group.number:
+            group.heard(self.rank, message)
+
+    def _note_ahead(self, message: Control) -> None:
+        ahead = self.ahead.setdefault(message.operation, Ahead())
+        match message:
+            case Begin():
+                if ahead.begin is not None or ahead.abort is not None:
+                    raise ProtocolError(f"a second Begin of operation {message.operation}")
+                ahead.begin = message
+            case Abort():
+                ahead.abort = message
+                ahead.data.clear()
+            case Prepared():
+                raise ProtocolError(f"Prepared for operation {message.operation}, which this rank has not begun")
+
+    async def _data(self, header: bytes, nbytes: int) -> None:
+        group = self._group
+        if self._replaying is not None:
+            await self._replaying.wait()
+        operation = group.operation
+        if operation is not None:
+            expected = operation.execution.next_receive(self.rank)
+            if expected is not None and expected.header == header and not operation.execution.stopped:
+                await self._take(operation, expected, nbytes, None)
+                return
+        epoch, number = data_operation(memoryview(header))
+        if epoch != group.epoch:
+            raise ProtocolError(f"data of epoch {epoch} in epoch {group.epoch}")
+        if number > group.number:
+            await self._hold(number, header, nbytes)
+        elif operation is None or number < group.number or operation.execution.stopped:
+            await self.link.discard_payload()
+        else:
+            raise ProtocolError(f"data out of order in operation {number}")
+
+    async def _hold(self, number: int, header: bytes, nbytes: int) -> None:
+        ahead = self.ahead.get(number)
+        if ahead is None or ahead.begin is None or ahead.abort is not None:
+            raise ProtocolError(f"data of operation {number}, which the peer has not begun")
+        if ahead.held_bytes + nbytes > limits.COLLECTIVE_EAGER_MAX_BYTES:
+            raise ProtocolError(f"{nbytes} bytes of operation {number}, ahead of this rank, and past the limit")
+        payload = bytearray(nbytes)
+        if nbytes:
+            await self.link.receive_into((payload,))
+        if self._group.number < number:
+            ahead.data.append((header, payload))
+            return
+        # The operation began here while the payload was coming in; what was held before goes first.
+        if self._replaying is not None:
+            await self._replaying.wait()
+        operation = self._group.operation
+        if operation is not None and operation.number == number:
+            await self._replay_one(operation, header, payload)
+
+    def expect_replay(self) -> None:
+        """From now on, and until :meth:`replay` is done, the reader waits with data."""
+        self._replaying = trio.Event()
+
+    async def replay(self, operation: Operation, held: deque[tuple[bytes, bytearray]]) -> None:
+        """Feed what was held for ``operation`` into it."""
+        assert self._replaying is not None
+        while held:
+            await self._replay_one(operation, *held.popleft())
+        self._replaying.set()
+        self._replaying = None
+
+    async def _replay_one(self, operation: Operation, header: bytes, payload: bytearray) -> None:
+        expected = operation.execution.next_receive(self.rank)
+        if operation.execution.stopped:
+            return
+        if expected is None or expected.header != header:
+            raise ProtocolError(f"data out of order in operation {operation.number}")
+        await self._take(operation, expected, len(payload), payload)
+
+    async def _take(self, operation: Operation, expected: Incoming, nbytes: int, held: bytearray | None) -> None:
+        """Receive one segment to where it belongs, and reduce it."""
+        if nbytes != expected.nbytes:
+            raise ProtocolError(f"{nbytes} bytes came in operation {operation.number} where {expected.nbytes} belong")
+        execution, lane, step = operation.execution, expected.lane, expected.step
+        if lane.waiting[expected.index] and not await execution.ready(lane, expected.index):
+            if held is None:
+                await self.link.discard_payload()
+            return
+        if expected.reduction is None:
+            target = lane.work[step.start : step.stop]
+        else:
+            if self._scratch.size < nbytes:
+                self._scratch = np.empty(nbytes, np.uint8)
+            target = self._scratch[:nbytes].view(lane.dtype)
+        if held is None:
+            await self.link.receive_into((target,))
+        else:
+            target.view(np.uint8)[:] = held
+        if execution.stopped:
+            return
+        lane.done(expected.index)
+        if expected.reduction is not None:
+            if lane.waiting[expected.reduction] and not await execution.ready(lane, expected.reduction):
+                return
+            lane.reduce(expected.reduction, target)
+        execution.received(self.rank, expected)
+        self._group.progress(operation)

@@ -1,0 +1,290 @@
+"""Runs the plans of one operation over real arrays: what may be sent now, where a message belongs, what follows.
+
+It holds no link and starts no task: the tasks that own the links ask it what to send next and where to receive,
+and tell it when that is done. One :class:`Lane` runs one plan over one flat vector; an :class:`Execution` is the lanes of an
+operation, one after the other on every link.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import trio
+
+from sparkle_mesh import limits
+from sparkle_mesh.collectives.digest import segment_digest, whole_digest
+from sparkle_mesh.collectives.messages import encode_data
+from sparkle_mesh.collectives.plan import Plan
+from sparkle_mesh.collectives.reduction import Array, Reduction
+from sparkle_mesh.collectives.schedule import Copy, Receive, Reduce, Send, Space
+
+
+class Lane:
+    """One plan over one vector.
+
+    Parameters
+    ----------
+    plan
+        What to do.
+    source
+        The caller's data (or its staging): flat, never written.
+    work
+        A vector of the same dtype and length; holds the result at the end, unless the plan's result is its input.
+    reduction
+        How to combine.
+    key
+        Of the digests.
+    """
+
+    __slots__ = ("_key", "_reduction", "digests", "dtype", "plan", "source", "undigested", "waiters", "waiting", "work")
+
+    def __init__(self, plan: Plan, source: Array, work: Array, reduction: Reduction, key: bytes) -> None:
+        self.plan = plan
+        self.source = source
+        self.work = work
+        self.dtype = source.dtype
+        self.waiting = list(plan.waits_for)
+        self.waiters: dict[int, Callable[[], None]] = {}
+        self.digests = [b""] * len(plan.digests)
+        self.undigested = len(self.digests)
+        self._reduction = reduction
+        self._key = key
+
+    def start(self) -> None:
+        """Do the local steps that wait for nothing."""
+        for index in self.plan.copies:
+            if not self.waiting[index]:
+                self._copy(index)
+
+    def data_to_send(self, step: Send) -> Array:
+        """Return the elements that ``step`` sends."""
+        space = self.source if step.source is Space.INPUT else self.work
+        return space[step.start : step.stop]
+
+    def reduce(self, index: int, received: Array) -> None:
+        """Do the reduction ``index`` with what came into scratch."""
+        step = self.plan.schedule.steps[index]
+        assert isinstance(step, Reduce)
+        part = slice(step.start, step.stop)
+        operand = self.source if step.operand is Space.INPUT else self.work
+        self._reduction.combine(received, operand[part], self.work[part], step.finish)
+        self.done(index)
+
+    def done(self, index: int) -> None:
+        """Step ``index`` is done: take its digest if it is final, and let those go on that waited for it."""
+        plan = self.plan
+        order = plan.digests.get(index)
+        if order is not None:
+            step = plan.schedule.steps[index]
+            result = self.source if plan.schedule.result is Space.INPUT else self.work
+            self.digests[order] = segment_digest(self._key, result[step.start : step.stop])
+            self.undigested -= 1
+        waiting = self.waiting
+        for later in plan.dependents[index]:
+            waiting[later] -= 1
+            if not waiting[later]:
+                if later in self.waiters:
+                    self.waiters.pop(later)()
+                elif isinstance(plan.schedule.steps[later], Copy):
+                    self._copy(later)
+
+    def _copy(self, index: int) -> None:
+        step = self.plan.schedule.steps[index]
+        self.work[step.start : step.stop] = self.source[step.start : step.stop]
+        self.done(index)
+
+
+class Outgoing:
+    """The next message to a peer: ``header`` and ``data``; say :meth:`Execution.sent` once it is gone."""
+
+    __slots__ = ("data", "header", "index", "lane")
+
+    def __init__(self, lane: Lane, index: int, header: bytes, data: Array) -> None:
+        self.lane = lane
+        self.index = index
+        self.header = header
+        self.data = data
+
+
+class Incoming:
+    """The next message that a peer must send, as its ``header`` and ``nbytes``, and where it belongs."""
+
+    __slots__ = ("header", "index", "lane", "nbytes", "reduction", "step")
+
+    def __init__(self, lane: Lane, index: int, reduction: int | None, step: Receive, header: bytes) -> None:
+        self.lane = lane
+        self.index = index
+        self.reduction = reduction
+        self.step = step
+        self.header = header
+        self.nbytes = (step.stop - step.start) * lane.dtype.itemsize
+
+
+class Execution:
+    """The lanes of one operation, and how far each link has come.
+
+    Attributes
+    ----------
+    stopped
+        Set when the operation has failed: nothing more is sent, what comes is dropped.
+    sends_left
+        Messages not yet handed to a link.
+    bytes_sent
+        Payload bytes handed to links.
+    """
+
+    def __init__(self, lanes: Sequence[Lane], epoch: int, operation: int) -> None:
+        self.stopped = False
+        self.bytes_sent = 0
+        self._lanes = lanes
+        self._key = (epoch, operation)
+        self._sends: dict[int, list[tuple[int, int]]] = {}
+        self._receives: dict[int, list[tuple[int, int, int | None]]] = {}
+        self._sent: dict[int, int] = {}
+        self._in_flight: dict[int, int] = {}
+        self._received: dict[int, int] = {}
+        self._eager: dict[int, int] = {}
+        for number, lane in enumerate(lanes):
+            for peer, sends in lane.plan.sends.items():
+                self._sends.setdefault(peer, []).extend((number, index) for index in sends)
+            for peer, receives in lane.plan.receives.items():
+                self._receives.setdefault(peer, []).extend((number, *pair) for pair in receives)
+        self.sends_left = sum(len(sends) for sends in self._sends.values())
+        for lane in lanes:
+            lane.start()
+
+    @property
+    def complete(self) -> bool:
+        """Whether this rank holds the whole result."""
+        return not any(lane.undigested for lane in self._lanes)
+
+    def digest(self, key: bytes) -> bytes:
+        """Return the digest of the whole result."""
+        return whole_digest(key, [part for lane in self._lanes for part in lane.digests])
+
+    def next_send(self, peer: int, begun: bool, wake: Callable[[], None]) -> Outgoing | None:
+        """Return the next message to ``peer`` if it can be sent now; else ``wake`` is called when to ask again.
+
+        Parameters
+        ----------
+        peer
+            To whom.
+        begun
+            Whether the peer is known to have begun this operation. Until then only
+            ``limits.COLLECTIVE_EAGER_MAX_BYTES`` are sent, which is what a peer holds for an operation it
+            has not come to; its Begin is the credit for the rest. (The caller asks again when it comes.)
+        wake
+            Called at most once.
+        """
+        position = self._sent.get(peer, 0)
+        queue = self._sends.get(peer, ())
+        if self.stopped or position >= len(queue):
+            return None
+        number, index = queue[position]
+        lane = self._lanes[number]
+        if lane.waiting[index]:
+            lane.waiters[index] = wake
+            return None
+        step = lane.plan.schedule.steps[index]
+        assert isinstance(step, Send)
+        data = lane.data_to_send(step)
+        if not begun:
+            eager = self._eager.get(peer, 0) + data.nbytes
+            if eager > limits.COLLECTIVE_EAGER_MAX_BYTES:
+                return None
+            self._eager[peer] = eager
+        self._sent[peer] = position + 1
+        self._in_flight[peer] = self._in_flight.get(peer, 0) + 1
+        return Outgoing(lane, index, encode_data(number, step.round, step.segment, *self._key), data)
+
+    def sent(self, peer: int, message: Outgoing) -> None:
+        """``message`` to ``peer`` is with the operating system; its elements may change."""
+        if self._in_flight.get(peer):
+            self.sends_left -= 1
+            self._in_flight[peer] -= 1
+        self.bytes_sent += message.data.nbytes
+        message.lane.done(message.index)
+
+    def next_receive(self, peer: int) -> Incoming | None:
+        """Return what ``peer`` must send next; None if it has sent everything."""
+        position = self._received.get(peer, 0)
+        queue = self._receives.get(peer, ())
+        if position >= len(queue):
+            return None
+        number, index, reduction = queue[position]
+        lane = self._lanes[number]
+        step = lane.plan.schedule.steps[index]
+        assert isinstance(step, Receive)
+        return Incoming(lane, index, reduction, step, encode_data(number, step.round, step.segment, *self._key))
+
+    async def ready(self, lane: Lane, index: int) -> bool:
+        """Wait until step ``index`` may be done; False if the operation was stopped meanwhile."""
+        while lane.waiting[index] and not self.stopped:
+            event = trio.Event()
+            lane.waiters[index] = event.set
+            await event.wait()
+        return not self.stopped
+
+    def received(self, peer: int, message: Incoming) -> None:
+        """``message`` has come and was dealt with."""
+        self._received[peer] = self._received.get(peer, 0) + 1
+
+    def expects(self, peer: int) -> bool:
+        """Whether ``peer`` still has to send something."""
+        return self._received.get(peer, 0) < len(self._receives.get(peer, ()))
+
+    def forget_sends(self, peer: int) -> None:
+        """``peer`` is gone and has had all it needs: what was not sent, or not to the end, need not be."""
+        queue = self._sends.get(peer, [])
+        self.sends_left -= len(queue) - self._sent.get(peer, 0) + self._in_flight.pop(peer, 0)
+        self._sent[peer] = len(queue)
+
+    def stop(self) -> None:
+        """Give up: wake whoever waits for a step."""
+        self.stopped = True
+        for lane in self._lanes:
+            waiters, lane.waiters = list(lane.waiters.values()), {}
+            for wake in waiters:
+                wake()
+
+
+class BufferPool:
+    """Keeps large buffers for the next operation: touching fresh memory costs more than reducing into it.
+
+    Holds at most ``limits.COLLECTIVE_BUFFERS_POOLED_MAX_COUNT`` buffers of together at most
+    ``limits.COLLECTIVE_BUFFERS_POOLED_MAX_BYTES``, the most recently used ones.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[Array] = []
+
+    def take(self, count: int, dtype: np.dtype[Any]) -> Array:
+        """Return a vector with undefined contents."""
+        nbytes = count * dtype.itemsize
+        fitting = [buffer for buffer in self._free if nbytes <= buffer.nbytes <= 2 * nbytes]
+        if fitting:
+            best = min(fitting, key=lambda buffer: buffer.nbytes)
+            self._free = [buffer for buffer in self._free if buffer is not best]
+        else:
+            best = np.empty(nbytes, np.uint8)
+        return best[:nbytes].view(dtype)
+
+    def give(self, vector: Array) -> None:
+        """Take back a vector from :meth:`take` that nothing uses any more."""
+        buffer = vector
+        while isinstance(buffer.base, np.ndarray):
+            buffer = buffer.base
+        if buffer.nbytes:
+            self._free.append(buffer)
+        while (
+            len(self._free) > limits.COLLECTIVE_BUFFERS_POOLED_MAX_COUNT
+            or self.nbytes > limits.COLLECTIVE_BUFFERS_POOLED_MAX_BYTES
+        ):
+            self._free.pop(0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept."""
+        return sum(buffer.nbytes for buffer in self._free)

@@ -1,0 +1,525 @@
+"""Collectives among the ranks of one view.
+
+Every call is one *operation*, numbered alike on every rank. A rank tells all others what it has called and starts to send
+without waiting for them; it takes the result only once all ranks hold it with the same digest. Until then the
+caller's arrays are as they were, so that any failure leaves them untouched on the ranks that raise.
+
+How an operation ends:
+
+- all ranks called the same and hold the same bytes: it returns, on every rank;
+- ranks called different things: `MismatchError`, with the same text on every rank; the next call works again;
+- a rank gave up (cancelled, out of time) before it held the result: that rank raises its own error and every other
+  rank `CollectiveAbortedError`, at once; the next call works again;
+- a rank was lost: `PeerLostError` on every rank, now and for every later call: this group has ended;
+- a rank gave up after it held the result, when the others may have returned with it already: it cannot know, so it
+  leaves (`OutcomeUnknownError`), and the others find it lost.
+
+A rank that dies just as the last confirmations are on their way can leave some ranks with the result and others with
+`PeerLostError`; all of them find the group ended at the next call.
+
+Calls from several tasks take turns in the order in which they were made.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import trio
+
+from sparkle_mesh import limits
+from sparkle_mesh.collectives.agreement import Agreement, name_ranks
+from sparkle_mesh.collectives.arrays import Arrays, check_arrays
+from sparkle_mesh.collectives.broadcast import chain_broadcast, tree_broadcast
+from sparkle_mesh.collectives.cost import choose_algorithm, segment_bytes
+from sparkle_mesh.collectives.digest import digest_key
+from sparkle_mesh.collectives.exchange import Exchange
+from sparkle_mesh.collectives.executor import BufferPool, Execution, Lane
+from sparkle_mesh.collectives.messages import Abort, Begin, Control, Prepared, call_digest
+from sparkle_mesh.collectives.operation import Operation, Outcome
+from sparkle_mesh.collectives.plan import Plan, cached_plan
+from sparkle_mesh.collectives.reduction import Reduction, check_dtype, check_op
+from sparkle_mesh.collectives.ring import ring_all_reduce
+from sparkle_mesh.collectives.schedule import Schedule
+from sparkle_mesh.collectives.tree import tree_all_reduce
+from sparkle_mesh.errors import (
+    CollectiveAbortedError,
+    CollectiveTimeoutError,
+    LinkClosedError,
+    MeshClosedError,
+    OutcomeUnknownError,
+    PeerLostError,
+    ProtocolError,
+    SparkleError,
+    UsageError,
+)
+from sparkle_mesh.transport.link import Link
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Into how many streams an algorithm divides a vector, for choosing the size of segments.
+_STREAMS: dict[str, Callable[[int], int]] = {"ring": lambda size: size, "tree": lambda _: 2}
+_ALGORITHMS: dict[str, Callable[..., Schedule]] = {
+    "ring": ring_all_reduce,
+    "tree": tree_all_reduce,
+    "chain": chain_broadcast,
+    "binary_tree": tree_broadcast,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What the caller asked for, checked."""
+
+    kind: str
+    algorithm: str
+    arrays: Arrays
+    op: str = "sum"
+    root: int | None = None
+
+    def signature(self) -> tuple[object, ...]:
+        return (1, self.kind, self.algorithm, self.op, self.root, self.arrays.signature())
+
+    def describe(self) -> str:
+        match self.kind:
+            case "all_reduce":
+                text = f"all_reduce({self.arrays.describe()}, op={self.op!r}, algorithm={self.algorithm!r})"
+            case "broadcast":
+                text = f"broadcast({self.arrays.describe()}, root={self.root})"
+            case _:
+                text = "barrier()"
+        limit = limits.COLLECTIVE_DESCRIPTION_MAX_CHARS
+        return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+class CollectiveGroup:
+    """The ranks of one view, and this one among them.
+
+    Parameters
+    ----------
+    rank, size
+        This rank's place, and how many there are.
+    links
+        A link to every other rank. The group uses them alone from now on and closes one only when its peer is lost.
+    lineage, epoch
+        Of the view; the same on every rank.
+    describe_rank
+        Turns a rank into what error messages call it, such as ``rank 2 (12D3KooW…)``.
+
+    Attributes
+    ----------
+    last_outcome
+        Of the last collective that succeeded; None before.
+    protocol_errors
+        How many links were closed because their peers broke the protocol.
+
+    Notes
+    -----
+    :meth:`run` must be running for anything but a group of one. Nothing here is for more than one thread.
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        size: int,
+        links: Mapping[int, Link],
+        lineage: bytes,
+        epoch: int,
+        describe_rank: Callable[[int], str] = lambda rank: f"rank {rank}",
+    ) -> None:
+        if not 0 <= rank < size or size > limits.MESH_MEMBERS_MAX_COUNT:
+            raise UsageError(f"rank {rank} of {size} is not a rank of a group")
+        others = [other for other in range(size) if other != rank]
+        if sorted(links) != others:
+            raise UsageError(f"rank {rank} of {size} needs links to {others}, not to {sorted(links)}")
+        self.rank = rank
+        self.size = size
+        self.lineage = lineage
+        self.epoch = epoch
+        self.last_outcome: Outcome | None = None
+        self.protocol_errors = 0
+        #: The operation in flight and the number of the last one begun; for the exchanges.
+        self.operation: Operation | None = None
+        self.number = 0
+        self.next_operation = trio.Event()
+        self._describe = describe_rank
+        self._key = digest_key(lineage)
+        self._exchanges = {other: Exchange(other, link, self) for other, link in links.items()}
+        self._lost: dict[int, str] = {}
+        self._ended: SparkleError | None = None
+        self._turn = trio.Lock()
+        self._pool = BufferPool()
+        self._nursery: trio.Nursery | None = None
+        self._ran = False
+
+    # --- What callers use ------------------------------------------------------------------------
+
+    async def all_reduce(
+        self,
+        data: T,
+        op: str = "sum",
+        *,
+        algorithm: str = "auto",
+        timeout_s: float = limits.COLLECTIVE_TIMEOUT_S,
+    ) -> T:
+        """Combine the arrays of all ranks, element by element; every rank ends with the same bits.
+
+        Parameters
+        ----------
+        data
+            An array, or a list, tuple or dict of arrays (:mod:`sparkle_mesh.collectives.arrays`), float32, float64 or
+            integer; the same shapes, dtypes and keys on every rank. Reduced in place.
+        op
+            ``"sum"`` or ``"mean"``.
+        algorithm
+            ``"auto"``, ``"ring"`` or ``"tree"``.
+        timeout_s
+            How long to wait for the other ranks.
+
+        Returns
+        -------
+        The very object that was passed.
+
+        Raises
+        ------
+        UsageError
+            For data, an op or an algorithm that cannot be; nothing was sent.
+        MismatchError, DivergenceError, CollectiveTimeoutError, CollectiveAbortedError, PeerLostError,
+        OutcomeUnknownError, MeshClosedError
+            See the module's text. The arrays are as they were.
+        """
+
+        def check(dtype: np.dtype[Any], label: str) -> None:
+            check_dtype(dtype, label)
+            check_op(op, dtype, label)
+
+        check_op(op, np.dtype(np.float32), "the data")
+        arrays = check_arrays(data, check)
+        name = choose_algorithm(arrays.nbytes, self.size, asked=algorithm)
+        await self._perform(_Call("all_reduce", name, arrays, op), timeout_s)
+        return data
+
+    async def broadcast(self, data: T, root: int = 0, *, timeout_s: float = limits.COLLECTIVE_TIMEOUT_S) -> T:
+        """Overwrite the arrays of all ranks with those of ``root``.
+
+        Parameters and errors are as for :meth:`all_reduce`; the root's own arrays may be read-only.
+        """
+        if isinstance(root, bool) or not isinstance(root, int) or not 0 <= root < self.size:
+            raise UsageError(f"root {root!r} is not a rank: there are ranks 0 to {self.size - 1}")
+        arrays = check_arrays(data, check_dtype, written=self.rank != root)
+        name = choose_algorithm(arrays.nbytes, self.size, kind="broadcast")
+        await self._perform(_Call("broadcast", name, arrays, root=root), timeout_s)
+        return data
+
+    async def barrier(self, *, timeout_s: float = limits.COLLECTIVE_TIMEOUT_S) -> None:
+        """Return once every rank has called it. Errors are as for :meth:`all_reduce`."""
+        await self._perform(_Call("barrier", "direct", Arrays("list", ())), timeout_s)
+
+    # --- What the owner uses ---------------------------------------------------------------------
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve the links until cancelled; calls need it running.
+
+        Raises
+        ------
+        UsageError
+            If it was run before.
+        """
+        if self._ran:
+            raise UsageError("run() of a collective group can be called once")
+        self._ran = True
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                for exchange in self._exchanges.values():
+                    nursery.start_soon(self._serve, exchange, exchange.read)
+                    nursery.start_soon(self._serve, exchange, exchange.write)
+                task_status.started()
+                await trio.sleep_forever()
+        finally:
+            self._nursery = None
+            self._end(MeshClosedError("the mesh was left while the collective was in flight"))
+
+    def peer_lost(self, rank: int, reason: str) -> None:
+        """``rank`` is gone: the operation in flight and all later ones raise PeerLostError.
+
+        An operation whose last word from that rank has been heard still ends well: a rank may leave right after
+        its last collective.
+        """
+        if rank in self._lost or rank not in self._exchanges:
+            return
+        self._lost[rank] = reason[: limits.REASON_MAX_CHARS]
+        if self._nursery is not None:
+            self._nursery.start_soon(self._exchanges[rank].link.aclose)
+        operation = self.operation
+        if operation is None or operation.finished.is_set():
+            return
+        if rank in operation.agreement.prepared and not operation.execution.expects(rank):
+            operation.execution.forget_sends(rank)
+            self.progress(operation)
+        else:
+            self._abort(operation, self._lost_error(), cause="lost", lost=rank, reason=reason)
+
+    def close(self) -> None:
+        """Let the operation in flight and all later calls raise MeshClosedError. The links are their owner's to close."""
+        self._end(MeshClosedError("the mesh was closed"))
+
+    # --- What the exchanges use ------------------------------------------------------------------
+
+    def heard(self, rank: int, message: Control) -> None:
+        """``rank`` said ``message`` about the operation in flight. Raises ProtocolError."""
+        operation = self.operation
+        assert operation is not None
+        agreement = operation.agreement
+        if operation.finished.is_set():
+            return
+        match message:
+            case Begin():
+                if rank in agreement.begins:
+                    raise ProtocolError(f"a second Begin of operation {message.operation}")
+                agreement.begun(rank, message)
+                if agreement.mismatched:
+                    operation.execution.stop()
+                self._exchanges[rank].wake()
+            case Prepared():
+                if rank not in agreement.begins or rank in agreement.prepared:
+                    raise ProtocolError(f"Prepared out of order in operation {message.operation}")
+                agreement.prepared[rank] = message.digest
+            case Abort():
+                self._aborted(operation, rank, message)
+                return
+        self.progress(operation)
+
+    def progress(self, operation: Operation) -> None:
+        """Something was sent, received or said: see whether a next stage is reached."""
+        agreement, execution = operation.agreement, operation.execution
+        if operation.finished.is_set() or not (execution.stopped or execution.complete):
+            return
+        if not operation.sent_prepared and not execution.stopped and execution.complete and not agreement.absent:
+            operation.sent_prepared = True
+            digest = execution.digest(self._key)
+            agreement.prepared[self.rank] = digest
+            self._post(Prepared(epoch=self.epoch, operation=operation.number, digest=digest))
+        if agreement.settled:
+            error = agreement.verdict(self._describe)
+            if error is not None:
+                operation.fail(error)
+            elif not execution.sends_left:
+                operation.finished.set()
+
+    # --- One operation ---------------------------------------------------------------------------
+
+    async def _perform(self, call: _Call, timeout_s: float) -> None:
+        if not timeout_s > 0:
+            raise UsageError(f"timeout_s is {timeout_s!r}; it must be above 0")
+        started = trio.current_time()
+        operation: Operation | None = None
+        with trio.move_on_after(timeout_s) as scope:
+            async with self._turn:
+                operation = self._start(call)
+                try:
+                    await operation.finished.wait()
+                except BaseException as stop:
+                    if not operation.finished.is_set():
+                        timed_out = isinstance(stop, trio.Cancelled) and trio.current_time() >= scope.deadline
+                        self._give_up(operation, f"in {timeout_s:g} s" if timed_out else None)
+                    raise
+                finally:
+                    self._finish(operation)
+        if operation is None:
+            raise CollectiveTimeoutError(
+                f"{call.describe()} did not start in {timeout_s:g} s: an earlier call is in flight"
+            )
+        if operation.failure is not None:
+            raise operation.failure
+        self.last_outcome = Outcome(
+            kind=call.kind,
+            algorithm=call.algorithm,
+            contributors=(call.root,) if call.root is not None else tuple(range(self.size)),
+            epoch=self.epoch,
+            operation=operation.number,
+            bytes=call.arrays.nbytes,
+            bytes_sent=operation.execution.bytes_sent,
+            seconds=trio.current_time() - started,
+        )
+
+    def _start(self, call: _Call) -> Operation:
+        if self._ended is not None:
+            raise type(self._ended)(str(self._ended))
+        if self._nursery is None and self.size > 1:
+            raise UsageError("run() of the collective group must be running before its collectives are called")
+        # First whatever may fail on this rank alone: once it has a number, the others wait for it.
+        buckets, lanes = self._lanes(call)
+        self.number += 1
+        begin = Begin(
+            epoch=self.epoch,
+            lineage=self.lineage,
+            operation=self.number,
+            kind=call.kind,
+            digest=call_digest(call.signature()),
+            description=call.describe(),
+        )
+        if self._lost:
+            # Tell the others, who may not have noticed, so that nobody waits for this rank.
+            rank = min(self._lost)
+            self._post(self._abort_message("lost", lost=rank, reason=self._lost[rank]))
+            raise self._lost_error()
+        execution = Execution(lanes, self.epoch, self.number)
+        operation = Operation(begin, Agreement(self.size, self.rank, begin), execution, buckets, lanes)
+        self.operation = operation
+        began, self.next_operation = self.next_operation, trio.Event()
+        began.set()
+        self._post(begin)
+        for rank, exchange in self._exchanges.items():
+            ahead = exchange.ahead.pop(self.number, None)
+            if ahead is None or operation.finished.is_set():
+                continue
+            if ahead.begin is not None:
+                self.heard(rank, ahead.begin)
+            if ahead.abort is not None:
+                self.heard(rank, ahead.abort)
+            if ahead.data:
+                assert self._nursery is not None
+                exchange.expect_replay()
+                self._nursery.start_soon(self._serve, exchange, exchange.replay, operation, ahead.data)
+        self.progress(operation)
+        return operation
+
+    def _lanes(self, call: _Call) -> tuple[list[Any], list[Lane]]:
+        receiving_only = call.root is not None and call.root != self.rank
+        buckets = call.arrays.buckets(self._pool.take, fill=not receiving_only)
+        reduction = Reduction(call.op, self.size)
+        lanes = []
+        for bucket in buckets:
+            plan = self._plan(call, bucket.data.size, bucket.data.dtype.itemsize)
+            work = self._pool.take(bucket.data.size, bucket.data.dtype) if plan.schedule.steps else bucket.data
+            lanes.append(Lane(plan, bucket.data, work, reduction, self._key))
+        return buckets, lanes
+
+    def _plan(self, call: _Call, count: int, item_bytes: int) -> Plan:
+        streams = _STREAMS[call.algorithm](self.size) if call.algorithm in _STREAMS else 1
+        segment = max(segment_bytes(count * item_bytes, streams) // item_bytes, 1)
+        arguments = (self.rank, self.size, count, segment)
+        if call.root is not None:
+            arguments += (call.root,)  # type: ignore[assignment]
+        return cached_plan(_ALGORITHMS[call.algorithm], *arguments)
+
+    def _finish(self, operation: Operation) -> None:
+        self.operation = None
+        if not operation.succeeded:
+            # Links may still be busy with its buffers: they are dropped, not reused.
+            return
+        operation.commit()
+        for bucket, lane in zip(operation.buckets, operation.lanes, strict=True):
+            if lane.work is not bucket.data:
+                self._pool.give(lane.work)
+            if bucket.staged:
+                self._pool.give(bucket.data)
+
+    # --- Failure ---------------------------------------------------------------------------------
+
+    def _give_up(self, operation: Operation, timed_out: str | None) -> None:
+        """The caller stops waiting: because it was cancelled, or because time ran out."""
+        what = f"{operation.begin.description}, call number {operation.number},"
+        if operation.sent_prepared:
+            text = f"{what} was given up when this rank held the result and others may have returned with it already"
+            self._end(OutcomeUnknownError(f"{text}; this rank has left: join again and synchronise"))
+            if self._nursery is not None:
+                for exchange in self._exchanges.values():
+                    self._nursery.start_soon(exchange.link.aclose)
+            return
+        if timed_out is None:
+            error: SparkleError = CollectiveAbortedError(f"{what} was cancelled")
+            self._abort(operation, error, cause="cancelled", reason="its call was cancelled")
+        else:
+            text = f"did not finish {timed_out}: {self._who_is_missing(operation)}"
+            self._abort(operation, CollectiveTimeoutError(f"{what} {text}"), cause="timeout", reason=text)
+
+    def _who_is_missing(self, operation: Operation) -> str:
+        absent = operation.agreement.absent
+        if absent:
+            return "; ".join(
+                f"{self._describe(rank)} has not called it (last heard of: {self._exchanges[rank].last_seen})"
+                for rank in absent
+            )
+        missing = [rank for rank in operation.agreement.unprepared if rank != self.rank]
+        return f"all ranks have called it, but {name_ranks(missing, self._describe)} did not finish"
+
+    def _aborted(self, operation: Operation, rank: int, message: Abort) -> None:
+        if message.cause == "lost" and message.lost is not None:
+            told = f"{message.reason} (as {self._describe(rank)} tells)"
+            lost = rank if message.lost == self.rank else message.lost
+            if lost == rank:
+                told = f"it has lost its link to this rank: {message.reason}"
+            self.peer_lost(lost, told)
+            if operation.finished.is_set():
+                return
+            # The rank that tells will not finish, even if the lost one's part is here.
+            self._abort(operation, self._lost_error(), cause="lost", lost=lost, reason=told)
+            return
+        text = (
+            f"{operation.begin.description}, call number {operation.number}, was given up by "
+            f"{self._describe(message.origin)}: {message.reason}"
+        )
+        error = CollectiveAbortedError(text)
+        self._abort(operation, error, cause=message.cause, origin=message.origin, reason=message.reason)
+
+    def _abort(
+        self,
+        operation: Operation,
+        error: SparkleError,
+        *,
+        cause: str,
+        origin: int | None = None,
+        lost: int | None = None,
+        reason: str = "",
+    ) -> None:
+        """Fail ``operation`` here and, passing the news on, everywhere."""
+        operation.fail(error)
+        self._post(self._abort_message(cause, origin=origin, lost=lost, reason=reason))
+
+    def _abort_message(
+        self, cause: str, *, origin: int | None = None, lost: int | None = None, reason: str = ""
+    ) -> Abort:
+        return Abort(
+            epoch=self.epoch,
+            operation=self.number,
+            cause=cause,
+            origin=self.rank if origin is None else origin,
+            lost=lost,
+            reason=reason[: limits.REASON_MAX_CHARS],
+        )
+
+    def _lost_error(self) -> PeerLostError:
+        lost = "; ".join(f"{self._describe(rank)}: {reason}" for rank, reason in sorted(self._lost.items()))
+        return PeerLostError(f"lost {lost}. {self._describe(self.rank)} cannot go on in this view; join again")
+
+    def _end(self, error: SparkleError) -> None:
+        """No further calls."""
+        if self._ended is None:
+            self._ended = error
+        operation = self.operation
+        if operation is not None and not operation.finished.is_set():
+            operation.fail(type(error)(str(error)))
+
+    def _post(self, message: Control) -> None:
+        for rank, exchange in self._exchanges.items():
+            if rank not in self._lost:
+                exchange.post(message)
+
+    async def _serve(self, exchange: Exchange, work: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+        """Run one of an exchange's tasks; when its link ends or its peer misbehaves, the peer is lost."""
+        try:
+            await work(*arguments)
+        except LinkClosedError as error:
+            self.peer_lost(exchange.rank, str(error) or "its link was closed")
+        except ProtocolError as error:
+            self.protocol_errors += 1
+            _log.warning("closing the link to %s: %s", self._describe(exchange.rank), error)
+            self.peer_lost(exchange.rank, f"it broke the protocol: {error}")

@@ -1,0 +1,124 @@
+"""What ranks say to each other over their links.
+
+Every message names the epoch and the operation. Control messages are MessagePack and come as a link message's
+header with no payload; data has a fixed 20-byte header, because there is one per segment. The first byte tells them
+apart: a control message is a MessagePack map, whose first byte is never 1.
+
+One operation, seen from one rank: it sends :class:`Begin` to all; data follows as its schedule says; once it holds
+the whole result it sends :class:`Prepared` with its digest to all; once all have prepared with the same digest
+the result stands. :class:`Abort` at any time before that ends the operation on every rank.
+"""
+
+from __future__ import annotations
+
+import struct
+from hashlib import sha256
+from typing import Annotated, TypeAlias
+
+import msgspec
+
+from sparkle_mesh import limits, wire
+
+_Rank = Annotated[int, msgspec.Meta(ge=0, lt=limits.MESH_MEMBERS_MAX_COUNT)]
+_Operation = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
+_Epoch = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
+_Word = Annotated[str, msgspec.Meta(max_length=32)]
+_Lineage = Annotated[bytes, msgspec.Meta(max_length=32)]
+_Tag = Annotated[str, msgspec.Meta(max_length=limits.NAME_MAX_CHARS)]
+_Description = Annotated[str, msgspec.Meta(max_length=limits.COLLECTIVE_DESCRIPTION_MAX_CHARS)]
+
+
+class Begin(wire.Message, frozen=True, kw_only=True, tag="begin"):
+    """A rank has called a collective.
+
+    Attributes
+    ----------
+    epoch, lineage
+        The view it runs over.
+    operation
+        Its number, counted from 1 by every rank's calls.
+    tag
+        Keeps concurrent streams of operations apart; empty for the one stream there is.
+    incarnation
+        The sender's, where the link alone does not tell; may be empty.
+    kind
+        ``all_reduce``, ``broadcast`` or ``barrier``.
+    digest
+        Of everything all ranks must have in common: equal digests, equal calls.
+    description
+        The same for people: ``all_reduce(float32[3, 4], op='sum')``. May be shortened.
+    """
+
+    epoch: _Epoch
+    lineage: _Lineage
+    operation: _Operation
+    tag: _Tag = ""
+    incarnation: Annotated[bytes, msgspec.Meta(max_length=16)] = b""
+    kind: _Word
+    digest: wire.Bytes32
+    description: _Description
+
+
+class Prepared(wire.Message, frozen=True, kw_only=True, tag="prepared"):
+    """A rank holds the whole result, with this digest, and awaits that the others do."""
+
+    epoch: _Epoch
+    operation: _Operation
+    digest: wire.Bytes16
+
+
+class Abort(wire.Message, frozen=True, kw_only=True, tag="abort"):
+    """An operation has failed; passed on by every rank that learns of it.
+
+    Attributes
+    ----------
+    cause
+        ``cancelled``, ``timeout``, ``lost`` (see ``lost``) or another word for what ended it.
+    origin
+        The rank that ended it.
+    lost
+        The rank whose loss ended it.
+    reason
+        For people.
+    """
+
+    epoch: _Epoch
+    operation: _Operation
+    cause: _Word
+    origin: _Rank
+    lost: _Rank | None = None
+    reason: wire.ReasonText = ""
+
+
+Control: TypeAlias = Begin | Prepared | Abort
+
+# kind, lane (which bucket of the operation), round, segment, epoch, operation.
+_DATA = struct.Struct("<BBHIIQ")
+DATA_KIND = 1
+DATA_HEADER_BYTES = _DATA.size
+
+
+def encode_data(lane: int, turn: int, segment: int, epoch: int, operation: int) -> bytes:
+    """Return the header of one segment's message."""
+    return _DATA.pack(DATA_KIND, lane, turn, segment, epoch, operation)
+
+
+def is_data(header: memoryview) -> bool:
+    """Whether ``header`` is that of a data message."""
+    return len(header) == DATA_HEADER_BYTES and header[0] == DATA_KIND
+
+
+def data_operation(header: memoryview) -> tuple[int, int]:
+    """Return ``(epoch, operation)`` of a data header."""
+    fields = _DATA.unpack(header)
+    return fields[4], fields[5]
+
+
+def decode_control(header: memoryview) -> Control:
+    """Decode a control message. Raises ProtocolError."""
+    return wire.decode(header, Control, max_bytes=limits.LINK_HEADER_MAX_BYTES)  # type: ignore[arg-type]
+
+
+def call_digest(parts: tuple[object, ...]) -> bytes:
+    """Return the digest that equal calls share, over anything made of text, numbers and tuples."""
+    return sha256(msgspec.msgpack.encode(parts)).digest()

@@ -1,0 +1,78 @@
+"""One call of a collective, from its begin to its outcome."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import trio
+
+from sparkle_mesh.collectives.agreement import Agreement
+from sparkle_mesh.collectives.arrays import Bucket
+from sparkle_mesh.collectives.executor import Execution, Lane
+from sparkle_mesh.collectives.messages import Begin
+from sparkle_mesh.collectives.schedule import Space
+from sparkle_mesh.errors import SparkleError
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How the last collective went.
+
+    Attributes
+    ----------
+    kind, algorithm
+        ``all_reduce`` by ``ring``, for example.
+    contributors
+        The ranks whose data is in the result.
+    epoch, operation
+        The view's epoch, and the number of the call in it.
+    bytes
+        Of the caller's arrays.
+    bytes_sent
+        Payload that this rank sent to others.
+    seconds
+        From the call to its return.
+    """
+
+    kind: str
+    algorithm: str
+    contributors: tuple[int, ...]
+    epoch: int
+    operation: int
+    bytes: int
+    bytes_sent: int
+    seconds: float
+
+
+@dataclass(slots=True)
+class Operation:
+    """A collective in flight on this rank. Ends once: with ``failure``, or without one."""
+
+    begin: Begin
+    agreement: Agreement
+    execution: Execution
+    buckets: list[Bucket]
+    lanes: list[Lane]
+    finished: trio.Event = field(default_factory=trio.Event)
+    failure: SparkleError | None = None
+    sent_prepared: bool = False
+
+    @property
+    def number(self) -> int:
+        return self.begin.operation
+
+    @property
+    def succeeded(self) -> bool:
+        return self.finished.is_set() and self.failure is None
+
+    def fail(self, error: SparkleError) -> None:
+        """End with ``error``; nothing more is sent, and what still comes is dropped."""
+        self.failure = error
+        self.execution.stop()
+        self.finished.set()
+
+    def commit(self) -> None:
+        """Write the agreed result into the caller's arrays."""
+        for bucket, lane in zip(self.buckets, self.lanes, strict=True):
+            if lane.plan.schedule.result is Space.WORK:
+                bucket.commit(lane.work)

@@ -1,0 +1,120 @@
+"""Schedules as data: what one rank sends, receives and reduces, over which elements.
+
+Nomenclature, used throughout the package:
+
+*element*
+    one number; all ranges ``[start, stop)`` are in elements of one flat vector, never in bytes.
+*shard*
+    the part of the vector that one rank owns in an algorithm that divides it.
+*segment*
+    the unit that is sent in one message; a shard is cut into segments so that steps overlap.
+*step*
+    one instruction of a schedule; also, in a message, the number of the algorithm's round.
+*space*
+    where elements live: ``INPUT`` (the caller's data, never written), ``WORK`` (the result as it grows) or
+    ``SCRATCH`` (one segment per peer, between a receive and its reduction).
+
+A schedule has the meaning of its steps executed one after the other. What may really overlap follows from
+that (:mod:`sparkle_mesh.collectives.plan`), so an algorithm is written as a plain loop and is one small file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import TypeAlias
+
+
+class Space(Enum):
+    """Where elements live."""
+
+    INPUT = "input"
+    WORK = "work"
+    SCRATCH = "scratch"
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send ``[start, stop)`` of ``source`` (INPUT or WORK) to ``peer``."""
+
+    peer: int
+    start: int
+    stop: int
+    source: Space
+    round: int
+    segment: int
+
+
+@dataclass(frozen=True, slots=True)
+class Receive:
+    """Receive ``[start, stop)`` from ``peer`` into WORK, or into SCRATCH for the :class:`Reduce` that follows."""
+
+    peer: int
+    start: int
+    stop: int
+    target: Space
+    round: int
+    segment: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reduce:
+    """``WORK = SCRATCH (from peer) + operand``; ``finish`` on the step that completes these elements.
+
+    The operand is INPUT for the first reduction into a range (out of place: it costs no extra pass and leaves
+    the caller's data alone) and WORK for later ones. Finishing (a mean's division) happens once, at the one
+    rank that completes the elements, before anybody else receives them.
+    """
+
+    peer: int
+    start: int
+    stop: int
+    operand: Space
+    finish: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """``WORK = INPUT`` over ``[start, stop)``."""
+
+    start: int
+    stop: int
+
+
+Step: TypeAlias = Send | Receive | Reduce | Copy
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """What one rank does. ``result`` is the space that holds the result when all steps are done."""
+
+    algorithm: str
+    rank: int
+    size: int
+    element_count: int
+    steps: tuple[Step, ...]
+    result: Space = Space.WORK
+
+
+#: Shards and segments begin at multiples of this many elements where the vector is long enough, so that
+#: vectorised loops start aligned.
+ALIGN_ELEMENTS = 16
+
+
+def split_evenly(element_count: int, parts: int) -> list[tuple[int, int]]:
+    """Cut ``[0, element_count)`` into ``parts`` ranges that differ by little; some are empty if it is short.
+
+    >>> split_evenly(10, 4)
+    [(0, 2), (2, 5), (5, 7), (7, 10)]
+    """
+    align = ALIGN_ELEMENTS if element_count >= parts * ALIGN_ELEMENTS * 4 else 1
+    bounds = [element_count * part // parts // align * align for part in range(parts)]
+    bounds.append(element_count)
+    return list(zip(bounds[:-1], bounds[1:], strict=True))
+
+
+def segments(start: int, stop: int, segment_elements: int) -> Iterator[tuple[int, int, int]]:
+    """Cut ``[start, stop)`` into ``(segment number, start, stop)`` of at most ``segment_elements`` each."""
+    for number, low in enumerate(range(start, stop, segment_elements)):
+        yield number, low, min(low + segment_elements, stop)
