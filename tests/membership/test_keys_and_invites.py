@@ -1,0 +1,131 @@
+"""Keys, what is derived from them, and invites."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparkle_mesh.errors import AuthenticationError, UsageError
+from sparkle_mesh.membership.invite import Invite, is_invite
+from sparkle_mesh.membership.keys import MeshKey, MeshSecrets
+
+KEY = MeshKey(bytes(range(32)))
+
+
+def test_a_key_survives_its_text_form_and_hexadecimal() -> None:
+    assert MeshKey.parse(KEY.to_text()) == KEY
+    assert MeshKey.parse("  " + KEY.to_text() + "\n") == KEY
+    assert MeshKey.parse(KEY.secret.hex()) == KEY
+    assert MeshKey.generate() != MeshKey.generate()
+
+
+def test_coercion_takes_every_documented_form() -> None:
+    assert MeshKey.coerce(None) is None
+    for form in (KEY, KEY.secret, bytearray(KEY.secret), KEY.to_text()):
+        assert MeshKey.coerce(form) == KEY  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", ["correct horse battery staple", "", b"short", "sparkle-key-1:!!!!", "z" * 64, 7])
+def test_passphrases_and_other_nonsense_are_refused(wrong: object) -> None:
+    with pytest.raises(UsageError, match="32"):
+        MeshKey.coerce(wrong)  # type: ignore[arg-type]
+
+
+def test_the_secret_is_not_shown() -> None:
+    secrets = MeshSecrets("run", KEY)
+    for text in (repr(KEY), str(KEY), repr(secrets)):
+        assert KEY.secret.hex() not in text
+        assert repr(KEY.secret)[2:-1] not in text
+
+
+def test_a_key_file_is_owner_only_and_never_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "mesh.key"
+    KEY.save(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert MeshKey.load(path) == KEY
+    with pytest.raises(UsageError, match="left as it is"):
+        MeshKey.generate().save(path)
+    assert MeshKey.load(path) == KEY
+
+
+def test_key_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="does not exist"):
+        MeshKey.load(tmp_path / "absent")
+    with pytest.raises(UsageError, match="cannot be read"):
+        MeshKey.load(tmp_path)
+    with pytest.raises(UsageError, match="cannot be written"):
+        KEY.save(tmp_path / "no" / "such" / "folder")
+    exposed = tmp_path / "exposed"
+    KEY.save(exposed)
+    exposed.chmod(0o644)
+    with pytest.raises(UsageError, match="chmod 600"):
+        MeshKey.load(exposed)
+    binary = tmp_path / "binary"
+    binary.touch(mode=0o600)
+    binary.write_bytes(os.urandom(16) + b"\xff")
+    with pytest.raises(UsageError, match="text form"):
+        MeshKey.load(binary)
+    phrase = tmp_path / "phrase"
+    phrase.touch(mode=0o600)
+    phrase.write_text("let me in")
+    with pytest.raises(UsageError, match=r"phrase.*passphrases are refused"):
+        MeshKey.load(phrase)
+
+
+def test_identifiers_depend_on_name_and_key_and_differ_by_purpose() -> None:
+    meshes = [MeshSecrets("a", None), MeshSecrets("b", None), MeshSecrets("a", KEY), MeshSecrets("a", MeshKey(b"k" * 32))]
+    identifiers = [value for mesh in meshes for value in (mesh.mesh_id, mesh.tag, mesh.topic, mesh.proof(b"x"))]
+    assert len(set(identifiers)) == len(identifiers)
+    again = MeshSecrets("a", KEY)
+    assert (again.mesh_id, again.tag, again.topic) == (meshes[2].mesh_id, meshes[2].tag, meshes[2].topic)
+
+
+def test_derivation_is_fixed() -> None:
+    """Processes of different versions must meet: these values never change."""
+    assert MeshSecrets("run", None).mesh_id.hex() == "ab473cb5111b0893989762da38ea5193fafe5957582f8a873b994855423d2533"
+    assert MeshSecrets("run", KEY).mesh_id.hex() == "e9fdefbb01e421282bf8edc8a70c82b56df8d01839903e715cf30b10c29eeddf"
+
+
+@pytest.mark.parametrize("name", ["", "x" * 256, "line\nbreak"])
+def test_impossible_names_are_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="mesh name"):
+        MeshSecrets(name, None)
+
+
+def test_gossip_unseals_only_under_the_same_key() -> None:
+    ours, theirs = MeshSecrets("run", KEY), MeshSecrets("run", MeshKey(b"k" * 32))
+    sealed = ours.seal(b"payload")
+    assert ours.unseal(sealed) == b"payload"
+    assert sealed != ours.seal(b"payload")
+    for broken in (sealed[:-1], b"", sealed[:5], bytes([sealed[0] ^ 1]) + sealed[1:]):
+        with pytest.raises(AuthenticationError):
+            ours.unseal(broken)
+    with pytest.raises(AuthenticationError):
+        theirs.unseal(sealed)
+
+
+@given(
+    name=st.text(min_size=1, max_size=40),
+    keyed=st.booleans(),
+    addresses=st.lists(st.text(min_size=1, max_size=60), max_size=5),
+)
+def test_invites_round_trip(name: str, keyed: bool, addresses: list[str]) -> None:
+    invite = Invite(name=name, key=KEY if keyed else None, addresses=tuple(addresses))
+    text = invite.encode()
+    assert "\n" not in text
+    assert is_invite(text)
+    assert Invite.decode(text + "\n") == invite
+
+
+def test_damaged_invites_are_refused() -> None:
+    text = Invite(name="run", key=KEY, addresses=()).encode()
+    for damaged in (text[:-4], text.replace("sparkle-invite-1:", "sparkle-invite-1:*"), "sparkle-invite-1:"):
+        with pytest.raises(UsageError, match="damaged"):
+            Invite.decode(damaged)
+    with pytest.raises(UsageError, match="not an invite"):
+        Invite.decode("/ip4/127.0.0.1/tcp/1")
+    assert not is_invite("/ip4/127.0.0.1/tcp/1")
