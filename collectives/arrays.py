@@ -3,9 +3,9 @@
 Accepted: one NumPy array, or a list, tuple or dict (with text keys) of arrays; each is reduced in place and the
 same object is returned. Shapes: any, 0-d and empty ones included. An array that is C-contiguous and in
 little-endian order is used as it lies; anything else (strided, Fortran-ordered, big-endian) is staged: copied in,
-and the result is copied back into it in its own layout. The arrays of a container are staged into one vector per dtype,
-so that a model's many small gradients cost as few messages as one large one. Dicts are taken in the order of their sorted
-keys, so the order of insertion does not matter.
+and the result is copied back into it in its own layout. The arrays of a container are staged into one vector per
+dtype, so that a model's many small gradients cost as few messages as one large one. Dicts are taken in the order of
+their sorted keys, so the order of insertion does not matter.
 
 Refused, saying why: Python numbers and NumPy scalars (nothing to write the result into), read-only arrays, arrays
 that share memory with each other or with themselves, masked arrays, other dtypes, nested containers.
@@ -149,7 +149,8 @@ def check_arrays(data: object, check: Callable[[np.dtype[Any], str], None], *, w
     arrays = _collect(data)
     if len(arrays.named) > limits.COLLECTIVE_ARRAYS_MAX_COUNT:
         raise UsageError(
-            f"{len(arrays.named)} arrays in one call; the limit is {limits.COLLECTIVE_ARRAYS_MAX_COUNT}: make several calls"
+            f"{len(arrays.named)} arrays in one call are over the limit of {limits.COLLECTIVE_ARRAYS_MAX_COUNT}; make"
+            " several calls"
         )
     for item in arrays.named:
         check(item.array.dtype, item.label)
@@ -182,13 +183,14 @@ def _array(value: object, what: str) -> Array:
         return value.view(np.ndarray)
     if isinstance(value, bool | int | float | complex | np.generic):
         raise UsageError(
-            f"{what} is the number {value!r}, and results are written in place; pass an array, such as np.array({value})"
+            f"{what} is the number {value!r}, and results are written in place; pass an array, for example"
+            f" np.array({value})"
         )
     if isinstance(value, Mapping | list | tuple):
         raise UsageError(f"{what} is a {type(value).__name__} inside a container; pass one flat list or dict of arrays")
     raise UsageError(
-        f"{what} is a {type(value).__module__}.{type(value).__qualname__}; pass a NumPy array, or a list or dict of them"
-        " (a CPU tensor's .numpy() shares its memory)"
+        f"{what} is a {type(value).__module__}.{type(value).__qualname__}; pass a NumPy array, or a list or dict of"
+        " them (a CPU tensor's .numpy() shares its memory)"
     )
 
 
@@ -227,6 +229,6 @@ def _byte_bounds(array: Array) -> tuple[int, int]:
 
 def _may_share(one: Array, other: Array) -> bool:
     try:
-        return bool(np.shares_memory(one, other, max_work=_SHARING_MAX_WORK))
+        return bool(np.shares_memory(one, other, max_work=_SHARING_MAX_WORK))  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True

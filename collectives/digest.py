@@ -9,7 +9,7 @@ Per segment: the sums, modulo 2**64, of every column of the segment laid out in 
 within one column shows unless its words' changes cancel to exactly zero, and a single changed word always
 shows. The sums are hashed (keyed BLAKE2b over length, sums and tail), and the digest of the whole hashes the segments'
 hashes in the order of their ranges, not of their arrival. (Merely XOR-ing the segments' hashes would be cheaper to
-keep, but linear ones such as GMAC's then let equal changes in two segments cancel, and constant arrays have just those.)
+keep, but with linear ones such as GMAC's equal changes in two segments cancel, and constant arrays have just those.)
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ def segment_digest(key: bytes, segment: Array) -> bytes:
     # Few rows are hashed faster than summed.
     if rows >= 4:
         whole = rows * _ROW_BYTES
-        state.update(np.add.reduce(data[:whole].view(np.uint64).reshape(rows, -1), axis=0))
-        state.update(data[whole:])
+        sums = np.add.reduce(data[:whole].view(np.uint64).reshape(rows, -1), axis=0)
+        state.update(sums.data)
+        state.update(data[whole:].data)
     else:
-        state.update(data)
+        state.update(data.data)
     return state.digest()
 
 

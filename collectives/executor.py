@@ -1,8 +1,8 @@
 """Runs the plans of one operation over real arrays: what may be sent now, where a message belongs, what follows.
 
 It holds no link and starts no task: the tasks that own the links ask it what to send next and where to receive,
-and tell it when that is done. One :class:`Lane` runs one plan over one flat vector; an :class:`Execution` is the lanes of an
-operation, one after the other on every link.
+and tell it when that is done. One :class:`Lane` runs one plan over one flat vector; an :class:`Execution` is the
+lanes of an operation, one after the other on every link.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Collectives among the ranks of one view.
 
-Every call is one *operation*, numbered alike on every rank. A rank tells all others what it has called and starts to send
-without waiting for them; it takes the result only once all ranks hold it with the same digest. Until then the
+Every call is one *operation*, numbered alike on every rank. A rank tells all others what it has called and starts to
+send without waiting for them; it takes the result only once all ranks hold it with the same digest. Until then the
 caller's arrays are as they were, so that any failure leaves them untouched on the ranks that raise.
 
 How an operation ends:
@@ -57,6 +57,8 @@ from sparkle_mesh.errors import (
     UsageError,
 )
 from sparkle_mesh.transport.link import Link
+
+__all__ = ["CollectiveGroup", "Outcome"]
 
 _log = logging.getLogger(__name__)
 
@@ -152,6 +154,7 @@ class CollectiveGroup:
         self._key = digest_key(lineage)
         self._exchanges = {other: Exchange(other, link, self) for other, link in links.items()}
         self._lost: dict[int, str] = {}
+        self._peer_lost = trio.Event()
         self._ended: SparkleError | None = None
         self._turn = trio.Lock()
         self._pool = BufferPool()
@@ -255,6 +258,8 @@ class CollectiveGroup:
         if rank in self._lost or rank not in self._exchanges:
             return
         self._lost[rank] = reason[: limits.REASON_MAX_CHARS]
+        noticed, self._peer_lost = self._peer_lost, trio.Event()
+        noticed.set()
         if self._nursery is not None:
             self._nursery.start_soon(self._exchanges[rank].link.aclose)
         operation = self.operation
@@ -266,8 +271,13 @@ class CollectiveGroup:
         else:
             self._abort(operation, self._lost_error(), cause="lost", lost=rank, reason=reason)
 
+    async def wait_peer_lost(self, rank: int) -> None:
+        """Return once ``rank`` counts as lost here, for example because its link has ended."""
+        while rank not in self._lost:
+            await self._peer_lost.wait()
+
     def close(self) -> None:
-        """Let the operation in flight and all later calls raise MeshClosedError. The links are their owner's to close."""
+        """Let the operation in flight and all later calls raise MeshClosedError; the links are their owner's."""
         self._end(MeshClosedError("the mesh was closed"))
 
     # --- What the exchanges use ------------------------------------------------------------------

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import struct
 from hashlib import sha256
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias, cast
 
 import msgspec
 
@@ -116,7 +116,8 @@ def data_operation(header: memoryview) -> tuple[int, int]:
 
 def decode_control(header: memoryview) -> Control:
     """Decode a control message. Raises ProtocolError."""
-    return wire.decode(header, Control, max_bytes=limits.LINK_HEADER_MAX_BYTES)  # type: ignore[arg-type]
+    message: Control = wire.decode(header, cast(Any, Control), max_bytes=limits.LINK_HEADER_MAX_BYTES)
+    return message
 
 
 def call_digest(parts: tuple[object, ...]) -> bytes:

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
 from typing import TypeAlias
 
 
@@ -111,7 +112,7 @@ def split_evenly(element_count: int, parts: int) -> list[tuple[int, int]]:
     align = ALIGN_ELEMENTS if element_count >= parts * ALIGN_ELEMENTS * 4 else 1
     bounds = [element_count * part // parts // align * align for part in range(parts)]
     bounds.append(element_count)
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(pairwise(bounds))
 
 
 def segments(start: int, stop: int, segment_elements: int) -> Iterator[tuple[int, int, int]]:

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sparkle_mesh.collectives.plan import Plan, make_plan
-from sparkle_mesh.collectives.schedule import Copy, Receive, Reduce, Schedule, Send, Space, Step
+from sparkle_mesh.collectives.schedule import Receive, Reduce, Schedule, Send, Space, Step
 
 
 class ScheduleError(Exception):
