@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -33,18 +32,14 @@ import trio
 from sparkle_mesh import limits
 from sparkle_mesh.collectives.agreement import Agreement, name_ranks
 from sparkle_mesh.collectives.arrays import Arrays, check_arrays
-from sparkle_mesh.collectives.broadcast import chain_broadcast, tree_broadcast
-from sparkle_mesh.collectives.cost import choose_algorithm, segment_bytes
+from sparkle_mesh.collectives.calls import Call
+from sparkle_mesh.collectives.cost import choose_algorithm
 from sparkle_mesh.collectives.digest import digest_key
 from sparkle_mesh.collectives.exchange import Exchange
 from sparkle_mesh.collectives.executor import BufferPool, Execution, Lane
 from sparkle_mesh.collectives.messages import Abort, Begin, Control, Prepared, call_digest
 from sparkle_mesh.collectives.operation import Operation, Outcome
-from sparkle_mesh.collectives.plan import Plan, cached_plan
 from sparkle_mesh.collectives.reduction import Reduction, check_dtype, check_op
-from sparkle_mesh.collectives.ring import ring_all_reduce
-from sparkle_mesh.collectives.schedule import Schedule
-from sparkle_mesh.collectives.tree import tree_all_reduce
 from sparkle_mesh.errors import (
     CollectiveAbortedError,
     CollectiveTimeoutError,
@@ -63,40 +58,6 @@ __all__ = ["CollectiveGroup", "Outcome"]
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-# Into how many streams an algorithm divides a vector, for choosing the size of segments.
-_STREAMS: dict[str, Callable[[int], int]] = {"ring": lambda size: size, "tree": lambda _: 2}
-_ALGORITHMS: dict[str, Callable[..., Schedule]] = {
-    "ring": ring_all_reduce,
-    "tree": tree_all_reduce,
-    "chain": chain_broadcast,
-    "binary_tree": tree_broadcast,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """What the caller asked for, checked."""
-
-    kind: str
-    algorithm: str
-    arrays: Arrays
-    op: str = "sum"
-    root: int | None = None
-
-    def signature(self) -> tuple[object, ...]:
-        return (1, self.kind, self.algorithm, self.op, self.root, self.arrays.signature())
-
-    def describe(self) -> str:
-        match self.kind:
-            case "all_reduce":
-                text = f"all_reduce({self.arrays.describe()}, op={self.op!r}, algorithm={self.algorithm!r})"
-            case "broadcast":
-                text = f"broadcast({self.arrays.describe()}, root={self.root})"
-            case _:
-                text = "barrier()"
-        limit = limits.COLLECTIVE_DESCRIPTION_MAX_CHARS
-        return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 class CollectiveGroup:
@@ -205,7 +166,7 @@ class CollectiveGroup:
         check_op(op, np.dtype(np.float32), "the data")
         arrays = check_arrays(data, check)
         name = choose_algorithm(arrays.nbytes, self.size, asked=algorithm)
-        await self._perform(_Call("all_reduce", name, arrays, op), timeout_s)
+        await self._perform(Call("all_reduce", name, arrays, op), timeout_s)
         return data
 
     async def broadcast(self, data: T, root: int = 0, *, timeout_s: float = limits.COLLECTIVE_TIMEOUT_S) -> T:
@@ -217,12 +178,12 @@ class CollectiveGroup:
             raise UsageError(f"root {root!r} is not a rank: there are ranks 0 to {self.size - 1}")
         arrays = check_arrays(data, check_dtype, written=self.rank != root)
         name = choose_algorithm(arrays.nbytes, self.size, kind="broadcast")
-        await self._perform(_Call("broadcast", name, arrays, root=root), timeout_s)
+        await self._perform(Call("broadcast", name, arrays, root=root), timeout_s)
         return data
 
     async def barrier(self, *, timeout_s: float = limits.COLLECTIVE_TIMEOUT_S) -> None:
         """Return once every rank has called it. Errors are as for :meth:`all_reduce`."""
-        await self._perform(_Call("barrier", "direct", Arrays("list", ())), timeout_s)
+        await self._perform(Call("barrier", "direct", Arrays("list", ())), timeout_s)
 
     # --- What the owner uses ---------------------------------------------------------------------
 
@@ -325,7 +286,7 @@ class CollectiveGroup:
 
     # --- One operation ---------------------------------------------------------------------------
 
-    async def _perform(self, call: _Call, timeout_s: float) -> None:
+    async def _perform(self, call: Call, timeout_s: float) -> None:
         if not timeout_s > 0:
             raise UsageError(f"timeout_s is {timeout_s!r}; it must be above 0")
         started = trio.current_time()
@@ -359,7 +320,7 @@ class CollectiveGroup:
             seconds=trio.current_time() - started,
         )
 
-    def _start(self, call: _Call) -> Operation:
+    def _start(self, call: Call) -> Operation:
         if self._ended is not None:
             raise type(self._ended)(str(self._ended))
         if self._nursery is None and self.size > 1:
@@ -401,24 +362,16 @@ class CollectiveGroup:
         self.progress(operation)
         return operation
 
-    def _lanes(self, call: _Call) -> tuple[list[Any], list[Lane]]:
+    def _lanes(self, call: Call) -> tuple[list[Any], list[Lane]]:
         receiving_only = call.root is not None and call.root != self.rank
         buckets = call.arrays.buckets(self._pool.take, fill=not receiving_only)
         reduction = Reduction(call.op, self.size)
         lanes = []
         for bucket in buckets:
-            plan = self._plan(call, bucket.data.size, bucket.data.dtype.itemsize)
+            plan = call.plan(self.rank, self.size, bucket.data.size, bucket.data.dtype.itemsize)
             work = self._pool.take(bucket.data.size, bucket.data.dtype) if plan.schedule.steps else bucket.data
             lanes.append(Lane(plan, bucket.data, work, reduction, self._key))
         return buckets, lanes
-
-    def _plan(self, call: _Call, count: int, item_bytes: int) -> Plan:
-        streams = _STREAMS[call.algorithm](self.size) if call.algorithm in _STREAMS else 1
-        segment = max(segment_bytes(count * item_bytes, streams) // item_bytes, 1)
-        arguments = (self.rank, self.size, count, segment)
-        if call.root is not None:
-            arguments += (call.root,)  # type: ignore[assignment]
-        return cached_plan(_ALGORITHMS[call.algorithm], *arguments)
 
     def _finish(self, operation: Operation) -> None:
         self.operation = None
