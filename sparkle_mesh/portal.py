@@ -42,6 +42,7 @@ class Portal:
         self._opened: Future[Any] = Future()
         self._finished: Future[None] = Future()
         self._stop = trio.Event()
+        self._failure: BaseException | None = None
 
     def open(self, manager: Callable[[], AbstractAsyncContextManager[T]]) -> T:
         """Start the thread, enter ``manager()`` in it, and return what it yields.
@@ -85,7 +86,7 @@ class Portal:
 
         def start() -> None:
             if self._nursery is None:
-                future.set_exception(MeshClosedError("the mesh is closed; join again"))
+                future.set_exception(self._closed_error())
             else:
                 self._nursery.start_soon(task)
 
@@ -127,20 +128,23 @@ class Portal:
             token.run_sync_soon(function)
         except trio.RunFinishedError as error:
             if not quietly:
-                raise MeshClosedError("the mesh is closed; join again") from error
+                raise self._closed_error() from error
+
+    def _closed_error(self) -> MeshClosedError:
+        why = f" (it ended with {type(self._failure).__name__}: {self._failure})" if self._failure is not None else ""
+        return MeshClosedError(f"the mesh is closed{why}; join again")
 
     # --- In the thread --------------------------------------------------------------------------
 
     def _run(self) -> None:
-        failure: BaseException | None = None
         try:
             trio.run(self._main)
         except BaseException as error:  # handed to whoever waits; a thread has nobody else to tell
-            failure = error
+            self._failure = error
         finally:
             self._started.cancel()
             if not self._opened.done():
-                self._opened.set_exception(failure or MeshClosedError("closed while it was being opened"))
+                self._opened.set_exception(self._failure or MeshClosedError("closed while it was being opened"))
             self._finished.set_result(None)
 
     async def _main(self) -> None:
