@@ -18,6 +18,13 @@ DEFAULT_PORT = 45654
 DIAL_TIMEOUT_S = 10.0
 OPEN_STREAM_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 5.0
+IDENTITY_FILE_MAX_BYTES = 1 * KIB
+FABRIC_EVENTS_MAX_COUNT = 4096
+STREAM_READ_MAX_BYTES = 64 * KIB
+SUBSCRIPTION_MAX_COUNT = 256
+GOSSIP_MESSAGE_MAX_BYTES = 256 * KIB
+GOSSIP_SEEN_MAX_COUNT = 4096
+MEMORY_STREAM_BUFFER_MAX_BYTES = 256 * KIB
 
 # --- Links ---------------------------------------------------------------------------------------
 RECORD_MAX_BYTES = 1 * MIB
@@ -53,6 +60,73 @@ LINK_DRAIN_S = 1.0
 VIEWS_ELSEWHERE_MAX_COUNT = 64
 MACHINE_HISTORY_MAX_COUNT = 256
 NODE_EVENTS_MAX_COUNT = 1024
+
+# --- Discovery -----------------------------------------------------------------------------------
+# More peers than a mesh has members, so that those of other meshes and the dead do not crowd out the rest.
+DISCOVERY_CONTACTS_MAX_COUNT = 2048
+# Dials at once, and how many of them any one source of hints may occupy.
+DISCOVERY_DIALS_MAX_COUNT = 12
+DISCOVERY_DIALS_PER_SOURCE_MAX_COUNT = 4
+# When both sides hear of each other at once the smaller peer id dials; the larger waits this long.
+DISCOVERY_DIAL_GRACE_S = 1.0
+DISCOVERY_DIAL_JITTER_S = 0.1
+DISCOVERY_BACKOFF_MIN_S = 0.5
+DISCOVERY_BACKOFF_MAX_S = 60.0
+# Somebody waits for a configured address: it is tried more often.
+DISCOVERY_CONFIGURED_BACKOFF_MAX_S = 10.0
+DISCOVERY_REFUSED_BACKOFF_MIN_S = 15.0
+DISCOVERY_REFUSED_BACKOFF_MAX_S = 600.0
+# How long the connection of a peer that was refused stays, so that it can read why.
+DISCOVERY_REFUSED_LINGER_S = 1.0
+# A peer that was just started again is dialed at once, but not more often than this.
+DISCOVERY_FRESH_RETRY_S = 2.0
+# A connection that ends sooner counts as a failed dial.
+DISCOVERY_STABLE_CONNECTION_S = 5.0
+DISCOVERY_FORGET_S = 600.0
+DISCOVERY_FORGET_FAILURES_COUNT = 8
+DISCOVERY_EVENTS_RETRY_S = 1.0
+DISCOVERY_STATUS_JOIN_MAX_COUNT = 32
+# 239.0.0.0/8 is for use within a site (RFC 2365); one hop, so that it stays on the local network.
+BEACON_GROUP = "239.83.80.75"
+BEACON_PORT = 45655
+BEACON_HOPS_MAX_COUNT = 1
+# Fits one packet on any network, tunnels included.
+BEACON_MAX_BYTES = 1200
+# When the first beacons go out, in seconds after the start (jitter is added).
+BEACON_START_TIMES_S = (0.0, 0.1, 0.4, 1.5)
+BEACON_START_JITTER_S = 0.05
+BEACON_INTERVAL_S = 10.0
+BEACON_ANSWER_DELAY_MIN_S = 0.01
+BEACON_ANSWER_DELAY_MAX_S = 0.08
+# A newcomer's repeated questions are answered once in this time.
+BEACON_NEWCOMER_S = 5.0
+BEACON_NEWCOMERS_MAX_COUNT = 512
+# Beacons taken from one host (which may run many processes), and from all together.
+BEACONS_PER_HOST_BURST_COUNT = 256
+BEACONS_PER_HOST_PER_S = 64.0
+BEACONS_BURST_COUNT = 1024
+BEACONS_PER_S = 512.0
+BEACON_HOSTS_MAX_COUNT = 256
+BEACON_INTERFACES_MAX_COUNT = 32
+REGISTRY_ENTRY_MAX_BYTES = 16 * KIB
+REGISTRY_ENTRIES_MAX_COUNT = 1024
+REGISTRY_MESHES_MAX_COUNT = 16
+REGISTRY_POLL_S = 0.25
+REGISTRY_POLL_FAST_S = 15.0
+REGISTRY_POLL_SLOW_S = 1.0
+# Whether processes still live, and whether this one's addresses changed, is looked at now and then.
+REGISTRY_CHECK_S = 10.0
+# Entries of processes that cannot be seen from here (another host on a shared disk) are left alone until
+# they are this old; living ones are renewed more often.
+REGISTRY_FOREIGN_MAX_AGE_S = 24 * 3600.0
+REGISTRY_RENEW_S = 3600.0
+# A process's start time as two readers see it may differ by this much (adjusted clocks).
+PROCESS_START_TOLERANCE_S = 2.0
+PEER_CACHE_PEERS_MAX_COUNT = 64
+PEER_CACHE_FILE_MAX_BYTES = 512 * KIB
+PEER_CACHE_FILES_MAX_COUNT = 64
+PEER_CACHE_MAX_AGE_S = 30 * 24 * 3600.0
+PEER_CACHE_WRITE_DELAY_S = 5.0
 
 # --- Collectives ---------------------------------------------------------------------------------
 COLLECTIVE_TIMEOUT_S = 600.0
@@ -99,3 +173,7 @@ assert CONTROL_REQUEST_MAX_BYTES < CONTROL_REPLY_MAX_BYTES
 assert PING_INTERVAL_S * 3 < SILENCE_TIMEOUT_S
 assert MESH_PROOF_TIMEOUT_S < JOIN_TIMEOUT_S
 assert VIEW_SETTLE_S < PROPOSER_STAGGER_S < PROPOSAL_TIMEOUT_S < SILENCE_TIMEOUT_S
+assert DISCOVERY_DIALS_PER_SOURCE_MAX_COUNT * 2 <= DISCOVERY_DIALS_MAX_COUNT
+assert DISCOVERY_CONTACTS_MAX_COUNT >= MESH_MEMBERS_MAX_COUNT
+assert BEACON_START_TIMES_S[-1] < BEACON_NEWCOMER_S < BEACON_INTERVAL_S
+assert REGISTRY_RENEW_S * 2 < REGISTRY_FOREIGN_MAX_AGE_S
