@@ -1,0 +1,98 @@
+"""Check the types of the library, and prove that the check sees all of it.
+
+``transport/`` and ``collectives/`` are installed as parts of ``sparkle_mesh``, which type checkers cannot know. So a
+copy of the tree is made with the folders where the names say, and checked there; messages name the real paths.
+Then one type error is planted in each folder of the copy, and the check must find every one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MAPPED = {"transport": "sparkle_mesh/transport", "collectives": "sparkle_mesh/collectives"}
+# Programs, checked as a user's would be: they see the library through its public names.
+PROGRAMS = ("simulations", "examples", "benchmarks")
+PLANTED = "planted_type_error.py"
+IGNORED = shutil.ignore_patterns("__pycache__", ".*")
+
+
+def make_link_tree(tree: Path) -> None:
+    """Copy what is checked to ``tree``, with the mapped folders where their names say."""
+    shutil.copytree(ROOT / "sparkle_mesh", tree / "sparkle_mesh", ignore=IGNORED)
+    for folder, place in MAPPED.items():
+        shutil.copytree(ROOT / folder, tree / place, ignore=IGNORED)
+    for folder in PROGRAMS:
+        if (ROOT / folder).is_dir():
+            shutil.copytree(ROOT / folder, tree / folder, ignore=IGNORED)
+
+
+def run_mypy(tree: Path, arguments: Sequence[str], search_path: str = "") -> tuple[int, str]:
+    """Run mypy in ``tree``; return its exit code and its output with the paths of the real tree."""
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file", str(ROOT / "pyproject.toml")]
+    command += ["--cache-dir", str(ROOT / ".mypy_cache" / "link_tree"), "--no-error-summary", *arguments]
+    environment = os.environ | {"MYPYPATH": search_path}
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+    return done.returncode, real_paths(done.stdout + done.stderr)
+
+
+def real_paths(output: str) -> str:
+    """Return mypy's ``output`` with the link tree's paths replaced by those of the clone."""
+    for folder, place in MAPPED.items():
+        output = re.sub(rf"(?m)^{place}/", f"{folder}/", output)
+    return output
+
+
+def check(tree: Path) -> int:
+    """Check the library, then each folder of programs; print what is wrong; return the exit code."""
+    failed = 0
+    code, output = run_mypy(tree, ["-p", "sparkle_mesh", *(["-p", "simulations"] if _has_simulations(tree) else [])])
+    sys.stdout.write(output)
+    failed |= code
+    for folder in ("examples", "benchmarks"):
+        scripts = sorted(str(path.relative_to(tree)) for path in (tree / folder).glob("*.py"))
+        if scripts:
+            code, output = run_mypy(tree, scripts, search_path=folder)
+            sys.stdout.write(output)
+            failed |= code
+    return 1 if failed else 0
+
+
+def _has_simulations(tree: Path) -> bool:
+    return (tree / "simulations" / "__init__.py").exists()
+
+
+def blind_spots(tree: Path) -> list[str]:
+    """Plant a type error in every folder of the library; return the planted files that mypy did not complain of."""
+    packages = sorted({path.parent.relative_to(tree) for path in (tree / "sparkle_mesh").rglob("__init__.py")})
+    planted = [package / PLANTED for package in packages]
+    for path in planted:
+        (tree / path).write_text('number: int = "not a number"\n')
+    _, output = run_mypy(tree, ["-p", "sparkle_mesh"])
+    for path in planted:
+        (tree / path).unlink()
+    expected = [real_paths(path.as_posix()) for path in planted]
+    return [path for path in expected if f"{path}:1: error: Incompatible types in assignment" not in output]
+
+
+def main() -> int:
+    """Return 0 if the types are right, 1 if not, 2 if the check cannot see something that it should."""
+    with tempfile.TemporaryDirectory(prefix="sparkle-types-") as folder:
+        tree = Path(folder)
+        make_link_tree(tree)
+        unseen = blind_spots(tree)
+        if unseen:
+            print("a type error planted in these files was not found, so nothing there is checked:", *unseen, sep="\n  ")
+            return 2
+        return check(tree)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
