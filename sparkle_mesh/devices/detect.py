@@ -22,12 +22,10 @@ _CPUINFO = Path("/proc/cpuinfo")
 # Where Linux tells a container's memory limit: cgroup v2, then v1.
 _CGROUP_MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
-# What numerical code chooses its instructions by, in the order shown: x86 first, then Arm.
-_FEATURES = (
-    "sse4_2 avx avx2 fma f16c avx512f avx512bw avx512vl avx512_vnni avx512_bf16 avx512_fp16 amx_tile amx_int8 "
-    "amx_bf16 aes vaes sha_ni "
-    "asimd asimdhp asimddp fphp sve sve2 bf16 i8mm sha2"
-).split()
+# What numerical code chooses its instructions by, in the order shown.
+_X86_FEATURES = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni")
+_X86_FEATURES += ("avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16", "aes", "vaes", "sha_ni")
+_ARM_FEATURES = ("asimd", "asimdhp", "asimddp", "fphp", "sve", "sve2", "bf16", "i8mm", "sha2")
 
 FeatureList = Annotated[tuple[wire.NameText, ...], msgspec.Meta(max_length=limits.DEVICE_FEATURES_MAX_COUNT)]
 
@@ -126,7 +124,7 @@ def cpu_name(cpuinfo: dict[str, str]) -> str:
 def cpu_features(cpuinfo: dict[str, str]) -> tuple[str, ...]:
     """Return the instruction sets that numerical code cares about."""
     flags = set((cpuinfo.get("flags") or cpuinfo.get("features") or "").split())
-    return tuple(feature for feature in _FEATURES if feature in flags)
+    return tuple(feature for feature in _X86_FEATURES + _ARM_FEATURES if feature in flags)
 
 
 def usable_memory_bytes(total_bytes: int, cgroup_limits: Iterable[str]) -> int:

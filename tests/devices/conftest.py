@@ -52,7 +52,7 @@ int nvmlDeviceGetCudaComputeCapability(void *handle, int *major, int *minor) { *
 """
 
 
-@pytest.fixture()
+@pytest.fixture
 def build_nvml(tmp_path: Path) -> Callable[..., str]:
     """Return a function that compiles the stand-in with the given macros and returns its path."""
     compiler = shutil.which("cc") or shutil.which("gcc")

@@ -1,0 +1,297 @@
+"""The commands of ``sparkle-node``: options in, one answer or one clear line out."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from sparkle_mesh.cli.render import failed, one_line, peers_text, printable, status_text, to_json
+from sparkle_mesh.cli.signals import StopSignals
+from sparkle_mesh.environment import resolve_data_dir
+from sparkle_mesh.errors import IdentityError, NoNodeError, SparkleError, UsageError
+
+if TYPE_CHECKING:
+    from sparkle_mesh.cli.launch import Launch
+    from sparkle_mesh.cli.output import LogFormat
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+EXIT_FAILED, EXIT_WRONG_USE = 1, 2
+
+
+@dataclass(frozen=True)
+class Session:
+    """What this process was given beside its arguments."""
+
+    stop: StopSignals
+    launch: Launch | None = None
+
+
+def run_command_line(arguments: Sequence[str], stop: StopSignals, *, launch: Launch | None = None) -> int:
+    """Carry out ``arguments`` and return the exit code: 0, 1 for a failure, 2 for wrong use.
+
+    Parameters
+    ----------
+    stop
+        Listening already; commands other than the node itself give the signals back.
+    launch
+        Opens the node, by default the real one.
+    """
+    try:
+        result = sparkle_node.main(
+            args=list(arguments), prog_name="sparkle-node", standalone_mode=False, obj=Session(stop, launch)
+        )
+    except click.UsageError as error:
+        return _complain(f"{error.format_message()} (see `sparkle-node --help`)", EXIT_WRONG_USE)
+    except click.ClickException as error:
+        return _complain(error.format_message(), EXIT_FAILED)
+    except SparkleError as error:
+        wrong_use = isinstance(error, UsageError) and not isinstance(error, IdentityError)
+        return _complain(str(error), EXIT_WRONG_USE if wrong_use else EXIT_FAILED)
+    return result if isinstance(result, int) else 0
+
+
+def _complain(message: str, code: int) -> int:
+    click.echo(f"sparkle-node: {one_line(message)}", err=True)
+    return code
+
+
+def _data_dir_option(function: F) -> F:
+    return click.option(
+        "--data-dir",
+        type=click.Path(path_type=Path, file_okay=False),
+        help="Where everything is kept.  [default: $SPARKLE_DATA_DIR, else the user's data folder]",
+    )(function)
+
+
+def _json_option(function: F) -> F:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(function)
+
+
+def _show_version(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if value and not context.resilient_parsing:
+        from sparkle_mesh.version import __version__
+
+        click.echo(f"sparkle-node {__version__}")
+        context.exit()
+
+
+@click.group(
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="Exit codes: 0 when it ended as asked (Ctrl-C included), 1 when it failed, 2 when it was called wrongly.",
+)
+@click.option("--mesh", metavar="NAME", help="The mesh to take part in.  [default: the invite's, else 'sparkle']")
+@click.option(
+    "--key-file",
+    metavar="PATH",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The mesh's key, made by `sparkle-node new-key`. Without one the mesh is open to this host and its LAN.",
+)
+@click.option("--join", metavar="ADDR|INVITE", multiple=True, help="A peer to begin with, or an invite. Repeatable.")
+@click.option(
+    "--listen",
+    metavar="MULTIADDR",
+    multiple=True,
+    help="Where to listen. Repeatable.  [default: /ip4/0.0.0.0/tcp/45654, or a free port if that is taken]",
+)
+@_data_dir_option
+@click.option("--no-lan", is_flag=True, help="Do not look for peers by multicast on the local networks.")
+@click.option("--no-public", is_flag=True, help="Keep off public networks. They are not used now; says so for good.")
+@click.option(
+    "--public",
+    is_flag=True,
+    help="Let peers from anywhere into a mesh without a key, and show them this machine's addresses.",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="json: one object a line.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="warning",
+    show_default=True,
+    help="How much of the log goes to stderr.",
+)
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Print the version."
+)
+@click.pass_context
+def sparkle_node(context: click.Context, /, **options: Any) -> int | None:
+    """Run this machine's node in a Sparkle mesh until Ctrl-C.
+
+    It finds the other peers of the mesh on this host, on the local network and at the addresses it is given,
+    prints them as they come and go, and helps training processes on this machine to find theirs.
+
+    \b
+    Examples:
+      sparkle-node                                          on each machine of a local network
+      sparkle-node new-key run.key                          make a key, then ...
+      sparkle-node --mesh our-run --key-file run.key        ... run a node that only its holders can meet,
+      sparkle-node invite                                   and print the line that lets others in:
+      sparkle-node --join "sparkle-invite-1:..."            on a machine anywhere
+      sparkle-node --join /ip4/203.0.113.5/tcp/45654/p2p/12D3KooW...
+      sparkle-node status                                   how the node on this machine is doing
+    """
+    session = context.find_object(Session)
+    assert session is not None
+    if context.invoked_subcommand is not None:
+        session.stop.release()
+        for name in options:
+            if name != "data_dir" and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+                option = "--" + name.replace("_", "-")
+                raise click.UsageError(f"{option} is for running a node, not for `{context.invoked_subcommand}`")
+        return None
+    return _run_node(session, **options)
+
+
+def _run_node(
+    session: Session,
+    *,
+    mesh: str | None,
+    key_file: Path | None,
+    join: tuple[str, ...],
+    listen: tuple[str, ...],
+    data_dir: Path | None,
+    no_lan: bool,
+    no_public: bool,
+    public: bool,
+    log_format: LogFormat,
+    log_level: str,
+) -> int:
+    from sparkle_mesh.cli.launch import open_real_node
+    from sparkle_mesh.cli.output import Reporter, start_logging
+    from sparkle_mesh.cli.run import NodeRun, is_port_taken
+    from sparkle_mesh.cli.settings import resolve_settings
+
+    if public and no_public:
+        raise click.UsageError("--public and --no-public contradict each other")
+    settings = resolve_settings(
+        mesh=mesh,
+        key_file=key_file,
+        join=join,
+        listen=listen,
+        public=public,
+        lan=not no_lan,
+        data_dir=resolve_data_dir(data_dir),
+    )
+    runs: list[NodeRun] = []
+    reporter = Reporter(
+        log_format,
+        stdout=_descriptor(sys.stdout),
+        stderr=_descriptor(sys.stderr),
+        on_broken=lambda: runs[0].output_broken() if runs else None,
+    )
+    stop_logging = start_logging(reporter, log_level)
+    runs.append(NodeRun(settings, reporter, session.stop, session.launch or open_real_node))
+    try:
+        return runs[0].run()
+    except SparkleError as error:
+        # The options were checked before: what is wrong now is mostly the machine's state, not the call.
+        reporter.complain(failed(str(error)))
+        wrong_use = isinstance(error, UsageError) and not isinstance(error, IdentityError) and not is_port_taken(error)
+        return EXIT_WRONG_USE if wrong_use else EXIT_FAILED
+    finally:
+        stop_logging()
+        reporter.close()
+
+
+def _descriptor(stream: Any) -> int:
+    """Return the file descriptor of stdout or stderr; of nothing if this process was started without."""
+    if stream is None:
+        return os.open(os.devnull, os.O_WRONLY)
+    return int(stream.fileno())
+
+
+def _resolve_for(context: click.Context, data_dir: Path | None) -> Path:
+    """Return the data directory given to the subcommand, or before it."""
+    before = context.parent.params.get("data_dir") if context.parent is not None else None
+    return resolve_data_dir(data_dir or before)
+
+
+@sparkle_node.command("id")
+@_data_dir_option
+@_json_option
+@click.pass_context
+def show_id(context: click.Context, data_dir: Path | None, as_json: bool) -> None:
+    """Print this machine's peer id, of the running node or, when none runs, of the next."""
+    from sparkle_mesh.cli.control import ask
+
+    directory = _resolve_for(context, data_dir)
+    running = True
+    try:
+        status = ask(directory, "status").status
+        assert status is not None
+        peer_id = status.peer_id
+    except NoNodeError:
+        from sparkle_mesh.cli.launch import IDENTITY_NAME
+        from sparkle_mesh.fabric.identity import load_or_create_identity
+
+        running, peer_id = False, load_or_create_identity(directory / IDENTITY_NAME).peer_id
+    click.echo(to_json({"peer_id": peer_id, "running": running}) if as_json else printable(peer_id))
+
+
+@sparkle_node.command("status")
+@_data_dir_option
+@_json_option
+@click.pass_context
+def show_status(context: click.Context, data_dir: Path | None, as_json: bool) -> None:
+    """Print what the running node is and knows: addresses, mesh, devices, view."""
+    from sparkle_mesh.cli.control import ask
+
+    status = ask(_resolve_for(context, data_dir), "status").status
+    assert status is not None
+    click.echo(to_json(status) if as_json else status_text(status))
+
+
+@sparkle_node.command("peers")
+@_data_dir_option
+@_json_option
+@click.pass_context
+def show_peers(context: click.Context, data_dir: Path | None, as_json: bool) -> None:
+    """Print the peers that the running node has, one a line."""
+    from sparkle_mesh.cli.control import ask
+
+    peers = ask(_resolve_for(context, data_dir), "peers").peers
+    assert peers is not None
+    click.echo(to_json(peers) if as_json else peers_text(peers))
+
+
+@sparkle_node.command("invite")
+@_data_dir_option
+@_json_option
+@click.pass_context
+def show_invite(context: click.Context, data_dir: Path | None, as_json: bool) -> None:
+    """Print one line with which others can join the running node's mesh.
+
+    It holds the mesh's key, if there is one: whoever reads it can join.
+    """
+    from sparkle_mesh.cli.control import ask
+
+    invite = ask(_resolve_for(context, data_dir), "invite").invite
+    assert invite is not None
+    click.echo(to_json({"invite": invite}) if as_json else printable(invite))
+
+
+@sparkle_node.command("new-key")
+@click.argument("path", type=click.Path(path_type=Path, dir_okay=False))
+def make_key(path: Path) -> None:
+    """Write a new random mesh key to PATH, readable by its owner only.
+
+    Copy the file to every machine of the mesh over a channel that you trust, or send invites.
+    """
+    from sparkle_mesh.membership.keys import MeshKey
+
+    MeshKey.generate().save(path)
+    click.echo(f"wrote a new key to {printable(str(path))}; use it with --key-file {printable(str(path))}")

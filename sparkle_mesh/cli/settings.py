@@ -1,0 +1,143 @@
+"""What the options of ``sparkle-node`` come to, checked. Pure but for reading the key file."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparkle_mesh import limits
+from sparkle_mesh.errors import UsageError
+
+if TYPE_CHECKING:
+    from sparkle_mesh.membership.keys import MeshKey
+
+DEFAULT_MESH = "sparkle"
+DEFAULT_LISTEN = f"/ip4/0.0.0.0/tcp/{limits.DEFAULT_PORT}"
+_HOST_PROTOCOLS = ("ip4", "ip6", "dns", "dns4", "dns6")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeSettings:
+    """How the node is to run.
+
+    Attributes
+    ----------
+    listen_chosen
+        Whether the owner asked for ``listen``; if not, another port will do.
+    join
+        Addresses with ``/p2p/…`` tails, and invites to this mesh.
+    """
+
+    mesh: str
+    key: MeshKey | None = None
+    public: bool = False
+    listen: tuple[str, ...] = (DEFAULT_LISTEN,)
+    listen_chosen: bool = False
+    join: tuple[str, ...] = ()
+    data_dir: Path
+    lan: bool = True
+
+    def on_any_port(self) -> NodeSettings:
+        """Return the same settings listening on a port that the system chooses."""
+        return replace(self, listen=tuple(address.rpartition("/")[0] + "/0" for address in self.listen))
+
+
+def resolve_settings(
+    *,
+    mesh: str | None,
+    key_file: Path | None,
+    join: Sequence[str],
+    listen: Sequence[str],
+    public: bool,
+    lan: bool,
+    data_dir: Path,
+) -> NodeSettings:
+    """Check the options and put them together; an invite fills in the name and key it holds.
+
+    Raises
+    ------
+    UsageError
+        If one cannot be, or two contradict each other; the message names the option.
+    """
+    # These pull in the cryptography package, which commands that only ask the node do without.
+    from sparkle_mesh.membership.invite import Invite, is_invite
+    from sparkle_mesh.membership.keys import MeshKey, MeshSecrets
+
+    key = MeshKey.load(key_file) if key_file is not None else None
+    key_is_known = key is not None
+    for item in join:
+        if not is_invite(item):
+            check_join_address(item)
+            continue
+        invite = Invite.decode(item)
+        if mesh is not None and mesh != invite.name:
+            raise UsageError(
+                f"--join: the invite is to the mesh {invite.name!r}, not to {mesh!r}; join one mesh at a time"
+            )
+        if key_is_known and key != invite.key:
+            raise UsageError(
+                f"--join: the invite to {invite.name!r} holds another key (or none) than --key-file or another invite"
+            )
+        mesh, key, key_is_known = invite.name, invite.key, True
+    for address in listen:
+        check_listen_address(address)
+    settings = NodeSettings(
+        mesh=DEFAULT_MESH if mesh is None else mesh,
+        key=key,
+        public=public,
+        listen=tuple(listen) or (DEFAULT_LISTEN,),
+        listen_chosen=bool(listen),
+        join=tuple(join),
+        data_dir=data_dir,
+        lan=lan,
+    )
+    MeshSecrets(settings.mesh, settings.key)  # says what a name must be
+    return settings
+
+
+def check_listen_address(address: str) -> None:
+    """Make sure that ``address`` is ``/ip4|ip6/<address>/tcp/<port>``.
+
+    Raises
+    ------
+    UsageError
+        If not; the message shows what it should look like.
+    """
+    match address.split("/"):
+        case ["", "ip4" | "ip6" as protocol, host, "tcp", port] if _is_ip(protocol, host) and _is_port(port, lowest=0):
+            return
+    raise UsageError(f"--listen {address!r} is not an address to listen on; give one like {DEFAULT_LISTEN}")
+
+
+def check_join_address(address: str) -> None:
+    """Make sure that ``address`` is ``/ip4|ip6|dns|dns4|dns6/<host>/tcp/<port>/p2p/<peer id>``.
+
+    Raises
+    ------
+    UsageError
+        If not; the message shows what it should look like.
+    """
+    match address.split("/"):
+        case ["", protocol, host, "tcp", port, "p2p", peer_id] if (
+            protocol in _HOST_PROTOCOLS and host and peer_id.isalnum() and _is_port(port, lowest=1)
+        ):
+            if not protocol.startswith("ip") or _is_ip(protocol, host):
+                return
+    raise UsageError(
+        f"--join {address[:80]!r} is neither an invite nor an address with a peer id; give one like "
+        f"/ip4/192.168.1.4/tcp/{limits.DEFAULT_PORT}/p2p/12D3KooW…, as the other node prints it"
+    )
+
+
+def _is_ip(protocol: str, host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).version == int(protocol[2:])
+    except ValueError:
+        return False
+
+
+def _is_port(text: str, *, lowest: int) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 5 and lowest <= int(text) <= 65535
