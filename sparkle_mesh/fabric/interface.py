@@ -144,3 +144,11 @@ class Fabric(Protocol):
     def subscribe(self, topic: str) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[Published]]:
         """Receive what others publish on ``topic``. A slow reader loses messages, never memory."""
         ...
+
+    def close_in_child(self) -> None:
+        """In a forked child: close every descriptor this fabric holds, sending nothing. Never raises.
+
+        Without it a child that lives on would keep a dead parent's connections open. The fabric cannot be
+        used in the child.
+        """
+        ...
