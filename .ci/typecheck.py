@@ -89,7 +89,9 @@ def main() -> int:
         make_link_tree(tree)
         unseen = blind_spots(tree)
         if unseen:
-            print("a type error planted in these files was not found, so nothing there is checked:", *unseen, sep="\n  ")
+            print(
+                "a type error planted in these files was not found, so nothing there is checked:", *unseen, sep="\n  "
+            )
             return 2
         return check(tree)
 
