@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ class Module:
         return ".".join(parts[: len(parts) - drop])
 
     def uses(self) -> Iterator[tuple[int, str]]:
-        """Yield ``(line, dotted name)`` of every name that is used, with import aliases resolved."""
+        """Yield ``(line, dotted name)`` of every imported or built-in name that is used, aliases resolved."""
         origins: dict[str, str] = {}
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
@@ -67,7 +68,8 @@ class Module:
         for node in ast.walk(self.tree):
             dotted = ast.unparse(node) if isinstance(node, (ast.Name, ast.Attribute)) else ""
             first, dot, rest = dotted.partition(".")
-            if dotted and all(part.isidentifier() for part in dotted.split(".")):
+            known = first in origins or hasattr(builtins, first)
+            if known and all(part.isidentifier() for part in dotted.split(".")):
                 yield node.lineno, origins.get(first, first) + dot + rest
 
 
