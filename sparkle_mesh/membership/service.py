@@ -249,7 +249,7 @@ class MembershipService:
                 async for event in connections:
                     if isinstance(event, PeerConnected) and self._fabric.peer_id < event.peer_id:
                         nursery.start_soon(self._open, event.peer_id)
-                raise ProtocolError("the fabric's events came faster than membership could take them")
+                raise ClosedError("the fabric closed, or its events came faster than membership took them")
         finally:
             self._events.close()
 

@@ -1,0 +1,403 @@
+"""The membership runner over an in-process control plane, under a virtual clock."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+import trio.testing
+
+from sparkle_mesh import limits
+from sparkle_mesh.errors import ClosedError, LinkClosedError
+from sparkle_mesh.fabric.framing import receive_message, send_message
+from sparkle_mesh.fabric.memory import MemoryFabric, MemoryFabricNetwork
+from sparkle_mesh.membership.keys import MeshKey, MeshSecrets
+from sparkle_mesh.membership.messages import (
+    PROTOCOL,
+    Greeting,
+    Hello,
+    Introduction,
+    Leave,
+    MeshMessage,
+    Presence,
+    Refused,
+    Role,
+)
+from sparkle_mesh.membership.presence import PresenceService
+from sparkle_mesh.membership.proof import OpenerProof, Say
+from sparkle_mesh.membership.service import (
+    MembershipEvent,
+    MembershipService,
+    PeerAdmitted,
+    PeerGone,
+    PeerRefused,
+    ViewChanged,
+    is_local_address,
+)
+from sparkle_mesh.membership.view import Member
+from sparkle_mesh.nurseries import bare_errors
+
+KEY = MeshKey(b"k" * 32)
+OTHER_KEY = MeshKey(b"o" * 32)
+
+
+class Peer:
+    """One process: a fabric and a membership service on it, and all that it reported."""
+
+    def __init__(self, fabric: MemoryFabric, service: MembershipService, nursery: trio.Nursery) -> None:
+        self.fabric, self.service, self.nursery = fabric, service, nursery
+        self.events: list[MembershipEvent] = []
+        self.heard: list[tuple[str, tuple[str, ...], str]] = []
+        self.died = ""
+        self._changed = trio.Event()
+
+    async def watch(self, events: trio.MemoryReceiveChannel[MembershipEvent]) -> None:
+        async for event in events:
+            self.events.append(event)
+            self._changed.set()
+            self._changed = trio.Event()
+
+    async def until(self, kind: type, count: int = 1) -> list[MembershipEvent]:
+        """Wait until ``count`` events of ``kind`` came; return all of them."""
+        with trio.fail_after(120):
+            while len(found := [event for event in self.events if isinstance(event, kind)]) < count:
+                await self._changed.wait()
+        return found
+
+
+class Mesh:
+    """Peers on one network."""
+
+    def __init__(self, nursery: trio.Nursery, network: MemoryFabricNetwork) -> None:
+        self.nursery, self.network = nursery, network
+
+    async def start(
+        self,
+        name: str,
+        *,
+        key: MeshKey | None = KEY,
+        role: Role = "trainer",
+        min_peers: int = 2,
+        public: bool = False,
+        address: str | None = None,
+    ) -> Peer:
+        return await self.nursery.start(self._run, name, key, role, min_peers, public, address)  # type: ignore[no-any-return]
+
+    async def _run(
+        self,
+        name: str,
+        key: MeshKey | None,
+        role: Role,
+        min_peers: int,
+        public: bool,
+        address: str | None,
+        *,
+        task_status: trio.TaskStatus[Peer],
+    ) -> None:
+        addresses = (address,) if address else None
+        async with self.network.open(name, addresses=addresses) as fabric, trio.open_nursery() as nursery:
+            heard: list[tuple[str, tuple[str, ...], str]] = []
+
+            def hear(peer_id: str, addresses: Sequence[str], source: str) -> None:
+                heard.append((peer_id, tuple(addresses), source))
+
+            service = MembershipService(
+                fabric,
+                MeshSecrets("run", key),
+                role=role,
+                host_id=b"h" * 16,
+                incarnation=name.encode()[:1] * 16,
+                min_peers=min_peers,
+                public=public,
+                heard=hear,
+            )
+            peer = Peer(fabric, service, nursery)
+            peer.heard = heard
+            with service.events() as events:
+                nursery.start_soon(peer.watch, events)
+                try:
+                    with bare_errors():
+                        async with trio.open_nursery() as running:
+                            await running.start(service.run)
+                            task_status.started(peer)
+                except ClosedError as error:
+                    peer.died = str(error)
+                await trio.sleep_forever()
+
+
+async def join(*peers: Peer) -> None:
+    for index, peer in enumerate(peers):
+        for other in peers[index + 1 :]:
+            await peer.fabric.connect(other.fabric.peer_id, other.fabric.addresses)
+
+
+@asynccontextmanager
+async def open_mesh(delay_s: float = 0.0) -> AsyncIterator[Mesh]:
+    async with trio.open_nursery() as nursery:
+        yield Mesh(nursery, MemoryFabricNetwork(delay_s=delay_s))
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.05])
+async def test_connected_peers_prove_the_key_and_agree_on_a_view(
+    autojump_clock: trio.testing.MockClock, delay_s: float
+) -> None:
+    async with open_mesh(delay_s) as mesh:
+        peers = [await mesh.start(name, min_peers=3) for name in "abc"]
+        node = await mesh.start("n", role="node")
+        await join(*peers, node)
+        views = []
+        for peer in peers:
+            (changed,) = await peer.until(ViewChanged)
+            assert isinstance(changed, ViewChanged)
+            assert changed.mine
+            views.append(changed.view)
+        assert views[0] == views[1] == views[2]
+        assert [member.peer_id for member in views[0].members] == ["a", "b", "c"]
+        (watched,) = await node.until(ViewChanged)
+        assert watched == ViewChanged(views[0], mine=False)
+        assert node.service.view == views[0]
+        assert peers[0].service.is_admitted("b")
+        await trio.sleep(2 * limits.PING_INTERVAL_S)
+        latency = peers[0].service.channels["b"].latency_s
+        assert latency is not None
+        assert latency == pytest.approx(delay_s, abs=1e-6)
+        sources = {source for _, _, source in peers[2].heard}
+        assert sources == {"introduction", "exchange"}
+
+
+async def test_a_wrong_key_is_told_to_both_and_is_no_peer(autojump_clock: trio.testing.MockClock) -> None:
+    async with open_mesh() as mesh:
+        ours, theirs = await mesh.start("a"), await mesh.start("b", key=OTHER_KEY)
+        await join(ours, theirs)
+        for peer, other in ((ours, "b"), (theirs, "a")):
+            (refused,) = await peer.until(PeerRefused)
+            assert isinstance(refused, PeerRefused)
+            assert (refused.peer_id, refused.wrong_key) == (other, True)
+            assert "the key is wrong" in refused.reason
+            assert peer.service.channels == {}
+
+
+async def test_an_open_mesh_is_for_this_host_and_its_lan(autojump_clock: trio.testing.MockClock) -> None:
+    async with open_mesh() as mesh:
+        far = await mesh.start("a", key=None, address="/ip4/8.8.8.8/tcp/1")
+        near = await mesh.start("b", key=None)
+        public = await mesh.start("c", key=None, public=True)
+        await join(far, near, public)
+        (refused,) = await far.until(PeerRefused)
+        assert isinstance(refused, PeerRefused)
+        assert refused.peer_id == "b"
+        assert "LAN only" in refused.reason
+        (admitted,) = await far.until(PeerAdmitted)
+        assert isinstance(admitted, PeerAdmitted)
+        assert admitted.peer_id == "c"
+
+
+async def test_leaving_and_dying_are_told_apart(autojump_clock: trio.testing.MockClock) -> None:
+    async with open_mesh() as mesh:
+        stays, leaves, dies = [await mesh.start(name, min_peers=3) for name in "abc"]
+        await join(stays, leaves, dies)
+        await stays.until(ViewChanged)
+        await leaves.service.leave("done")
+        (gone,) = await stays.until(PeerGone)
+        assert isinstance(gone, PeerGone)
+        assert gone.graceful
+        assert gone.reason == "it left the mesh: done"
+        mesh.network.kill("c")
+        gone = (await stays.until(PeerGone, 2))[1]
+        assert isinstance(gone, PeerGone)
+        assert (gone.peer_id, gone.graceful) == ("c", False)
+        assert "the fabric closed" in dies.died
+
+
+async def test_silence_is_noticed_within_its_deadline(autojump_clock: trio.testing.MockClock) -> None:
+    async with open_mesh() as mesh:
+        a, b = await mesh.start("a"), await mesh.start("b")
+        await join(a, b)
+        await a.until(ViewChanged)
+        before = trio.current_time()
+        mesh.network.partition({"a"}, {"b"})
+        (gone,) = await a.until(PeerGone)
+        assert isinstance(gone, PeerGone)
+        assert "silent" in gone.reason
+        assert trio.current_time() - before < limits.SILENCE_TIMEOUT_S + 2 * limits.PING_INTERVAL_S
+
+
+async def test_a_peer_that_comes_again_replaces_its_old_stream(autojump_clock: trio.testing.MockClock) -> None:
+    async with open_mesh() as mesh:
+        b = await mesh.start("b")
+        async with impostor(mesh, "a") as (stream, _):
+            await b.until(PeerAdmitted)
+            second = await impostor_fabric(mesh, "a").open_stream("b", PROTOCOL)
+            await prove(second, "a", "b")
+            await b.until(PeerAdmitted, 2)
+            with pytest.raises(ClosedError):
+                while True:
+                    await receive_message(stream, MeshMessage)
+
+
+def impostor_fabric(mesh: Mesh, name: str) -> MemoryFabric:
+    return mesh.network._fabrics[name]
+
+
+async def prove(stream: object, me: str, peer: str, *, introduce_as: str | None = None) -> None:
+    proof = OpenerProof(MeshSecrets("run", KEY), me=me, peer=peer, nonce=b"n" * 32)
+    instructions = proof.start()
+    while instructions:
+        for instruction in instructions:
+            if isinstance(instruction, Say):
+                await send_message(stream, instruction.message)  # type: ignore[arg-type]
+        if len(instructions) > 1:
+            break
+        instructions = proof.receive(await receive_message(stream, Greeting))  # type: ignore[arg-type]
+    introduction = Introduction(
+        role="trainer",
+        member=Member(peer_id=introduce_as or me, incarnation=b"i" * 16),
+        host_id=b"h" * 16,
+        min_peers=9,
+        addresses=(),
+    )
+    await send_message(stream, introduction)  # type: ignore[arg-type]
+
+
+@asynccontextmanager
+async def impostor(mesh: Mesh, name: str, *, introduce_as: str | None = None) -> AsyncIterator[tuple[object, MemoryFabric]]:
+    """A hand-made peer that holds the key, connected to ``b``."""
+    async with mesh.network.open(name) as fabric:
+        target = mesh.network._fabrics["b"]
+        await fabric.connect("b", target.addresses)
+        stream = await fabric.open_stream("b", PROTOCOL)
+        await prove(stream, name, "b", introduce_as=introduce_as)
+        yield stream, fabric
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (Refused(code="full", reason="?"), "Refused out of place"),
+        (Leave(reason="bored"), "it left the mesh: bored"),
+    ],
+)
+async def test_how_a_channel_ends_is_told(
+    autojump_clock: trio.testing.MockClock, message: Leave | Refused, reason: str
+) -> None:
+    async with open_mesh() as mesh:
+        b = await mesh.start("b")
+        async with impostor(mesh, "a") as (stream, _):
+            await b.until(PeerAdmitted)
+            await send_message(stream, message)  # type: ignore[arg-type]
+            (gone,) = await b.until(PeerGone)
+            assert isinstance(gone, PeerGone)
+            assert reason in gone.reason
+
+
+async def test_garbage_after_the_proof_ends_that_peer_alone(autojump_clock: trio.testing.MockClock) -> None:
+    async with open_mesh() as mesh:
+        b, c = await mesh.start("b"), await mesh.start("c")
+        await join(b, c)
+        await b.until(ViewChanged)
+        async with impostor(mesh, "a") as (stream, _):
+            await b.until(PeerAdmitted, 2)
+            await stream.write(b"\x00\x00\x00\x04junk")  # type: ignore[attr-defined]
+            (gone,) = await b.until(PeerGone)
+            assert isinstance(gone, PeerGone)
+            assert "broke the protocol" in gone.reason
+        assert b.service.is_admitted("c")
+
+
+async def test_an_introduction_under_another_name_is_refused(autojump_clock: trio.testing.MockClock) -> None:
+    async with open_mesh() as mesh:
+        b = await mesh.start("b")
+        async with impostor(mesh, "a", introduce_as="z"):
+            (refused,) = await b.until(PeerRefused)
+            assert isinstance(refused, PeerRefused)
+            assert "introduced itself as z" in refused.reason
+
+
+async def test_a_peer_that_never_finishes_the_proof_is_let_go(autojump_clock: trio.testing.MockClock) -> None:
+    async with open_mesh() as mesh, mesh.network.open("a") as fabric:
+        b = await mesh.start("b")
+        await fabric.connect("b", b.fabric.addresses)
+        stream = await fabric.open_stream("b", PROTOCOL)
+        await send_message(stream, Hello(version_min=1, version_max=1, nonce=b"n" * 32))
+        (refused,) = await b.until(PeerRefused)
+        assert isinstance(refused, PeerRefused)
+        assert "did not finish the proof" in refused.reason
+
+
+async def test_peers_that_do_not_speak_the_protocol_are_reported(autojump_clock: trio.testing.MockClock) -> None:
+    async with open_mesh() as mesh, mesh.network.open("z") as stranger:
+        a = await mesh.start("a")
+        await a.fabric.connect("z", stranger.addresses)
+        (refused,) = await a.until(PeerRefused)
+        assert isinstance(refused, PeerRefused)
+        assert not refused.wrong_key
+
+
+async def test_presence_is_sealed_and_heard_by_holders_of_the_key_alone(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    network = MemoryFabricNetwork()
+    heard: list[tuple[str, Sequence[str], str]] = []
+    async with network.open("a") as a, network.open("b") as b, trio.open_nursery() as nursery:
+        await a.connect("b", b.addresses)
+        ours = MeshSecrets("run", KEY)
+        services = [
+            PresenceService(
+                fabric, ours, role="trainer", incarnation=b"i" * 16, heard=lambda *told: heard.append(told)
+            )
+            for fabric in (a, b)
+        ]
+        async with a.subscribe(ours.topic) as raw:
+            for service in services:
+                await nursery.start(service.run)
+            published = await raw.receive()
+            assert b.addresses[0].encode() not in published.data
+        while not heard:
+            await trio.sleep(1)
+        assert heard[0][1:] in ((a.addresses, "gossip"), (b.addresses, "gossip"))
+        await b.publish(ours.topic, b"junk" * 10)
+        await b.publish(ours.topic, ours.seal(b"junk"))
+        while services[0].refused_count < 2:
+            await trio.sleep(1)
+        nursery.cancel_scope.cancel()
+    assert Presence.__doc__
+
+
+@pytest.mark.parametrize(
+    ("address", "local"),
+    [
+        ("/ip4/127.0.0.1/tcp/1", True),
+        ("/ip4/192.168.3.4/tcp/1", True),
+        ("/ip4/10.0.0.1/tcp/1", True),
+        ("/ip6/::1/tcp/1", True),
+        ("/ip6/fe80::1%eth0/tcp/1", True),
+        ("/ip4/8.8.8.8/tcp/1", False),
+        ("/ip6/2001:4860:4860::8888/tcp/1", False),
+        ("/dns4/example.org/tcp/1", False),
+        ("/memory/7", True),
+        (None, False),
+    ],
+)
+def test_which_addresses_are_local(address: str | None, local: bool) -> None:
+    assert is_local_address(address) is local
+
+
+async def test_a_message_for_a_peer_that_does_not_read_lets_it_go(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "MESH_OUTBOX_MAX_COUNT", 4)
+    async with open_mesh() as mesh:
+        a, b = await mesh.start("a"), await mesh.start("b")
+        await join(a, b)
+        await a.until(ViewChanged)
+        channel = a.service.channels["b"]
+        for _ in range(6):
+            channel.send(Leave())
+        (gone,) = await a.until(PeerGone)
+        assert isinstance(gone, PeerGone)
+        assert "does not read" in gone.reason
+        channel.send(Leave())
+    assert issubclass(LinkClosedError, ClosedError)

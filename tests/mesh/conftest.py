@@ -1,0 +1,89 @@
+"""Real processes that join a mesh: start them, read what they say, end them."""
+
+from __future__ import annotations
+
+import os
+import queue
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).with_name("worker.py")
+DEADLINE_S = 50.0
+
+
+class Worker:
+    """One process running ``worker.py``; its lines are read as they come."""
+
+    def __init__(self, data_dir: Path, mesh: str, scenario: str, *arguments: str) -> None:
+        environment = {**os.environ, "SPARKLE_DATA_DIR": str(data_dir), "PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, str(WORKER), mesh, scenario, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+        )
+        self.lines: list[str] = []
+        self._queue: queue.Queue[str | None] = queue.Queue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._queue.put(line.rstrip("\n"))
+        self._queue.put(None)
+
+    def wait_for(self, prefix: str, timeout_s: float = DEADLINE_S) -> str:
+        """Return the rest of the next line that begins with ``prefix``; fail with all output otherwise."""
+        while True:
+            try:
+                line = self._queue.get(timeout=timeout_s)
+            except queue.Empty:
+                pytest.fail(f"no {prefix!r} in {timeout_s} s; said:\n" + "\n".join(self.lines))
+            if line is None:
+                pytest.fail(f"ended without {prefix!r}; said:\n" + "\n".join(self.lines))
+            self.lines.append(line)
+            if line.startswith(prefix):
+                return line.removeprefix(prefix).strip()
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def end(self, timeout_s: float = DEADLINE_S) -> int:
+        """Wait for the process to end by itself; return its exit code."""
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"did not end in {timeout_s} s; said:\n" + "\n".join(self.lines))
+
+    def destroy(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self._reader.join(5)
+        self.process.stdout.close()
+
+
+@pytest.fixture
+def start_worker(tmp_path: Path) -> Iterator[Callable[..., Worker]]:
+    """Start ``worker.py SCENARIO …`` in a mesh and data directory of this test's own."""
+    workers: list[Worker] = []
+    mesh = f"test-{secrets.token_hex(6)}"
+
+    def start(scenario: str, *arguments: str) -> Worker:
+        worker = Worker(tmp_path, mesh, scenario, *arguments)
+        workers.append(worker)
+        return worker
+
+    yield start
+    for worker in workers:
+        worker.destroy()

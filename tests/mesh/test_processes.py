@@ -1,0 +1,85 @@
+"""Meshes of real processes on this host: they find each other, agree, compute, die."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+
+import psutil
+import pytest
+
+from sparkle_mesh.membership.keys import MeshKey
+
+Start = Callable[..., "Worker"]  # noqa: F821  (the class lives in conftest.py)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_processes_form_one_view_and_all_reduce(start_worker: Start, size: int) -> None:
+    workers = [start_worker("reduce_once", str(size)) for _ in range(size)]
+    views = {worker.wait_for("view") for worker in workers}
+    results = {worker.wait_for("result") for worker in workers}
+    total = float(sum(range(1, size + 1)))
+    assert len(views) == 1
+    assert results == {f"{total} {total}"}
+    assert [worker.end() for worker in workers] == [0] * size
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("forked", ["0", "2"])
+def test_sigkill_in_a_collective_raises_on_every_survivor(start_worker: Start, forked: str) -> None:
+    workers = [start_worker("reduce_for_ever", "3", forked) for _ in range(3)]
+    ranks = {worker.wait_for("started"): worker for worker in workers}
+    assert sorted(ranks) == ["0", "1", "2"]
+    if forked != "0":
+        assert all(any(line.startswith("child ForkedProcessError") for line in w.lines) for w in workers)
+    children = [child for worker in workers for child in psutil.Process(worker.process.pid).children()]
+    assert len(children) == 3 * int(forked)
+    try:
+        ranks["1"].signal(signal.SIGKILL)
+        for rank in ("0", "2"):
+            error = ranks[rank].wait_for("error", 15)
+            assert error.startswith("PeerLostError"), error
+            assert "rank 1" in error or "rank 2" in error or "rank 0" in error
+            assert ranks[rank].end() == 0
+        if forked != "0":
+            assert all(child.is_running() for child in children), "the forked workers live on"
+    finally:
+        for child in children:
+            child.kill()
+
+
+def test_ctrl_c_in_a_collective_ends_it_everywhere(start_worker: Start) -> None:
+    workers = [start_worker("interrupted", "2") for _ in range(2)]
+    ranks = {worker.wait_for("waiting"): worker for worker in workers}
+    ranks["0"].signal(signal.SIGINT)
+    ranks["0"].wait_for("interrupted")
+    assert ranks["0"].end() == 0
+    error = ranks["1"].wait_for("error", 15)
+    assert error.startswith(("CollectiveAbortedError", "PeerLostError")), error
+    assert ranks["1"].end() == 0
+
+
+def test_the_end_of_the_program_leaves_the_mesh(start_worker: Start) -> None:
+    workers = [start_worker("never_closes", "2") for _ in range(2)]
+    assert {worker.wait_for("result") for worker in workers} == {"2.0"}
+    assert [worker.end(20) for worker in workers] == [0, 0]
+
+
+def test_a_mismatch_is_named_on_every_rank_and_the_mesh_goes_on(start_worker: Start) -> None:
+    workers = [start_worker("mismatched", "3") for _ in range(3)]
+    errors = {worker.wait_for("error") for worker in workers}
+    assert len(errors) == 1, errors
+    (error,) = errors
+    assert error.startswith("MismatchError")
+    assert "rank 1" in error
+    assert {worker.wait_for("result") for worker in workers} == {"3.0"}
+
+
+def test_the_right_key_admits_and_a_wrong_one_is_told(start_worker: Start) -> None:
+    right, wrong = MeshKey.generate().to_text(), MeshKey.generate().to_text()
+    members = [start_worker("keyed", "2", right, "40") for _ in range(2)]
+    stranger = start_worker("keyed", "2", wrong, "4")
+    assert [member.wait_for("joined") for member in members] == ["2", "2"]
+    error = stranger.wait_for("error")
+    assert error.startswith("JoinTimeoutError")
+    assert "1 of 2 peers" in error

@@ -1,0 +1,107 @@
+"""What the processes of these tests do: ``worker.py MESH SCENARIO [ARGUMENT …]``."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+import sparkle_mesh as sparkle
+from sparkle_mesh.errors import SparkleError
+
+SCENARIOS: dict[str, Callable[..., None]] = {}
+
+
+def scenario(function: Callable[..., None]) -> Callable[..., None]:
+    SCENARIOS[function.__name__] = function
+    return function
+
+
+def join(mesh: str, size: str, **options: object) -> sparkle.Mesh:
+    return sparkle.join(mesh, min_peers=int(size), timeout_s=40, lan=False, **options)  # type: ignore[arg-type]
+
+
+@scenario
+def reduce_once(mesh: str, size: str) -> None:
+    with join(mesh, size) as m:
+        data = np.full(1000, float(m.rank + 1))
+        m.all_reduce(data)
+        print("view", m.view.lineage.hex(), m.size, flush=True)
+        print("result", data[0], data[-1], flush=True)
+        m.barrier()
+
+
+@scenario
+def reduce_for_ever(mesh: str, size: str, workers: str = "0") -> None:
+    """All-reduce until an error; with ``workers`` forked children that outlive this process."""
+    with join(mesh, size) as m:
+        for _ in range(int(workers)):
+            if os.fork() == 0:
+                try:
+                    m.barrier()
+                except SparkleError as error:
+                    print("child", type(error).__name__, os.getpid(), flush=True)
+                os.dup2(os.open(os.devnull, os.O_RDWR), 1)
+                os.dup2(1, 2)
+                time.sleep(60)
+                os._exit(0)
+        data = np.ones(4_000_000, dtype=np.float32)
+        m.all_reduce(data)
+        print("started", m.rank, flush=True)
+        try:
+            while True:
+                data[:] = 1
+                m.all_reduce(data, timeout_s=20)
+        except SparkleError as error:
+            print("error", type(error).__name__, error, flush=True)
+
+
+@scenario
+def interrupted(mesh: str, size: str) -> None:
+    """Rank 0 waits in a collective that nobody else calls until it is interrupted."""
+    try:
+        with join(mesh, size) as m:
+            m.barrier()
+            print("waiting", m.rank, flush=True)
+            m.all_reduce(np.ones(3), timeout_s=30)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+    except SparkleError as error:
+        print("error", type(error).__name__, error, flush=True)
+
+
+@scenario
+def never_closes(mesh: str, size: str) -> None:
+    """Leave by the end of the program alone."""
+    m = join(mesh, size)
+    print("result", m.all_reduce(np.ones(3))[0], flush=True)
+
+
+@scenario
+def keyed(mesh: str, size: str, key: str, timeout_s: str, *addresses: str) -> None:
+    try:
+        with sparkle.join(
+            mesh, key=key, min_peers=int(size), timeout_s=float(timeout_s), lan=False, join=addresses
+        ) as m:
+            print("joined", m.size, flush=True)
+            m.barrier()
+    except SparkleError as error:
+        print("error", type(error).__name__, error, flush=True)
+
+
+@scenario
+def mismatched(mesh: str, size: str) -> None:
+    with join(mesh, size) as m:
+        try:
+            m.all_reduce(np.ones(3 + (m.rank == 1)))
+        except SparkleError as error:
+            print("error", type(error).__name__, error, flush=True)
+        print("result", m.all_reduce(np.ones(3))[0], flush=True)
+        m.barrier()
+
+
+if __name__ == "__main__":
+    SCENARIOS[sys.argv[2]](sys.argv[1], *sys.argv[3:])
