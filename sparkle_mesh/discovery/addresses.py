@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from sparkle_mesh import limits
-from sparkle_mesh.errors import UsageError
+from sparkle_mesh.errors import ProtocolError, UsageError
+from sparkle_mesh.fabric.identity import public_key_of_peer_id
 from sparkle_mesh.fabric.interface import Address, PeerId
 
 EXAMPLE = "/ip4/192.168.1.4/tcp/45654/p2p/12D3KooWEyoppNCUx8Yx66oV9fJnriXwCcXwDDUA2kj6vnc6iDEp"
-_BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 _HOST_NAME = re.compile(r"(?=.{1,253}\Z)[A-Za-z0-9_]([A-Za-z0-9_-]{0,62})(\.[A-Za-z0-9_-]{1,63})*\.?")
 _PEER_ID_TEXT = re.compile(r"[A-Za-z0-9_.-]+")
 
@@ -88,25 +88,13 @@ def parse_join_address(text: str) -> tuple[PeerId, Address]:
         raise UsageError(
             f"join address {shown!r} lacks the peer id; expected e.g. {EXAMPLE} (sparkle-node prints its own at start)"
         )
-    if not _is_libp2p_peer_id(peer_id):
-        raise UsageError(f"join address {shown!r} ends in {peer_id[:80]!r}, which is no peer id; expected e.g. {EXAMPLE}")
+    try:
+        public_key_of_peer_id(peer_id)
+    except ProtocolError as error:
+        raise UsageError(f"join address {shown!r} ends in no peer id ({error}); expected e.g. {EXAMPLE}") from error
     if parse_endpoint(address) is None:
         raise UsageError(
             f"join address {shown!r} does not start with an address that can be dialed "
             f"(/ip4, /ip6 or /dns, then /tcp/PORT); expected e.g. {EXAMPLE}"
         )
     return peer_id, address
-
-
-def _is_libp2p_peer_id(text: str) -> bool:
-    """Whether ``text`` is base58 of a multihash: an inlined Ed25519 key, or the SHA-256 of a larger key."""
-    if not 40 <= len(text) <= 60 or any(character not in _BASE58 for character in text):
-        return False
-    number = 0
-    for character in text:
-        number = number * 58 + _BASE58.index(character)
-    data = number.to_bytes((number.bit_length() + 7) // 8, "big")
-    leading = len(text) - len(text.lstrip("1"))
-    data = bytes(leading) + data
-    ed25519 = len(data) == 38 and data.startswith(b"\x00\x24\x08\x01\x12\x20")
-    return ed25519 or (len(data) == 34 and data.startswith(b"\x12\x20"))
