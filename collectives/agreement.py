@@ -53,7 +53,10 @@ class Agreement:
         return not self.absent if self.mismatched else not self.unprepared
 
     def verdict(self, describe: Describe) -> MismatchError | DivergenceError | None:
-        """Return what a settled operation ends with; None for success. The same text on every rank."""
+        """Return the error that follows from what is known; None if there is none.
+
+        Once the operation is settled, that is its outcome, with the same text on every rank.
+        """
         if self.mismatched:
             return MismatchError(self._mismatch(describe))
         if len(set(self.prepared.values())) > 1:

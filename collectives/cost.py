@@ -53,7 +53,8 @@ def _stream_s(nbytes: float, hops: int, segment: int, fan: float, cost: LinkCost
         return hops * cost.alpha_s
     messages = ceil(nbytes / segment)
     one = cost.alpha_s + min(nbytes, segment) * cost.beta_s_per_byte
-    return (hops - 1) * one + fan * (messages * cost.alpha_s + nbytes * cost.beta_s_per_byte)
+    # The first message's latency is paid once per hop; after it, only what a rank has to send counts.
+    return (hops - 1) * one + cost.alpha_s + fan * ((messages - 1) * cost.alpha_s + nbytes * cost.beta_s_per_byte)
 
 
 def ring_s(nbytes: int, size: int, cost: LinkCost = DEFAULT_LINK_COST) -> float:

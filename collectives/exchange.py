@@ -26,7 +26,7 @@ from sparkle_mesh.collectives.messages import (
     decode_control,
     is_data,
 )
-from sparkle_mesh.errors import ProtocolError
+from sparkle_mesh.errors import LinkClosedError, ProtocolError
 from sparkle_mesh.transport.link import Link
 
 if TYPE_CHECKING:
@@ -57,7 +57,10 @@ class Exchange:
         self.ahead: dict[int, Ahead] = {}
         self.last_seen = "nothing yet"
         self._group = group
+        #: Control messages that are not with the operating system yet.
+        self.unsent = 0
         self._outbox: deque[bytes] = deque()
+        self._closed = False
         self._wake = trio.Event()
         self._scratch = np.empty(0, np.uint8)
         self._replaying: trio.Event | None = None
@@ -66,10 +69,13 @@ class Exchange:
 
     def post(self, message: Control) -> None:
         """Queue a control message; it goes before any data that is not on its way yet."""
+        if self._closed:
+            return
         if len(self._outbox) >= limits.COLLECTIVE_OUTBOX_MAX_COUNT:
             self._group.peer_lost(self.rank, f"it has not taken {len(self._outbox)} messages")
             return
         self._outbox.append(wire.encode(message))
+        self.unsent += 1
         self.wake()
 
     def wake(self) -> None:
@@ -77,15 +83,25 @@ class Exchange:
         self._wake.set()
 
     async def write(self) -> None:
-        """Send what is queued and what the running operation has ready, for ever.
+        """Send what is queued and what the running operation has ready, until the link is closed.
 
-        Raises
-        ------
-        LinkClosedError
+        That the peer takes nothing more does not make it lost: what it sent before may still have to be read,
+        such as the last word of an operation that it left after. The reader comes to the end of the link.
         """
+        try:
+            await self._write()
+        except LinkClosedError:
+            self._closed = True
+            self._outbox.clear()
+            self.unsent = 0
+
+    async def _write(self) -> None:
         while True:
             if self._outbox:
                 await self.link.send(self._outbox.popleft())
+                self.unsent -= 1
+                if not self.unsent and self._group.operation is not None:
+                    self._group.progress(self._group.operation)
                 continue
             operation = self._group.operation
             message = None

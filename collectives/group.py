@@ -281,8 +281,12 @@ class CollectiveGroup:
             error = agreement.verdict(self._describe)
             if error is not None:
                 operation.fail(error)
-            elif not execution.sends_left:
+            elif not execution.sends_left and not self._unsent():
                 operation.finished.set()
+
+    def _unsent(self) -> bool:
+        """Whether a live peer is still to be sent something: leaving before would leave it without."""
+        return any(exchange.unsent for rank, exchange in self._exchanges.items() if rank not in self._lost)
 
     # --- One operation ---------------------------------------------------------------------------
 
@@ -400,6 +404,9 @@ class CollectiveGroup:
         if timed_out is None:
             error: SparkleError = CollectiveAbortedError(f"{what} was cancelled")
             self._abort(operation, error, cause="cancelled", reason="its call was cancelled")
+        elif operation.agreement.mismatched:
+            error = operation.agreement.verdict(self._describe) or CollectiveTimeoutError(what)
+            self._abort(operation, error, cause="mismatch", reason="ranks called different collectives")
         else:
             text = f"did not finish {timed_out}: {self._who_is_missing(operation)}"
             self._abort(operation, CollectiveTimeoutError(f"{what} {text}"), cause="timeout", reason=text)
@@ -430,7 +437,8 @@ class CollectiveGroup:
             f"{operation.begin.description}, call number {operation.number}, was given up by "
             f"{self._describe(message.origin)}: {message.reason}"
         )
-        error = CollectiveAbortedError(text)
+        # Where ranks differ too, that is what a caller must know.
+        error = operation.agreement.verdict(self._describe) or CollectiveAbortedError(text)
         self._abort(operation, error, cause=message.cause, origin=message.origin, reason=message.reason)
 
     def _abort(

@@ -1,0 +1,166 @@
+"""Groups of ranks in one process, over in-memory links that can be cut at a chosen message."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import trio
+
+from sparkle_mesh.collectives.group import CollectiveGroup
+from sparkle_mesh.errors import LinkClosedError, UsageError
+from sparkle_mesh.transport.link import Buffer, Link, LinkStats
+from sparkle_mesh.transport.memory import memory_link_pair
+
+LINEAGE = b"L" * 32
+
+
+class PairLink(Link):
+    """One end of a rendezvous link: a send returns when the other end has taken the message."""
+
+    kind = "pair"
+
+    def __init__(
+        self,
+        peer_id: str,
+        outgoing: trio.MemorySendChannel[tuple[bytes, bytes]],
+        incoming: trio.MemoryReceiveChannel[tuple[bytes, bytes]],
+        delay_s: float,
+    ) -> None:
+        self.peer_id = peer_id
+        self.stats = LinkStats()
+        #: Cut the link instead of sending this many-th message.
+        self.cut_at: int | None = None
+        #: Called with each message's header before it is sent.
+        self.spy: Callable[[bytes], None] | None = None
+        #: Changes a payload on its way.
+        self.tamper: Callable[[bytes, bytes], bytes] | None = None
+        self._outgoing = outgoing
+        self._incoming = incoming
+        self._delay_s = delay_s
+        self._payload = b""
+        self._closed = False
+        self._lock = trio.StrictFIFOLock()
+
+    async def send(self, header: bytes, buffers: Sequence[Buffer] = ()) -> None:
+        async with self._lock:
+            payload = b"".join(bytes(memoryview(buffer).cast("B")) for buffer in buffers)
+            if self.spy is not None:
+                self.spy(bytes(header))
+            if self.tamper is not None:
+                payload = self.tamper(bytes(header), payload)
+            if self.stats.messages_sent == self.cut_at:
+                await self.aclose()
+            self.stats.messages_sent += 1
+            if self._delay_s:
+                await trio.sleep(self._delay_s)
+            try:
+                await self._outgoing.send((bytes(header), payload))
+            except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+                raise LinkClosedError("the link is closed") from error
+
+    async def receive_header(self) -> tuple[memoryview, int]:
+        try:
+            header, self._payload = await self._incoming.receive()
+        except (trio.EndOfChannel, trio.ClosedResourceError) as error:
+            raise LinkClosedError("the link has ended") from error
+        return memoryview(header), len(self._payload)
+
+    async def receive_into(self, buffers: Sequence[Buffer]) -> None:
+        await trio.lowlevel.checkpoint()
+        rest = self._payload
+        views = [memoryview(buffer).cast("B") for buffer in buffers]
+        if sum(len(view) for view in views) != len(rest):
+            raise UsageError("sizes differ")
+        for view in views:
+            view[:], rest = rest[: len(view)], rest[len(view) :]
+
+    async def discard_payload(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def aclose(self) -> None:
+        self._closed = True
+        self._outgoing.close()
+        self._incoming.close()
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def close_in_child(self) -> None:
+        raise NotImplementedError
+
+
+def pair_of_links(one: int, other: int, *, delay_s: float = 0.0, slots: int = 0) -> tuple[PairLink, PairLink]:
+    there, arriving_there = trio.open_memory_channel[tuple[bytes, bytes]](slots)
+    back, arriving_back = trio.open_memory_channel[tuple[bytes, bytes]](slots)
+    return PairLink(str(other), there, arriving_back, delay_s), PairLink(str(one), back, arriving_there, delay_s)
+
+
+class World:
+    """``size`` ranks and the links between them."""
+
+    def __init__(self, size: int, *, kind: str = "pair", delay_s: float = 0.0, slots: int = 0) -> None:
+        self.size = size
+        self.links: list[dict[int, Any]] = [{} for _ in range(size)]
+        for one in range(size):
+            for other in range(one + 1, size):
+                self.links[one][other], self.links[other][one] = (
+                    pair_of_links(one, other, delay_s=delay_s, slots=slots)
+                    if kind == "pair"
+                    else memory_link_pair(str(one), str(other), delay_s=delay_s)
+                )
+        self.groups = [
+            CollectiveGroup(rank=rank, size=size, links=self.links[rank], lineage=LINEAGE, epoch=3)
+            for rank in range(size)
+        ]
+        self.scopes: list[trio.CancelScope] = [trio.CancelScope() for _ in range(size)]
+
+    @asynccontextmanager
+    async def running(self, *, only: Sequence[int] | None = None) -> AsyncIterator[World]:
+        async with trio.open_nursery() as nursery:
+            for rank in range(self.size) if only is None else only:
+                await nursery.start(self._run, rank)
+            yield self
+            nursery.cancel_scope.cancel()
+
+    async def _run(self, rank: int, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        with self.scopes[rank]:
+            await self.groups[rank].run(task_status=task_status)
+        for link in self.links[rank].values():
+            await link.aclose()
+
+    async def kill(self, rank: int) -> None:
+        """End ``rank``'s run and close all its links, as a process that dies does."""
+        self.scopes[rank].cancel()
+        for link in self.links[rank].values():
+            await link.aclose()
+
+    async def each(
+        self, call: Callable[[int, CollectiveGroup], Awaitable[Any]], ranks: Sequence[int] | None = None
+    ) -> list[Any]:
+        """Call on all ranks at once; return what each returned or raised."""
+        results: list[Any] = [None] * self.size
+
+        async def one(rank: int) -> None:
+            try:
+                results[rank] = await call(rank, self.groups[rank])
+            except Exception as error:
+                results[rank] = error
+
+        async with trio.open_nursery() as nursery:
+            for rank in range(self.size) if ranks is None else ranks:
+                nursery.start_soon(one, rank)
+        return results
+
+
+@pytest.fixture
+def make_world() -> type[World]:
+    return World
+
+
+@pytest.fixture
+def make_pair() -> Callable[..., tuple[PairLink, PairLink]]:
+    return pair_of_links
