@@ -8,11 +8,11 @@ from __future__ import annotations
 import atexit
 import os
 import weakref
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import trio
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from sparkle_mesh.status import PeerStatus
 
 D = TypeVar("D")
+T = TypeVar("T")
 
 _DEFAULT_LISTEN = ("/ip4/0.0.0.0/tcp/0",)
 
@@ -191,10 +192,9 @@ class AsyncMesh:
                         nursery.start_soon(self._lose, rank, "it was gone before the mesh was ready")
                 task_status.started()
                 async for event in events:
-                    if isinstance(event, PeerGone):
-                        rank = self._rank_of_peer(event.peer_id)
-                        if rank is not None:
-                            nursery.start_soon(self._lose, rank, event.reason)
+                    lost = self._rank_of_peer(event.peer_id) if isinstance(event, PeerGone) else None
+                    if lost is not None:
+                        nursery.start_soon(self._lose, lost, event.reason)
 
     def _rank_of_peer(self, peer_id: str) -> int | None:
         return next((r for r, member in enumerate(self._view.members) if member.peer_id == peer_id), None)
@@ -209,6 +209,7 @@ class AsyncMesh:
     def close_in_child(self) -> None:
         """In a forked child: let go of every descriptor of the mesh, so that none outlives the parent."""
         self._connector.close_in_child()
+        self._node.discovery.close_in_child()
         self._node.fabric.close_in_child()
 
 
@@ -451,7 +452,7 @@ class Mesh:
 
         self._call(barrier)
 
-    def _call(self, function: Any) -> Any:
+    def _call(self, function: Callable[[], Awaitable[T]]) -> T:
         self._mesh._check_process()
         return self._portal.call(function)
 
