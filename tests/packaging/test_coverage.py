@@ -16,7 +16,7 @@ PARTS = {
     "sparkle_mesh/in_subprocess.py": "def run():\n    return 1\n",
     "sparkle_mesh/in_fork.py": "def run():\n    return 1\n",
     # On one line, so that the signal, which comes once it is ready, cannot come before the last line.
-    "sparkle_mesh/until_sigterm.py": "import time\ndef run():\n    return print('ready', flush=True) or time.sleep(40)\n",
+    "sparkle_mesh/until_sigterm.py": "import time\ndef run():\n    print('ready', flush=True), time.sleep(40)\n",
     "sparkle_mesh/never_imported.py": "x = 1\n",
     "transport/__init__.py": "",
     "transport/link.py": "def run():\n    return 1\n",
