@@ -7,14 +7,14 @@ as the whole reduction (measured: GMAC 5 GB/s, the fastest of the cryptographic 
 
 Per segment: the sums, modulo 2**64, of every column of the segment laid out in rows of 4 KiB. Any change
 within one column shows unless its words' changes cancel to exactly zero, and a single changed word always
-shows. The sums are hashed (keyed BLAKE2b over length, sums and tail), and the digest of the whole hashes the segments'
+shows. The sums are hashed (SHA-256 over key, length, sums and tail), and the digest of the whole hashes the segments'
 hashes in the order of their ranges, not of their arrival. (Merely XOR-ing the segments' hashes would be cheaper to
 keep, but with linear ones such as GMAC's equal changes in two segments cancel, and constant arrays have just those.)
 """
 
 from __future__ import annotations
 
-from hashlib import blake2b
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ def segment_digest(key: bytes, segment: Array) -> bytes:
     """Return 16 bytes for a contiguous flat array."""
     data = segment.view(np.uint8)
     rows = data.size // _ROW_BYTES
-    state = blake2b(data.size.to_bytes(8, "little"), key=key, digest_size=DIGEST_BYTES)
+    state = sha256(key + data.size.to_bytes(8, "little"))
     # Few rows are hashed faster than summed.
     if rows >= 4:
         whole = rows * _ROW_BYTES
@@ -38,14 +38,14 @@ def segment_digest(key: bytes, segment: Array) -> bytes:
         state.update(data[whole:].data)
     else:
         state.update(data.data)
-    return state.digest()
+    return state.digest()[:DIGEST_BYTES]
 
 
 def whole_digest(key: bytes, segments: list[bytes]) -> bytes:
     """Return the digest of a result from its segments' digests, in the order of their ranges."""
-    return blake2b(b"".join(segments), key=key, digest_size=DIGEST_BYTES).digest()
+    return sha256(key + b"".join(segments)).digest()[:DIGEST_BYTES]
 
 
 def digest_key(lineage: bytes) -> bytes:
     """Return the key of a lineage's digests, so that those of different meshes do not compare."""
-    return blake2b(lineage, person=b"sparkle digest", digest_size=32).digest()
+    return sha256(b"sparkle digest 1\0" + lineage).digest()
