@@ -7,6 +7,7 @@ Then one type error is planted in each folder of the copy, and the check must fi
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -20,6 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 MAPPED = {"transport": "sparkle_mesh/transport", "collectives": "sparkle_mesh/collectives"}
 # Programs, checked as a user's would be: they see the library through its public names.
 PROGRAMS = ("simulations", "examples", "benchmarks")
+# py-libp2p brings along trio-typing, whose stubs of an old trio would hide the types that trio itself ships.
+INLINE_TYPED = ("trio", "outcome")
+INLINE = "inline-typed"
 PLANTED = "planted_type_error.py"
 IGNORED = shutil.ignore_patterns("__pycache__", ".*")
 
@@ -29,6 +33,12 @@ def make_link_tree(tree: Path) -> None:
     shutil.copytree(ROOT / "sparkle_mesh", tree / "sparkle_mesh", ignore=IGNORED)
     for folder, place in MAPPED.items():
         shutil.copytree(ROOT / folder, tree / place, ignore=IGNORED)
+    (tree / INLINE).mkdir()
+    for package in INLINE_TYPED:
+        specification = importlib.util.find_spec(package)
+        assert specification is not None
+        assert specification.origin is not None
+        (tree / INLINE / package).symlink_to(Path(specification.origin).parent)
     for folder in PROGRAMS:
         if (ROOT / folder).is_dir():
             shutil.copytree(ROOT / folder, tree / folder, ignore=IGNORED)
@@ -38,7 +48,7 @@ def run_mypy(tree: Path, arguments: Sequence[str], search_path: str = "") -> tup
     """Run mypy in ``tree``; return its exit code and its output with the paths of the real tree."""
     command = [sys.executable, "-m", "mypy", "--strict", "--config-file", str(ROOT / "pyproject.toml")]
     command += ["--cache-dir", str(ROOT / ".mypy_cache" / "link_tree"), "--no-error-summary", *arguments]
-    environment = os.environ | {"MYPYPATH": search_path}
+    environment = os.environ | {"MYPYPATH": os.pathsep.join(filter(None, (search_path, INLINE)))}
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
     return done.returncode, real_paths(done.stdout + done.stderr)
 

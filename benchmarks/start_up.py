@@ -73,7 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "peer_spread": spread(peers),
         "ratio": statistics.median(peers) / statistics.median(ours),
     }
-    cells = [[name, *(f"{spread(taken)[key]:.2f} s" for key in ("min", "median", "max"))] for name, taken in seconds.items()]
+    cells = [
+        [name, *(f"{spread(taken)[key]:.2f} s" for key in ("min", "median", "max"))] for name, taken in seconds.items()
+    ]
     print(make_table(("what", "min", "median", "max"), cells))
     print(f"ratio {row['ratio']:.2f}; {len(ours)} of {options.rounds} rounds right")
     if options.json is not None:

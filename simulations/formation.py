@@ -13,6 +13,7 @@ import heapq
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from sparkle_mesh.membership.formation import Candidate, Formation, Instruction, SendTo, ViewAgreed
 from sparkle_mesh.membership.messages import Agreement
@@ -75,7 +76,7 @@ class World:
         self._disconnect_rate = self._random.choice([0.0, 0.0, 0.3, 1.0])
         self._spread_s = self._random.choice([0.0, 0.5, 5.0])
         for index in range(self.count):
-            self._at(self._random.uniform(0, self._spread_s), lambda index=index: self._start(index))
+            self._at(self._random.uniform(0, self._spread_s), partial(self._start, index))
         self._at(0.1, self._maybe_fault)
 
     # --- Events ---------------------------------------------------------------------------------
@@ -105,7 +106,7 @@ class World:
             self.exercised.late_joins += 1
         for other in list(self.processes.values()):
             if other is not process:
-                self._at(self.now + self._delay(), lambda other=other: self._connect(process, other))
+                self._at(self.now + self._delay(), partial(self._connect, process, other))
         self._schedule_tick(process)
 
     def _delay(self) -> float:
@@ -136,10 +137,10 @@ class World:
         process.alive = False
         for other in list(self.processes.values()):
             if other is not process:
-                self._at(self.now + self._delay(), lambda other=other: self._disconnect(process, other))
+                self._at(self.now + self._delay(), partial(self._disconnect, process, other))
         if self._random.random() < 0.7:
             index = int(process.member.peer_id[5:])
-            self._at(self.now + self._random.uniform(0.5, 3.0), lambda: self._start(index))
+            self._at(self.now + self._random.uniform(0.5, 3.0), partial(self._start, index))
 
     def _maybe_fault(self) -> None:
         if self.now >= FAULTS_UNTIL_S:
@@ -152,7 +153,7 @@ class World:
             self._note(f"{a.member.peer_id} and {b.member.peer_id} lose each other")
             self.exercised.disconnects += 1
             self._disconnect(a, b)
-            self._at(self.now + self._random.uniform(0.1, 2.0), lambda: self._connect(a, b))
+            self._at(self.now + self._random.uniform(0.1, 2.0), partial(self._connect, a, b))
         self._at(self.now + 0.1, self._maybe_fault)
 
     # --- Machines -------------------------------------------------------------------------------
@@ -160,7 +161,7 @@ class World:
     def _schedule_tick(self, process: Process) -> None:
         wakeup = process.machine.next_wakeup()
         if wakeup is not None and process.alive:
-            self._at(max(wakeup, self.now), lambda: self._tick(process, wakeup))
+            self._at(max(wakeup, self.now), partial(self._tick, process, wakeup))
 
     def _tick(self, process: Process, wakeup: float) -> None:
         if process.alive and process.machine.next_wakeup() == wakeup:
@@ -181,7 +182,7 @@ class World:
             if member.peer_id == peer_id:
                 key = (sender.member, member)
                 self._arrivals[key] = max(self._arrivals.get(key, 0.0), self.now + self._delay())
-                self._at(self._arrivals[key], lambda: self._deliver(sender.member, self.processes[member], message))
+                self._at(self._arrivals[key], partial(self._deliver, sender.member, self.processes[member], message))
                 return
 
     def _deliver(self, sender: Member, receiver: Process, message: Agreement) -> None:

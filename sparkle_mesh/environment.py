@@ -33,9 +33,13 @@ def resolve_data_dir(data_dir: str | os.PathLike[str] | None = None) -> Path:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         owner = path.stat().st_uid
     except OSError as error:
-        raise UsageError(f"data directory {path} cannot be used: {error.strerror}; choose another by data_dir") from error
+        raise UsageError(
+            f"data directory {path} cannot be used: {error.strerror}; choose another by data_dir"
+        ) from error
     if hasattr(os, "getuid") and owner != os.getuid():
-        raise UsageError(f"data directory {path} belongs to user id {owner}, not to this one; choose another by data_dir")
+        raise UsageError(
+            f"data directory {path} belongs to user id {owner}, not to this one; choose another by data_dir"
+        )
     return path
 
 

@@ -256,9 +256,7 @@ async def _open(config: NodeConfig, timeout_s: float) -> AsyncIterator[AsyncMesh
     with bare_errors():
         async with open_node(config) as node:
             deadline = trio.current_time() + timeout_s
-            connector = LinkConnector(
-                node.fabric, mesh_id=node.secrets.mesh_id, authorize=node.membership.is_admitted
-            )
+            connector = LinkConnector(node.fabric, mesh_id=node.secrets.mesh_id, authorize=node.membership.is_admitted)
             async with connector:
                 view = await _await_view(node, deadline, timeout_s)
                 links = await _connect_members(node, connector, view, deadline, timeout_s)
@@ -274,9 +272,7 @@ async def _open(config: NodeConfig, timeout_s: float) -> AsyncIterator[AsyncMesh
                         await node.membership.leave()
 
 
-def _resolve_invites(
-    name: str, key: MeshKey | None, join: Sequence[str]
-) -> tuple[str, MeshKey | None, Sequence[str]]:
+def _resolve_invites(name: str, key: MeshKey | None, join: Sequence[str]) -> tuple[str, MeshKey | None, Sequence[str]]:
     """Take name and key from an invite where one stands in their place; refuse invites to another mesh."""
     if isinstance(join, str):
         raise UsageError(f"join is the text {join!r}; give a list of addresses or invites")

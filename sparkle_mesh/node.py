@@ -39,6 +39,7 @@ from sparkle_mesh.membership.view import View
 from sparkle_mesh.status import NodeStatus, PeerStatus, ViewStatus
 from sparkle_mesh.version import __version__
 
+
 @dataclass(frozen=True, slots=True)
 class PeerJoined:
     """A peer proved that it is of this mesh."""

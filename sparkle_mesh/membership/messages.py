@@ -39,9 +39,7 @@ class OperationState(wire.Message, array_like=True, frozen=True):
     digest: Annotated[bytes, msgspec.Meta(max_length=64)]
 
 
-OperationList = Annotated[
-    tuple[OperationState, ...], msgspec.Meta(max_length=limits.OPERATIONS_PER_PROMISE_MAX_COUNT)
-]
+OperationList = Annotated[tuple[OperationState, ...], msgspec.Meta(max_length=limits.OPERATIONS_PER_PROMISE_MAX_COUNT)]
 
 # --- Proof -----------------------------------------------------------------------------------------
 

@@ -114,18 +114,26 @@ async def test_broadcast_reaches_all_and_cuts_off_the_slow() -> None:
 
 
 async def test_one_error_comes_bare_several_stay_a_group() -> None:
-    with pytest.raises(UsageError, match="only"), bare_errors():
-        async with trio.open_nursery() as outer, trio.open_nursery():
-            outer.start_soon(trio.sleep_forever)
-            raise UsageError("the only one")
+    async def fail_once() -> None:
+        with bare_errors():
+            async with trio.open_nursery() as outer, trio.open_nursery():
+                outer.start_soon(trio.sleep_forever)
+                raise UsageError("the only one")
+
+    with pytest.raises(UsageError, match="only"):
+        await fail_once()
 
     async def fail() -> None:
         raise UsageError("one of two")
 
-    with pytest.raises(BaseExceptionGroup), bare_errors():
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(fail)
-            nursery.start_soon(fail)
+    async def fail_twice() -> None:
+        with bare_errors():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(fail)
+                nursery.start_soon(fail)
+
+    with pytest.raises(BaseExceptionGroup):
+        await fail_twice()
 
 
 def test_the_front_door_says_what_is_behind_it() -> None:

@@ -85,9 +85,9 @@ def test_the_largest_set_all_find_large_enough_is_proposed() -> None:
 
 
 def promised(formation: Formation, ballot: Ballot) -> None:
-    assert sent(
-        formation.receive(ballot.proposer, Prepare(lineage=b"", epoch=0, ballot=ballot), now=0), Promise
-    ), "the ballot should have been promised"
+    assert sent(formation.receive(ballot.proposer, Prepare(lineage=b"", epoch=0, ballot=ballot), now=0), Promise), (
+        "the ballot should have been promised"
+    )
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,9 @@ def test_those_who_come_after_the_view_are_told_of_it() -> None:
     me = candidate("a", min_peers=1)
     formation = machine(me)
     formation.tick(now=SOON)
-    assert [i.message for i in formation.candidate_came(B, now=1) if isinstance(i, SendTo)] == [Chosen(view=view_of(me))]
+    assert [i.message for i in formation.candidate_came(B, now=1) if isinstance(i, SendTo)] == [
+        Chosen(view=view_of(me))
+    ]
     assert sent(formation.watcher_came("node", now=1), Chosen)
     prepare = Prepare(lineage=b"", epoch=0, ballot=Ballot(round=1, proposer="b"))
     assert sent(formation.receive("b", prepare, now=1), Chosen)
@@ -224,7 +226,9 @@ def test_forged_news_of_a_view_is_ignored() -> None:
 def test_a_watcher_learns_but_never_takes_part() -> None:
     watcher = machine(None, A, B)
     assert watcher.next_wakeup() is None
-    assert sent(watcher.receive("a", Prepare(lineage=b"", epoch=0, ballot=Ballot(round=1, proposer="a")), now=0), Declined)
+    assert sent(
+        watcher.receive("a", Prepare(lineage=b"", epoch=0, ballot=Ballot(round=1, proposer="a")), now=0), Declined
+    )
     view = view_of(A, B)
     assert watcher.receive("a", Chosen(view=view), now=0) == [ViewElsewhere(view)]
     assert watcher.watcher_came("other", now=0) == []

@@ -77,7 +77,12 @@ def test_key_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
 
 
 def test_identifiers_depend_on_name_and_key_and_differ_by_purpose() -> None:
-    meshes = [MeshSecrets("a", None), MeshSecrets("b", None), MeshSecrets("a", KEY), MeshSecrets("a", MeshKey(b"k" * 32))]
+    meshes = [
+        MeshSecrets("a", None),
+        MeshSecrets("b", None),
+        MeshSecrets("a", KEY),
+        MeshSecrets("a", MeshKey(b"k" * 32)),
+    ]
     identifiers = [value for mesh in meshes for value in (mesh.mesh_id, mesh.tag, mesh.topic, mesh.proof(b"x"))]
     assert len(set(identifiers)) == len(identifiers)
     again = MeshSecrets("a", KEY)

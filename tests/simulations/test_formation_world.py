@@ -22,6 +22,11 @@ def run(seed: int) -> World:
     return world
 
 
+def run_many(count: int) -> None:
+    for seed in range(count):
+        run(seed)
+
+
 def test_one_seed_is_one_trace() -> None:
     assert run(11).trace == run(11).trace
 
@@ -30,8 +35,7 @@ def test_the_checks_catch_a_machine_that_enters_whatever_it_is_told(monkeypatch:
     """A machine that accepts without promising lets two views come to life for one process, or stalls."""
     monkeypatch.setattr(Formation, "_can_be_member_of", lambda self, view: None)
     with pytest.raises(InvariantBroken):
-        for seed in range(300):
-            run(seed)
+        run_many(300)
 
 
 def test_the_command_prints_a_summary_and_replays(capsys: pytest.CaptureFixture[str]) -> None:
