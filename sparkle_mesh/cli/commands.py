@@ -104,7 +104,7 @@ def _show_version(context: click.Context, _parameter: click.Parameter, value: bo
 )
 @_data_dir_option
 @click.option("--no-lan", is_flag=True, help="Do not look for peers by multicast on the local networks.")
-@click.option("--no-public", is_flag=True, help="Keep off public networks. They are not used now; says so for good.")
+@click.option("--no-public", is_flag=True, help="Do not use public peers to find others. (None are used so far.)")
 @click.option(
     "--public",
     is_flag=True,
@@ -220,7 +220,7 @@ def _resolve_for(context: click.Context, data_dir: Path | None) -> Path:
     return resolve_data_dir(data_dir or before)
 
 
-@sparkle_node.command("id")
+@sparkle_node.command("id", short_help="Print this machine's peer id.")
 @_data_dir_option
 @_json_option
 @click.pass_context
@@ -242,7 +242,7 @@ def show_id(context: click.Context, data_dir: Path | None, as_json: bool) -> Non
     click.echo(to_json({"peer_id": peer_id, "running": running}) if as_json else printable(peer_id))
 
 
-@sparkle_node.command("status")
+@sparkle_node.command("status", short_help="Print how the running node is doing.")
 @_data_dir_option
 @_json_option
 @click.pass_context
@@ -255,7 +255,7 @@ def show_status(context: click.Context, data_dir: Path | None, as_json: bool) ->
     click.echo(to_json(status) if as_json else status_text(status))
 
 
-@sparkle_node.command("peers")
+@sparkle_node.command("peers", short_help="Print the running node's peers.")
 @_data_dir_option
 @_json_option
 @click.pass_context
@@ -268,7 +268,7 @@ def show_peers(context: click.Context, data_dir: Path | None, as_json: bool) -> 
     click.echo(to_json(peers) if as_json else peers_text(peers))
 
 
-@sparkle_node.command("invite")
+@sparkle_node.command("invite", short_help="Print a line with which others can join.")
 @_data_dir_option
 @_json_option
 @click.pass_context
@@ -284,7 +284,7 @@ def show_invite(context: click.Context, data_dir: Path | None, as_json: bool) ->
     click.echo(to_json({"invite": invite}) if as_json else printable(invite))
 
 
-@sparkle_node.command("new-key")
+@sparkle_node.command("new-key", short_help="Make a key for a mesh.")
 @click.argument("path", type=click.Path(path_type=Path, dir_okay=False))
 def make_key(path: Path) -> None:
     """Write a new random mesh key to PATH, readable by its owner only.

@@ -95,6 +95,7 @@ class NodeRun:
 
     async def _tell(self, node: RunningNode) -> None:
         """Print what the node is, then what happens, without end."""
+        await trio.lowlevel.checkpoint()  # a signal that came during the start ends it here
         known: set[str] = set()
         first = True
         while True:

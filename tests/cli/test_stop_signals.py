@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 
 import pytest
+
+from sparkle_mesh.cli.signals import StopSignals
 
 PRELUDE = """
 import os, signal, sys
@@ -64,6 +67,16 @@ def test_signals_that_are_given_back_are_the_systems() -> None:
     assert run("stop.release(); send(signal.SIGTERM); print('still here')") == (-signal.SIGTERM, "")
     assert run("send(signal.SIGINT); stop.release(); print('still here')") == (-signal.SIGINT, "")
     assert run("stop.release(); print('fine')") == (0, "fine\n")
+
+
+def test_a_signal_that_came_takes_effect_when_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[int, int]] = []
+    stop = StopSignals()
+    stop.listen()
+    signal.raise_signal(signal.SIGTERM)
+    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
+    stop.release()
+    assert sent == [(os.getpid(), signal.SIGTERM)]
 
 
 def test_nohup_is_respected_and_a_background_jobs_sigint_is_not() -> None:
