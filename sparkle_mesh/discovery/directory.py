@@ -380,26 +380,19 @@ class Directory:
         counts = Counter(contact.source for contact in evictable)
         counts[newcomer_source] += 1
         crowded = max(counts[contact.source] for contact in evictable)
-        if counts[newcomer_source] > crowded:
-            return None
-        if counts[newcomer_source] == crowded and any(c.source == newcomer_source for c in evictable):
-            evictable = [c for c in evictable if c.source == newcomer_source]
-        else:
-            evictable = [c for c in evictable if counts[c.source] == crowded]
-        return min(evictable, key=lambda c: (c.ever_connected, -c.failures, c.last_heard_at))
+        candidates = [c for c in evictable if counts[c.source] == crowded]
+        # Between equals a newcomer displaces its own kind.
+        candidates = [c for c in candidates if c.source == newcomer_source] or candidates
+        return min(candidates, key=lambda c: (c.ever_connected, -c.failures, c.last_heard_at))
 
     def _drop(self, contact: Contact) -> None:
         del self._contacts[contact.peer_id]
 
     def _forget(self, now: float) -> None:
-        """Drop those that were not heard of and not reached for long."""
-        lost = [
-            contact
-            for contact in self._contacts.values()
-            if contact.idle
-            and not contact.configured
-            and now - contact.last_heard_at > limits.DISCOVERY_FORGET_S
-            and (contact.failures >= limits.DISCOVERY_FORGET_FAILURES_COUNT or not contact.places)
-        ]
-        for contact in lost:
-            self._drop(contact)
+        """Drop those that were not reached and not heard of for long; of the cached, those that are not there."""
+        for contact in [c for c in self._contacts.values() if c.idle and not c.configured]:
+            silent = now - contact.last_heard_at > limits.DISCOVERY_FORGET_S
+            lost = silent and (contact.failures >= limits.DISCOVERY_FORGET_FAILURES_COUNT or not contact.places)
+            gone = contact.source == CACHE and contact.failures >= limits.DISCOVERY_CACHED_FAILURES_COUNT
+            if lost or gone:
+                self._drop(contact)

@@ -344,7 +344,8 @@ class DiscoveryService:
         for contact in self._directory.contacts():
             if contact.refusals or (not contact.ever_connected and contact.failures):
                 unreachable.add(contact.peer_id)
-            elif contact.ever_connected and contact.places:
+            elif contact.ever_connected and contact.places and contact.source != HOST:
+                # Those of this host's registry are found there again, if they live.
                 age_s = 0.0 if contact.connected else now - contact.last_heard_at
                 addresses = contact.dial_addresses()
                 seen.append(CachedPeer(peer_id=contact.peer_id, addresses=addresses, seen_at=wall_time - age_s))
