@@ -1,0 +1,124 @@
+"""Puts a host together from py-libp2p's parts, and takes connections through its handshakes.
+
+``libp2p.new_host`` also accepts plaintext, TLS and secio, by which a stranger can pass for anybody; here Noise
+is the only security protocol and yamux the only multiplexer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import trio
+from libp2p.abc import INetConn
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.crypto.x25519 import create_new_key_pair as create_new_noise_key_pair
+from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStore
+from libp2p.security.noise.transport import Transport as Noise
+from libp2p.utils.dns_utils import resolve_multiaddr_with_retry
+from multiaddr import Multiaddr  # type: ignore[import-untyped]
+
+from sparkle_mesh import limits
+from sparkle_mesh.errors import UnreachableError
+from sparkle_mesh.fabric.guards import (
+    GuardedHost,
+    GuardedSwarm,
+    GuardedTasks,
+    GuardedUpgrader,
+    quiet_libp2p_logging,
+    translated,
+)
+from sparkle_mesh.fabric.hubs import FabricCounters
+from sparkle_mesh.fabric.identity import Identity
+from sparkle_mesh.fabric.interface import Address, PeerId
+from sparkle_mesh.fabric.tcp import SocketRegister, TcpConnection, dial_tcp, parse_tcp_address, tcp_address
+
+
+def assemble_host(
+    identity: Identity,
+    counters: FabricCounters,
+    tasks: GuardedTasks,
+    on_connected: Callable[[INetConn], None],
+    on_disconnected: Callable[[INetConn], None],
+) -> tuple[GuardedSwarm, GuardedHost]:
+    """Return a swarm and its host with no listener and no connection yet."""
+    quiet_libp2p_logging()
+    key_pair = create_new_key_pair(identity.private_key_bytes())
+    peer_id = ID.from_pubkey(key_pair.public_key)
+    peerstore = PeerStore()
+    peerstore.add_key_pair(peer_id, key_pair)
+    noise = Noise(key_pair, noise_privkey=create_new_noise_key_pair().private_key)
+    swarm = GuardedSwarm(peer_id, peerstore, GuardedUpgrader(noise), tasks, on_connected, on_disconnected)
+    return swarm, GuardedHost(swarm, counters)
+
+
+async def open_tcp(address: Address, register: SocketRegister) -> trio.SocketStream:
+    """Connect to ``address``, its name resolved if it has one.
+
+    Raises
+    ------
+    UnreachableError, UsageError
+        If it cannot be connected to, or is no TCP address.
+    """
+    kind, host, port = parse_tcp_address(address)
+    hosts = [(host, port)] if kind.startswith("ip") else await _resolve(address)
+    reason = "its name has no address"
+    for ip, resolved_port in hosts:
+        try:
+            return await dial_tcp(ip, resolved_port, register)
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+    raise UnreachableError(reason)
+
+
+async def _resolve(address: Address) -> list[tuple[str, int]]:
+    with translated("its name could not be resolved", UnreachableError):
+        resolved = await resolve_multiaddr_with_retry(Multiaddr(address), max_retries=1)
+    return [parse_tcp_address(str(found))[1:] for found in (resolved or [])[: limits.DNS_RESULTS_MAX_COUNT]]
+
+
+async def upgrade_outbound(swarm: GuardedSwarm, stream: trio.SocketStream, peer_id: PeerId) -> None:
+    """Take a connection that was dialed through its handshakes; it stands when this returns.
+
+    Raises
+    ------
+    UnreachableError
+        If whoever answers is not ``peer_id``, or does not speak as libp2p with Noise and yamux.
+    """
+    upgraded = False
+    try:
+        with translated("the handshake failed", UnreachableError):
+            raw = RawConnection(TcpConnection(stream), True)
+            await swarm.upgrade_outbound_raw_conn(raw, ID.from_base58(peer_id))
+            upgraded = True
+    finally:
+        if not upgraded:
+            await trio.aclose_forcefully(stream)
+
+
+async def upgrade_inbound(swarm: GuardedSwarm, connection: TcpConnection) -> None:
+    """Take an accepted connection through its handshakes; it stands when this returns. Raises anything."""
+    address = tcp_address(*connection.remote)
+    await swarm.upgrade_inbound_raw_conn(RawConnection(connection, False), Multiaddr(address))
+
+
+def trio_descriptors() -> list[Callable[[], int]]:
+    """Return functions that detach the descriptors of the current run's event loop, for a forked child.
+
+    Private to trio: where its internals look otherwise, the child keeps copies of an idle poll set and of two
+    ends of a wake-up pipe, which hold nothing of the network open.
+    """
+    detaches: list[Callable[[], int]] = []
+    runner: Any = getattr(getattr(import_module("trio._core._run"), "GLOBAL_RUN_CONTEXT", None), "runner", None)
+    wakeup = getattr(getattr(runner, "entry_queue", None), "wakeup", None)
+    for name in ("wakeup_sock", "write_sock"):
+        sock = getattr(wakeup, name, None)
+        if sock is not None:
+            detaches.append(sock.detach)
+    epoll = getattr(getattr(runner, "io_manager", None), "_epoll", None)
+    if epoll is not None:
+        detaches.append(epoll.fileno)
+    return detaches

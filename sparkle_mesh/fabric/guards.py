@@ -1,0 +1,286 @@
+"""py-libp2p with its sharp edges covered.
+
+Each class here states what py-libp2p 0.8.1 does by itself and what it does instead. All of it was seen to
+fail in tests without the guard; a new minor version of py-libp2p needs these read again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import trio
+from libp2p.abc import INetConn, INetStream, ISecureConn
+from libp2p.custom_types import TProtocol
+from libp2p.host.basic_host import BasicHost
+from libp2p.io.exceptions import ConnectionClosedError
+from libp2p.network.config import ConnectionConfig
+from libp2p.network.connection import swarm_connection
+from libp2p.network.connection.swarm_connection import SwarmConn
+from libp2p.network.swarm import Swarm
+from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStore
+from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
+from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_PROTOCOL
+from libp2p.security.noise.transport import Transport as Noise
+from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_PROTOCOL
+from libp2p.stream_muxer.yamux.yamux import Yamux
+from libp2p.transport.upgrader import TransportUpgrader
+
+from sparkle_mesh import limits
+from sparkle_mesh.errors import ClosedError, LinkClosedError, ProtocolError, SparkleError
+from sparkle_mesh.fabric.hubs import FabricCounters, run_guarded
+
+logger = logging.getLogger("sparkle_mesh.fabric")
+
+
+def quiet_libp2p_logging() -> None:
+    """Keep py-libp2p's log silent unless its user asked for it.
+
+    It logs what any passing stranger can cause as errors. Its connections also log through the root logger's
+    functions, which install a handler on standard error that the program never asked for.
+    """
+    library = logging.getLogger("libp2p")
+    if not any(isinstance(handler, logging.NullHandler) for handler in library.handlers):
+        library.addHandler(logging.NullHandler())
+    # The level it sets by itself where neither LIBP2P_DEBUG nor the program chose one.
+    if library.level in (logging.NOTSET, logging.WARNING):
+        library.setLevel(logging.CRITICAL)
+    vars(swarm_connection)["logging"] = logging.getLogger("libp2p.network.connection")
+
+
+@contextmanager
+def translated(what: str, error_type: type[SparkleError] = LinkClosedError) -> Iterator[None]:
+    """Raise ``error_type`` for whatever py-libp2p raises: its exceptions have no common base."""
+    try:
+        yield
+    except SparkleError:
+        raise
+    except Exception as error:
+        raise error_type(f"{what}: {describe(error)}") from error
+
+
+def describe(error: BaseException) -> str:
+    """Return what ``error`` says, with what its causes add."""
+    texts: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None and len(texts) < 4:
+        text = str(cause) or type(cause).__name__
+        if not any(text in known for known in texts):
+            texts.append(text)
+        cause = cause.__cause__
+    return ": ".join(texts)[: limits.REASON_MAX_CHARS]
+
+
+class GuardedTasks:
+    """Stands in for a py-libp2p service's manager; a task that fails is logged and counted, and ends alone.
+
+    With the original, any exception in any task of a service ends the service and the program's nursery.
+    """
+
+    def __init__(self, nursery: trio.Nursery, counters: FabricCounters) -> None:
+        self._nursery = nursery
+        self._counters = counters
+        self._finished = trio.Event()
+
+    @property
+    def is_running(self) -> bool:
+        return not self._finished.is_set()
+
+    def run_task(self, task: Callable[..., Awaitable[Any]], *args: Any, **_options: Any) -> None:
+        """Start ``task``; the options (its name, whether it is a daemon) mean nothing here."""
+        if self.is_running:
+            what = f"py-libp2p's {getattr(task, '__qualname__', task)}"
+            self._nursery.start_soon(run_guarded, what, partial(task, *args), trio.lowlevel.checkpoint, self._counters)
+
+    run_daemon_task = run_task
+
+    async def wait_finished(self) -> None:
+        await self._finished.wait()
+
+    async def stop(self) -> None:
+        self._finished.set()
+
+
+class _BoundedBuffers(dict[int, bytearray]):
+    """A connection's unread bytes by stream; refuses what exceeds the bound over all of them."""
+
+    class Buffer(bytearray):
+        owner: _BoundedBuffers
+
+        def extend(self, data: Any) -> None:
+            if sum(map(len, self.owner.values())) + len(data) > limits.UNREAD_BYTES_PER_CONNECTION_MAX:
+                # The one exception that makes Yamux close the connection instead of going on.
+                raise trio.TooSlowError(f"over {limits.UNREAD_BYTES_PER_CONNECTION_MAX} bytes are unread")
+            super().extend(data)
+
+    def __setitem__(self, stream_id: int, data: bytearray) -> None:
+        buffer = _BoundedBuffers.Buffer(data)
+        buffer.owner = self
+        super().__setitem__(stream_id, buffer)
+
+
+class GuardedUpgrader(TransportUpgrader):
+    """Speaks Noise and yamux alone. The original makes its own Yamux whatever class it is given."""
+
+    def __init__(self, noise: Noise) -> None:
+        super().__init__(
+            {NOISE_PROTOCOL: noise}, {TProtocol(YAMUX_PROTOCOL): GuardedYamux}, int(limits.UPGRADE_TIMEOUT_S)
+        )
+
+    async def upgrade_connection(self, conn: ISecureConn, peer_id: ID) -> GuardedYamux:
+        await self.muxer_multistream.select_transport(conn)
+        return GuardedYamux(conn, peer_id)
+
+
+class GuardedYamux(Yamux):
+    """Yamux that bounds what a peer may leave unread, and survives cancelled callers.
+
+    The original only logs when a peer ignores its window. A caller that is cancelled while it writes leaves
+    half a frame on the wire, which breaks every stream of the connection; one cancelled while it opens a
+    stream leaks one of 256 places. Bytes that arrived before the connection ended are dropped unread.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.stream_buffers = _BoundedBuffers()
+
+    async def _write_frame(self, data: bytes) -> None:
+        async with self._write_lock:
+            with trio.move_on_after(limits.FRAME_WRITE_TIMEOUT_S) as scope:
+                scope.shield = True
+                await self.secured_conn.write(data)
+            if scope.cancelled_caught:
+                # Half a frame may be on the wire.
+                await self.secured_conn.close()
+                raise ConnectionClosedError(f"peer took nothing for {limits.FRAME_WRITE_TIMEOUT_S:g} s")
+
+    async def wait_for_place(self) -> None:
+        """Wait until a stream can be opened at once: a free place of the 256, and nobody in the middle of a write."""
+        async with self._write_lock:
+            pass
+        while self.stream_backlog_semaphore.value == 0:
+            await self.stream_backlog_semaphore.acquire()
+            self.stream_backlog_semaphore.release()
+
+    async def _cleanup_on_error(self) -> None:
+        for stream_id, stream in self.streams.items():
+            unread = bytes(self.stream_buffers.get(stream_id, b""))
+            vars(stream).update(unread_at_end=unread, ended_by_peer=stream.recv_closed)
+        await super()._cleanup_on_error()
+
+
+class _NoAutoConnector:
+    """In place of py-libp2p's, which dials every address anybody told it about; discovery decides whom to dial."""
+
+    _is_connecting = False
+
+    def record_disconnect(self, peer_id: ID) -> None:
+        """Keep no record."""
+
+
+class GuardedSwarm(Swarm):
+    """A swarm that dials nobody by itself, prunes nothing, and reports connections as they come and go.
+
+    The original holds an inbound connection's task and place until the whole swarm ends.
+    """
+
+    def __init__(
+        self,
+        peer_id: ID,
+        peerstore: PeerStore,
+        upgrader: GuardedUpgrader,
+        tasks: GuardedTasks,
+        on_connected: Callable[[INetConn], None],
+        on_disconnected: Callable[[INetConn], None],
+    ) -> None:
+        self._on_connected = on_connected
+        self._on_disconnected = on_disconnected
+        super().__init__(peer_id, peerstore, upgrader, [], connection_config=_connection_config())
+        # Assigned as attributes of another type than declared: both have what is called of the originals.
+        vars(self).update(auto_connector=_NoAutoConnector(), _manager=tasks)
+
+    def _schedule_auto_connect(self) -> None:
+        """Discovery decides whom to dial."""
+
+    def _schedule_prune(self) -> None:
+        """The owner of the fabric decides whom to leave."""
+
+    async def notify_connected(self, conn: INetConn) -> None:
+        self._on_connected(conn)
+        await super().notify_connected(conn)
+
+    def remove_conn(self, swarm_conn: SwarmConn) -> None:
+        super().remove_conn(swarm_conn)
+        self._on_disconnected(swarm_conn)
+
+
+def _connection_config() -> ConnectionConfig:
+    count = limits.CONNECTIONS_MAX_COUNT
+    return ConnectionConfig(
+        max_connections=count,
+        high_watermark=count,
+        low_watermark=0,
+        min_connections=0,
+        max_connections_per_peer=limits.CONNECTIONS_PER_PEER_MAX_COUNT,
+        grace_period=0.0,
+        inbound_upgrade_timeout=limits.UPGRADE_TIMEOUT_S,
+        outbound_upgrade_timeout=limits.UPGRADE_TIMEOUT_S,
+        outbound_stream_protocol_negotiation_timeout=limits.OPEN_STREAM_TIMEOUT_S,
+        inbound_stream_protocol_negotiation_timeout=limits.OPEN_STREAM_TIMEOUT_S,
+    )
+
+
+class GuardedHost(BasicHost):
+    """A host whose stream handlers, py-libp2p's own included, cannot end the program.
+
+    The original lets an exception of any handler (garbage on a gossip stream raises one) end the swarm, asks
+    every new peer for its identity and addresses by system tasks that can crash trio, and keeps streams open
+    whose negotiation was cancelled.
+    """
+
+    def __init__(self, network: GuardedSwarm, counters: FabricCounters, **options: Any) -> None:
+        self._counters = counters
+        super().__init__(network, disable_identify_address_discovery=True, **options)
+
+    def _schedule_identify(self, peer_id: ID, *, reason: str) -> None:
+        """Discovery tells addresses, and streams are opened for one protocol: there is nothing to ask."""
+
+    async def _swarm_stream_handler(self, net_stream: INetStream) -> None:
+        what = f"a stream of {net_stream.muxed_conn.peer_id}"
+        handler = partial(self._handle_stream, net_stream)
+        await run_guarded(what, handler, net_stream.reset, self._counters)
+
+    async def _handle_stream(self, net_stream: INetStream) -> None:
+        connection = getattr(net_stream, "swarm_conn", None)
+        count = len(connection.streams) if connection is not None else 0
+        if count > limits.INBOUND_STREAMS_PER_CONNECTION_MAX_COUNT:
+            raise ProtocolError(f"{count} streams are open on one connection")
+        await super()._swarm_stream_handler(net_stream)
+
+    async def new_stream(self, peer_id: ID, protocol_ids: Sequence[TProtocol]) -> INetStream:
+        """Open a stream on a standing connection; the caller sets the deadline."""
+        connections = [conn for conn in self._network.get_connections(peer_id) if not conn.is_closed]
+        if not connections:
+            raise ClosedError("there is no connection")
+        muxed_conn = connections[0].muxed_conn
+        if isinstance(muxed_conn, GuardedYamux):
+            await muxed_conn.wait_for_place()
+        # A caller that is cancelled between the stream's opening and its registration would leak its place.
+        with trio.CancelScope(shield=True):
+            net_stream = await connections[0].new_stream()
+        selected = None
+        try:
+            selected = await self.multiselect_client.select_one_of(
+                list(protocol_ids), MultiselectCommunicator(net_stream), int(limits.OPEN_STREAM_TIMEOUT_S)
+            )
+        finally:
+            if selected is None:
+                with trio.move_on_after(limits.CLOSE_TIMEOUT_S) as scope:
+                    scope.shield = True
+                    await net_stream.reset()
+        net_stream.set_protocol(selected)
+        return net_stream
