@@ -28,6 +28,7 @@ from sparkle_mesh.membership.keys import MeshKey, MeshSecrets
 from sparkle_mesh.membership.messages import Role
 from sparkle_mesh.membership.presence import PresenceService
 from sparkle_mesh.membership.service import (
+    MembershipEvent,
     MembershipService,
     PeerAdmitted,
     PeerChannel,
@@ -36,6 +37,7 @@ from sparkle_mesh.membership.service import (
     ViewChanged,
 )
 from sparkle_mesh.membership.view import View
+from sparkle_mesh.nurseries import bare_errors
 from sparkle_mesh.status import NodeStatus, PeerStatus, ViewStatus
 from sparkle_mesh.version import __version__
 
@@ -205,19 +207,7 @@ class MeshNode:
     def events(self) -> Iterator[AsyncIterator[NodeEvent]]:
         """Subscribe to peers coming and going, refusals and views."""
         with self.membership.events() as events:
-            yield self._translate(events)
-
-    async def _translate(self, events: trio.MemoryReceiveChannel[object]) -> AsyncIterator[NodeEvent]:
-        async for event in events:
-            match event:
-                case PeerAdmitted(peer_id, _):
-                    channel = self.membership.channels.get(peer_id)
-                    if channel is not None:
-                        yield PeerJoined(self._peer_status(channel))
-                case PeerGone(peer_id, reason, _):
-                    yield PeerLeft(peer_id, reason)
-                case PeerRefused() | ViewChanged():
-                    yield event
+            yield _NodeEvents(self, events)
 
     def _peer_status(self, channel: PeerChannel) -> PeerStatus:
         view = self.membership.view
@@ -230,6 +220,32 @@ class MeshNode:
             rank=view.rank_of(channel.introduction.member) if view is not None else None,
             admitted=True,
         )
+
+
+class _NodeEvents:
+    """Membership's events in the words of :data:`NodeEvent`."""
+
+    def __init__(self, node: MeshNode, events: trio.MemoryReceiveChannel[MembershipEvent]) -> None:
+        self._node, self._events = node, events
+
+    def __aiter__(self) -> _NodeEvents:
+        return self
+
+    async def __anext__(self) -> NodeEvent:
+        while True:
+            try:
+                event = await self._events.receive()
+            except trio.EndOfChannel:
+                raise StopAsyncIteration from None
+            match event:
+                case PeerAdmitted(peer_id, _):
+                    channel = self._node.membership.channels.get(peer_id)
+                    if channel is not None:
+                        return PeerJoined(self._node._peer_status(channel))
+                case PeerGone(peer_id, reason, _):
+                    return PeerLeft(peer_id, reason)
+                case PeerRefused() | ViewChanged():
+                    return event
 
 
 def _view_status(view: View) -> ViewStatus:
@@ -250,12 +266,13 @@ async def open_node(config: NodeConfig) -> AsyncIterator[MeshNode]:
     UsageError
         If an address to listen on or to join cannot be used; the message says which and why.
     """
-    async with open_libp2p_fabric(config.identity, listen=config.listen) as fabric:
-        node = MeshNode(config, fabric)
-        async with trio.open_nursery() as nursery:
-            await nursery.start(node.run)
-            try:
-                yield node
-            finally:
-                await node.membership.leave()
-                nursery.cancel_scope.cancel()
+    with bare_errors():
+        async with open_libp2p_fabric(config.identity, listen=config.listen) as fabric:
+            node = MeshNode(config, fabric)
+            async with trio.open_nursery() as nursery:
+                await nursery.start(node.run)
+                try:
+                    yield node
+                finally:
+                    await node.membership.leave()
+                    nursery.cancel_scope.cancel()

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import AbstractAsyncContextManager
-from typing import Any, TypeVar, TypeVarTuple, Unpack
+from typing import Any, TypeVar, TypeVarTuple
 
 import trio
 
@@ -61,7 +61,7 @@ class Portal:
             raise
         return opened
 
-    def call(self, function: Callable[[Unpack[Ts]], Awaitable[T]], *args: Unpack[Ts]) -> T:
+    def call(self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts) -> T:
         """Run ``await function(*args)`` in the trio run and return its result.
 
         Raises

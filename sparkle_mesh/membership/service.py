@@ -12,6 +12,7 @@ import ipaddress
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import trio
@@ -428,7 +429,8 @@ class MembershipService:
         try:
             await channel.write_all()
         except ClosedError as error:
-            channel.drop(f"its connection ended ({error})")
+            # What the peer said last, its farewell perhaps, is still to be read; the reader finds the end.
+            logger.debug("cannot write to %s any more: %s", channel.peer_id, error)
 
     async def _read(self, channel: PeerChannel) -> None:
         while True:
@@ -480,7 +482,7 @@ def is_local_address(address: Address | None) -> bool:
     if address is None:
         return False
     parts = address.split("/")
-    for protocol, value in zip(parts[1:], parts[2:], strict=False):
+    for protocol, value in pairwise(parts[1:]):
         if protocol in ("ip4", "ip6"):
             ip = ipaddress.ip_address(value.split("%")[0])
             return ip.is_private or ip.is_loopback or ip.is_link_local
