@@ -363,27 +363,32 @@ class Directory:
     def _add(self, peer_id: PeerId, source: str, now: float) -> Contact | None:
         if not is_peer_id_text(peer_id):
             return None
-        while len(self._contacts) >= self._contacts_max_count:
-            victim = self._victim(source)
-            if victim is None:
+        if len(self._contacts) >= self._contacts_max_count:
+            self._make_room(source)
+            if len(self._contacts) >= self._contacts_max_count:
                 return None
-            self._drop(victim)
         contact = Contact(peer_id, source, first_heard_at=now, last_heard_at=now, configured=source == JOIN)
         self._contacts[peer_id] = contact
         return contact
 
-    def _victim(self, newcomer_source: str) -> Contact | None:
-        """Whom to give up for a newcomer: of the source that has the most, the least promising."""
+    def _make_room(self, newcomer_source: str) -> None:
+        """Give up, of the source that has the most, the least promising.
+
+        Several at once, so that a flood does not cost a look at the whole table for each that it makes up.
+        """
         evictable = [c for c in self._contacts.values() if c.idle and not c.configured]
         if not evictable:
-            return None
+            return
         counts = Counter(contact.source for contact in evictable)
         counts[newcomer_source] += 1
         crowded = max(counts[contact.source] for contact in evictable)
         candidates = [c for c in evictable if counts[c.source] == crowded]
         # Between equals a newcomer displaces its own kind.
         candidates = [c for c in candidates if c.source == newcomer_source] or candidates
-        return min(candidates, key=lambda c: (c.ever_connected, -c.failures, c.last_heard_at))
+        candidates.sort(key=lambda c: (c.ever_connected, -c.failures, c.last_heard_at))
+        batch_count = min(len(candidates) // 2, self._contacts_max_count // 32)
+        for contact in candidates[: max(1, batch_count)]:
+            self._drop(contact)
 
     def _drop(self, contact: Contact) -> None:
         del self._contacts[contact.peer_id]

@@ -107,6 +107,7 @@ class DiscoveryService:
         self._registry_problem: str | None = None
         self._on_host: set[PeerId] = set()
         self._warned: set[PeerId] = set()
+        self._cached: set[PeerId] = set()
         self._last_error: str | None = None
         self._dial_count = 0
         self._failed_dial_count = 0
@@ -195,6 +196,7 @@ class DiscoveryService:
                 logger.warning("address %s/p2p/%s to join at is this process's own; ignored", address, peer_id)
             self._take(Hint(peer_id, (address,), JOIN))
         for peer in self._cache.load():
+            self._cached.add(peer.peer_id)
             self._take(Hint(peer.peer_id, peer.addresses, CACHE))
 
     def _take(self, hint: Hint) -> None:
@@ -287,6 +289,7 @@ class DiscoveryService:
             self._registry_failed(error)
         else:
             self._announced = addresses
+            self._registry_problem = None
 
     def _withdraw(self) -> None:
         try:
@@ -340,7 +343,9 @@ class DiscoveryService:
 
     def _save_cache(self) -> None:
         now, wall_time = trio.current_time(), self._clock.wall_time()
-        seen, unreachable = [], set()
+        seen = []
+        # What the directory has given up, and then what it is about to.
+        unreachable = {peer_id for peer_id in self._cached if self._directory.get(peer_id) is None}
         for contact in self._directory.contacts():
             if contact.refusals or (not contact.ever_connected and contact.failures):
                 unreachable.add(contact.peer_id)
