@@ -36,15 +36,20 @@ class LinkCost:
 
 
 DEFAULT_LINK_COST = LinkCost()
+_SEGMENTS_PER_STREAM = 4
+_ALIGN_BYTES = 64
 
 
 def segment_bytes(nbytes: int, parts: int) -> int:
     """Return the bytes of one segment where ``nbytes`` are cut into ``parts`` streams.
 
-    At least a few segments per stream, so that steps overlap; but none so small that messages cost more than bytes.
+    At least a few segments per stream, so that steps overlap; but none so small that messages cost more than
+    bytes; and all of a stream about equal.
     """
-    wanted = nbytes // (4 * max(parts, 1))
-    return min(max(wanted, limits.COLLECTIVE_SEGMENT_MIN_BYTES), limits.COLLECTIVE_SEGMENT_BYTES) // 64 * 64
+    stream = nbytes / max(parts, 1)
+    count = max(ceil(stream / limits.COLLECTIVE_SEGMENT_BYTES), _SEGMENTS_PER_STREAM)
+    wanted = ceil(stream / count / _ALIGN_BYTES) * _ALIGN_BYTES
+    return min(max(wanted, limits.COLLECTIVE_SEGMENT_MIN_BYTES), limits.COLLECTIVE_SEGMENT_BYTES)
 
 
 def _stream_s(nbytes: float, hops: int, segment: int, fan: float, cost: LinkCost) -> float:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import trio
 
-from sparkle_mesh import limits, wire
+from sparkle_mesh import limits
 from sparkle_mesh.collectives.messages import (
     Abort,
     Begin,
@@ -67,14 +67,14 @@ class Exchange:
 
     # --- Writing ---------------------------------------------------------------------------------
 
-    def post(self, message: Control) -> None:
-        """Queue a control message; it goes before any data that is not on its way yet."""
+    def post(self, message: bytes) -> None:
+        """Queue an encoded control message; it goes before any data that is not on its way yet."""
         if self._closed:
             return
         if len(self._outbox) >= limits.COLLECTIVE_OUTBOX_MAX_COUNT:
             self._group.peer_lost(self.rank, f"it has not taken {len(self._outbox)} messages")
             return
-        self._outbox.append(wire.encode(message))
+        self._outbox.append(message)
         self.unsent += 1
         self.wake()
 

@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 import numpy as np
 import trio
 
-from sparkle_mesh import limits
+from sparkle_mesh import limits, wire
 from sparkle_mesh.collectives.agreement import Agreement, name_ranks
 from sparkle_mesh.collectives.arrays import Arrays, check_arrays
 from sparkle_mesh.collectives.calls import Call
@@ -480,9 +480,10 @@ class CollectiveGroup:
             operation.fail(type(error)(str(error)))
 
     def _post(self, message: Control) -> None:
+        data = wire.encode(message)
         for rank, exchange in self._exchanges.items():
             if rank not in self._lost:
-                exchange.post(message)
+                exchange.post(data)
 
     async def _serve(self, exchange: Exchange, work: Callable[..., Awaitable[None]], *arguments: Any) -> None:
         """Run one of an exchange's tasks; when its link ends or its peer misbehaves, the peer is lost."""

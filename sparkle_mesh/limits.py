@@ -57,6 +57,25 @@ REKEY_INTERVAL_RECORDS = 2**16
 LINK_HEADER_MAX_BYTES = 16 * KIB
 LINK_PAYLOAD_MAX_BYTES = 2**40
 LINK_HANDSHAKE_TIMEOUT_S = 10.0
+LINK_HANDSHAKE_MAX_BYTES = 16 * KIB
+LINK_CIPHERS_MAX_COUNT = 8
+LINK_STREAMS_MAX_COUNT = 16
+# Links agreed on whose data streams have not come yet.
+LINK_PENDING_MAX_COUNT = 2048
+LINK_PENDING_PER_PEER_MAX_COUNT = 4
+# Offers of a peer that wait until this process wants the link too; the newest counts.
+LINK_OFFERS_WAITING_MAX_COUNT = 2048
+LINK_OFFER_WAIT_S = 600.0
+# One address of several; a host that drops packets must not use up the time of the others.
+LINK_DIAL_TIMEOUT_S = 3.0
+# How long closing waits for the peer to take what was sent.
+LINK_LINGER_S = 1.0
+# A payload up to this size travels in the same record as its header; copying it costs less than a second record.
+LINK_INLINE_PAYLOAD_MAX_BYTES = 16 * KIB
+# What is received ahead of what is asked for, so that small messages cost one system call for many.
+LINK_READ_AHEAD_BYTES = 64 * KIB
+# Operations in a row that need not wait, after which a link lets other tasks run.
+LINK_TURN_MAX_COUNT = 16
 MEMORY_LINK_CAPACITY_BYTES = 1 * MIB
 
 # --- Membership ----------------------------------------------------------------------------------
@@ -158,8 +177,8 @@ PEER_CACHE_WRITE_DELAY_S = 5.0
 # --- Collectives ---------------------------------------------------------------------------------
 COLLECTIVE_TIMEOUT_S = 600.0
 # What one message carries. Smaller ones cost more system calls and turns of the scheduler per byte, larger
-# ones no longer fit a core's cache between being received and being reduced.
-COLLECTIVE_SEGMENT_BYTES = 512 * KIB
+# ones no longer fit a core's cache between being received and being reduced. With its header one fits a record.
+COLLECTIVE_SEGMENT_BYTES = RECORD_MAX_BYTES - 4 * KIB
 COLLECTIVE_SEGMENT_MIN_BYTES = 16 * KIB
 # Data that may be sent to a peer before it has begun the same operation; the peer holds it until then.
 COLLECTIVE_EAGER_MAX_BYTES = 64 * KIB
@@ -193,7 +212,11 @@ OUTPUT_LINES_MAX_COUNT = 4096
 OUTPUT_FLUSH_TIMEOUT_S = 2.0
 
 # --- Relations -----------------------------------------------------------------------------------
-assert LINK_HEADER_MAX_BYTES < RECORD_MAX_BYTES
+assert LINK_HEADER_MAX_BYTES + LINK_INLINE_PAYLOAD_MAX_BYTES < RECORD_MAX_BYTES < 2**24
+assert LINK_DIAL_TIMEOUT_S < LINK_HANDSHAKE_TIMEOUT_S
+assert LINK_PENDING_PER_PEER_MAX_COUNT < LINK_PENDING_MAX_COUNT
+assert MESH_MEMBERS_MAX_COUNT < LINK_PENDING_MAX_COUNT
+assert MEMORY_LINK_CAPACITY_BYTES > LINK_HEADER_MAX_BYTES
 assert CONNECTIONS_MAX_COUNT < FABRIC_EVENTS_MAX_COUNT
 assert UPGRADE_TIMEOUT_S < DIAL_TIMEOUT_S
 assert COLLECTIVE_SEGMENT_MIN_BYTES <= COLLECTIVE_EAGER_MAX_BYTES <= COLLECTIVE_SEGMENT_BYTES

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import trio
 
-from sparkle_mesh import limits
+from sparkle_mesh import limits, wire
 from sparkle_mesh.collectives import group as group_module
 from sparkle_mesh.collectives.group import CollectiveGroup
 from sparkle_mesh.collectives.messages import Abort, is_data
@@ -213,7 +213,7 @@ async def test_the_one_who_is_said_to_be_lost_is_told_by_whom(make_world: Any) -
         nursery.start_soon(accused)
         await trio.testing.wait_all_tasks_blocked()
         abort = Abort(epoch=3, operation=1, cause="lost", origin=0, lost=1, reason="silence")
-        world.groups[0]._exchanges[1].post(abort)
+        world.groups[0]._exchanges[1].post(wire.encode(abort))
 
 
 async def test_leaving_right_after_the_last_collective_harms_nobody(
