@@ -66,6 +66,10 @@ class UnreachableError(SparkleError):
     """A peer could not be reached at any of its addresses; the message lists each and why."""
 
 
+class LinkRefusedError(UnreachableError):
+    """A peer was reached and does not want a link; the message gives its reason."""
+
+
 # --- Waits that ran out ------------------------------------------------------------------------
 
 

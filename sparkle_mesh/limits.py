@@ -74,8 +74,9 @@ LINK_LINGER_S = 1.0
 LINK_INLINE_PAYLOAD_MAX_BYTES = 16 * KIB
 # What is received ahead of what is asked for, so that small messages cost one system call for many.
 LINK_READ_AHEAD_BYTES = 64 * KIB
-# Operations in a row that need not wait, after which a link lets other tasks run.
-LINK_TURN_MAX_COUNT = 16
+# What a link moves without waiting before it lets other tasks run; an operation counts as so many bytes at least.
+LINK_TURN_BYTES = 1 * MIB
+LINK_TURN_OPERATION_BYTES = 64 * KIB
 MEMORY_LINK_CAPACITY_BYTES = 1 * MIB
 
 # --- Membership ----------------------------------------------------------------------------------

@@ -1,0 +1,486 @@
+"""Encrypted links over one TCP connection: the path that gradients take.
+
+A message begins with a record of kind MESSAGE that holds the *head* (header length, payload length), the header, and
+the payload if it is small. A larger payload follows in records of kind PAYLOAD, each of which is decrypted from the
+receive buffer straight to where it belongs. A GOODBYE record ends the link; an end without one is a lost connection.
+
+What it costs decides how fast collectives are, so, measured on loopback:
+
+- A system call is tried before its readiness is waited for: on a busy link it mostly succeeds, and a wait is a turn
+  of the scheduler with two system calls of its own.
+- While the rest of a large record is awaited, ``SO_RCVLOWAT`` asks to be woken once for all of it.
+- Large records are received to their end and little further, so that next to nothing is left over to be moved.
+- Buffers are as large as the records that came by, so that an idle link to one of many peers costs little.
+- The kernel tunes the socket buffers: every fixed size that was tried was slower.
+
+Operations that need not wait let other tasks run every ``limits.LINK_TURN_BYTES`` or so, and not each time.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Final, NoReturn
+
+import trio
+
+from sparkle_mesh import limits
+from sparkle_mesh.errors import LinkClosedError, ProtocolError, UsageError
+from sparkle_mesh.transport.buffers import byte_views, check_header, check_sizes
+from sparkle_mesh.transport.link import Buffer, Link, LinkStats
+from sparkle_mesh.transport.records import PREFIX_BYTES, RECORD_OVERHEAD_BYTES, RecordOpener, RecordSealer, parse_prefix
+
+MESSAGE: Final = 1
+PAYLOAD: Final = 2
+GOODBYE: Final = 3
+
+#: Header bytes and payload bytes.
+HEAD: Final = struct.Struct(">HQ")
+_MESSAGE_RECORD_MAX_BYTES: Final = HEAD.size + limits.LINK_HEADER_MAX_BYTES + limits.LINK_INLINE_PAYLOAD_MAX_BYTES
+_RX_INITIAL_BYTES: Final = limits.LINK_READ_AHEAD_BYTES + _MESSAGE_RECORD_MAX_BYTES
+# Payload buffers smaller than this are gathered into common records.
+_GATHER_MAX_BYTES: Final = 64 * limits.KIB
+# Beyond this, waiting for the whole rest of a record costs less than being woken for parts of it.
+_LOW_WATER_MIN_BYTES: Final = 64 * limits.KIB
+_PAYLOAD_READ_AHEAD_BYTES: Final = 4 * limits.KIB
+_LINGER_POLL_S: Final = 0.01
+_NO_SIGNAL: Final = getattr(socket, "MSG_NOSIGNAL", 0)
+
+
+def tune_socket(sock: socket.socket) -> None:
+    """Set the options of a data connection.
+
+    Small messages must leave at once (no Nagle). A host that was switched off is noticed by keepalives, though
+    nothing is sent to it. ``TCP_USER_TIMEOUT`` ends a connection that takes no data; as Linux counts the time of a
+    full window too, it must be longer than any member may be slow, which is the deadline of a collective.
+    """
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", limits.SOCKET_KEEPALIVE_IDLE_S),
+        ("TCP_KEEPINTVL", limits.SOCKET_KEEPALIVE_INTERVAL_S),
+        ("TCP_KEEPCNT", limits.SOCKET_KEEPALIVE_PROBES_COUNT),
+        ("TCP_USER_TIMEOUT", int(limits.COLLECTIVE_TIMEOUT_S * 1000)),
+    ):
+        option = getattr(socket, name, None)
+        if option is not None:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+class TcpLink(Link):
+    """One end of an encrypted link over ``stream``, which it takes over.
+
+    Parameters
+    ----------
+    stream
+        A connected stream from which nothing but records will come.
+    peer_id
+        The identity that the keys were agreed on with.
+    sealer, opener
+        Of this end's two directions.
+    latency_s
+        One way, as measured so far.
+    """
+
+    kind = "tcp"
+
+    def __init__(
+        self,
+        stream: trio.SocketStream,
+        peer_id: str,
+        sealer: RecordSealer,
+        opener: RecordOpener,
+        *,
+        latency_s: float | None = None,
+    ) -> None:
+        self.peer_id = peer_id
+        self.stats = LinkStats(latency_s=latency_s)
+        # The plain socket beneath trio's: its methods are what the hot path calls.
+        self._sock = socket.socket(fileno=stream.socket.detach())
+        self._sock.setblocking(False)
+        tune_socket(self._sock)
+        self._sealer = sealer
+        self._opener = opener
+        self._closed_because: str | None = None
+        self._sends_fail_because: str | None = None
+        # Sending.
+        self._tx = memoryview(bytearray(_MESSAGE_RECORD_MAX_BYTES + RECORD_OVERHEAD_BYTES))
+        self._sending = False
+        self._turns = trio.lowlevel.ParkingLot()
+        self._send_budget = limits.LINK_TURN_BYTES
+        # Receiving: bytes from start to end of the buffer came and were not used yet.
+        self._rx = memoryview(bytearray(_RX_INITIAL_BYTES))
+        self._start = 0
+        self._end = 0
+        self._low_water = 1
+        self._receiving = False
+        self._receive_budget = limits.LINK_TURN_BYTES
+        self._message = memoryview(bytearray(_MESSAGE_RECORD_MAX_BYTES))
+        self._inline = self._message[:0]
+        self._payload_left = 0
+        self._scratch = memoryview(bytearray())
+
+    def __repr__(self) -> str:
+        return f"<TcpLink to {self.peer_id}{' closed' if self.closed else ''}>"
+
+    # --- Sending ---------------------------------------------------------------------------------
+
+    async def send(self, header: bytes, buffers: Sequence[Buffer] = ()) -> None:
+        check_header(header)
+        views, total = byte_views(buffers) if buffers else ([], 0)
+        if self._sending:
+            # Whoever sends hands its turn over to the first that waits.
+            await self._turns.park()
+        else:
+            self._sending = True
+        try:
+            if self._send_budget < 0:
+                self._send_budget = limits.LINK_TURN_BYTES
+                await trio.lowlevel.checkpoint()
+            self._send_budget -= total + limits.LINK_TURN_OPERATION_BYTES
+            self._check_can_send()
+            await self._send_message(header, views, total)
+        finally:
+            if self._turns:
+                self._turns.unpark()
+            else:
+                self._sending = False
+
+    async def _send_message(self, header: bytes, views: list[memoryview], total: int) -> None:
+        stats = self.stats
+        head = HEAD.pack(len(header), total) + header
+        try:
+            if total <= limits.LINK_INLINE_PAYLOAD_MAX_BYTES:
+                length = self._sealer.seal_into(MESSAGE, b"".join((head, *views)) if total else head, self._tx)
+                stats.bytes_sent += length
+                await self._write(length)
+            else:
+                length = self._sealer.seal_into(MESSAGE, head, self._tx)
+                for plaintext in _payload_records(views):
+                    end = length + len(plaintext) + RECORD_OVERHEAD_BYTES
+                    if end > len(self._tx):
+                        self._tx = _grown(self._tx, end, length)
+                    self._sealer.seal_into(PAYLOAD, plaintext, self._tx[length:])
+                    stats.bytes_sent += end
+                    await self._write(end)
+                    length = 0
+        except trio.Cancelled:
+            self._abort("a send was cancelled halfway, so that a message may have been cut")
+            raise
+        stats.messages_sent += 1
+
+    async def _write(self, length: int) -> None:
+        """Send ``length`` bytes of the transmit buffer."""
+        sent = 0
+        while True:
+            try:
+                sent += self._sock.send(self._tx[sent:length], _NO_SIGNAL)
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                self._check_can_send()
+                # What the peer sent before can still be received.
+                self._sends_fail_because = f"the connection to peer {self.peer_id} is gone: {error.strerror or error}"
+                raise LinkClosedError(self._sends_fail_because) from error
+            if sent == length:
+                return
+            try:
+                await trio.lowlevel.wait_writable(self._sock)
+            except trio.ClosedResourceError:
+                self._check_can_send()
+                raise
+            self._send_budget = limits.LINK_TURN_BYTES
+
+    def _check_can_send(self) -> None:
+        reason = self._closed_because or self._sends_fail_because
+        if reason is not None:
+            raise LinkClosedError(reason)
+
+    # --- Receiving -------------------------------------------------------------------------------
+
+    async def receive_header(self) -> tuple[memoryview, int]:
+        self._begin_receiving()
+        try:
+            if self._payload_left:
+                raise UsageError(
+                    f"{self._payload_left} bytes of payload are announced and not received; "
+                    "receive or discard them first"
+                )
+            if self._receive_budget < 0:
+                self._receive_budget = limits.LINK_TURN_BYTES
+                await trio.lowlevel.checkpoint()
+            self._receive_budget -= limits.LINK_TURN_OPERATION_BYTES
+            length = await self._await_record(MESSAGE, HEAD.size, _MESSAGE_RECORD_MAX_BYTES)
+            message = self._message[:length]
+            self._open(length, message)
+            header_bytes, payload_bytes = HEAD.unpack_from(message)
+            header_end = HEAD.size + header_bytes
+            inline = message[header_end:]
+            if (
+                header_end > length
+                or header_bytes > limits.LINK_HEADER_MAX_BYTES
+                or payload_bytes > limits.LINK_PAYLOAD_MAX_BYTES
+                or (inline and len(inline) != payload_bytes)
+            ):
+                raise ProtocolError(
+                    f"a record of {length} bytes announced a header of {header_bytes} bytes and a payload "
+                    f"of {payload_bytes}"
+                )
+        except ProtocolError as error:
+            self._fail(error)
+        finally:
+            self._receiving = False
+        self._inline = inline
+        self._payload_left = payload_bytes
+        self.stats.messages_received += 1
+        return message[HEAD.size : header_end], payload_bytes
+
+    async def receive_into(self, buffers: Sequence[Buffer]) -> None:
+        views, total = byte_views(buffers, writable=True)
+        self._begin_receiving()
+        try:
+            check_sizes(total, self._payload_left)
+            if self._inline:
+                self._payload_left = 0
+                inline, self._inline = self._inline, self._message[:0]
+                _scatter(inline, views, 0, 0)
+            else:
+                await self._receive_payload(views)
+        finally:
+            self._receiving = False
+
+    async def discard_payload(self) -> None:
+        self._begin_receiving()
+        try:
+            if self._inline:
+                self._payload_left = 0
+                self._inline = self._message[:0]
+            else:
+                await self._receive_payload(None)
+        finally:
+            self._receiving = False
+
+    async def _receive_payload(self, views: list[memoryview] | None) -> None:
+        """Receive payload records into ``views``, or to nowhere."""
+        index = offset = 0
+        try:
+            while self._payload_left:
+                if self._receive_budget < 0:
+                    self._receive_budget = limits.LINK_TURN_BYTES
+                    await trio.lowlevel.checkpoint()
+                length = await self._await_record(PAYLOAD, 1, min(self._payload_left, limits.RECORD_MAX_BYTES))
+                self._receive_budget -= length
+                if views is not None and length <= len(views[index]) - offset:
+                    self._open(length, views[index][offset : offset + length])
+                    offset += length
+                    if offset == len(views[index]):
+                        index, offset = index + 1, 0
+                else:
+                    if length > len(self._scratch):
+                        self._scratch = memoryview(bytearray(length))
+                    plaintext = self._scratch[:length]
+                    self._open(length, plaintext)
+                    if views is not None:
+                        index, offset = _scatter(plaintext, views, index, offset)
+                self._payload_left -= length
+        except trio.Cancelled:
+            self._abort("receiving a payload was cancelled halfway")
+            raise
+        except ProtocolError as error:
+            self._fail(error)
+
+    def _begin_receiving(self) -> None:
+        if self._receiving:
+            raise UsageError("another task is receiving on this link; one at a time")
+        if self._closed_because is not None:
+            raise LinkClosedError(self._closed_because)
+        self._receiving = True
+
+    async def _await_record(self, kind: int, least_bytes: int, most_bytes: int) -> int:
+        """Wait until the next record is in the buffer, whole; return the length of its plaintext.
+
+        Cancelling it loses nothing.
+        """
+        if self._end - self._start < PREFIX_BYTES:
+            await self._fill(PREFIX_BYTES, limits.LINK_READ_AHEAD_BYTES)
+        got, length = parse_prefix(self._rx[self._start : self._start + PREFIX_BYTES])
+        if got == GOODBYE and kind == MESSAGE and not length:
+            await self._fill(RECORD_OVERHEAD_BYTES, 0)
+            self._open(0, self._message[:0])
+            self._abort(f"peer {self.peer_id} closed the link")
+            self._end_of_link()
+        if got != kind or not least_bytes <= length <= most_bytes:
+            # Not authenticated yet, and wrong whoever wrote it.
+            raise ProtocolError(
+                f"a record of kind {got} and {length} bytes came where one of kind {kind} and "
+                f"{least_bytes} to {most_bytes} bytes belongs"
+            )
+        need = length + RECORD_OVERHEAD_BYTES
+        if self._end - self._start < need:
+            await self._fill(need, _PAYLOAD_READ_AHEAD_BYTES)
+        return length
+
+    def _open(self, length: int, out: memoryview) -> None:
+        """Decrypt the record at the front of the buffer and take it off."""
+        start = self._start
+        end = start + length + RECORD_OVERHEAD_BYTES
+        self._opener.open_into(self._rx[start:end], out)
+        self.stats.bytes_received += end - start
+        self._start = end
+
+    async def _fill(self, need: int, ahead: int) -> None:
+        """Receive until the buffer holds ``need`` bytes, and up to ``ahead`` more if they are there."""
+        if self._start == self._end:
+            self._start = self._end = 0
+        if self._start + need > len(self._rx):
+            have = self._end - self._start
+            if need > len(self._rx):
+                self._rx = _grown(self._rx[self._start :], need + limits.LINK_READ_AHEAD_BYTES, have)
+            else:
+                self._rx[:have] = self._rx[self._start : self._end]
+            self._start, self._end = 0, have
+        limit = min(self._start + need + ahead, len(self._rx))
+        while self._end - self._start < need:
+            try:
+                count = self._sock.recv_into(self._rx[self._end : limit])
+            except BlockingIOError:
+                await self._wait_readable(need - (self._end - self._start))
+                continue
+            except OSError as error:
+                self._abort(f"the connection to peer {self.peer_id} is gone: {error.strerror or error}")
+                self._end_of_link()
+            if not count:
+                inside = " in the middle of a message" if self._payload_left or self._start < self._end else ""
+                self._abort(f"the connection to peer {self.peer_id} ended{inside} without a goodbye")
+                self._end_of_link()
+            self._end += count
+
+    async def _wait_readable(self, missing: int) -> None:
+        low_water = missing if missing >= _LOW_WATER_MIN_BYTES else 1
+        if low_water != self._low_water:
+            self._low_water = low_water
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low_water)
+        try:
+            await trio.lowlevel.wait_readable(self._sock)
+        except trio.ClosedResourceError:
+            self._end_of_link()
+        self._receive_budget = limits.LINK_TURN_BYTES
+
+    def _end_of_link(self) -> NoReturn:
+        raise LinkClosedError(self._closed_because)
+
+    # --- Closing ---------------------------------------------------------------------------------
+
+    def _fail(self, error: ProtocolError) -> NoReturn:
+        """The peer broke the protocol: end the link, and tell the caller who it was."""
+        self._abort(f"peer {self.peer_id} broke the protocol: {error}")
+        raise type(error)(self._closed_because) from error
+
+    def _abort(self, reason: str) -> None:
+        """Close the socket at once; tasks that wait for it get LinkClosedError."""
+        if self._closed_because is None:
+            self._closed_because = reason
+            trio.lowlevel.notify_closing(self._sock)
+            self._sock.close()
+
+    async def aclose(self) -> None:
+        if self._closed_because is not None:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            return
+        self._closed_because = "this end of the link was closed"
+        with suppress(OSError):
+            # A message that another task has half sent stays cut; a goodbye would be garbage within it.
+            if not self._sending and self._sends_fail_because is None:
+                self._sock.send(self._tx[: self._sealer.seal_into(GOODBYE, b"", self._tx)], _NO_SIGNAL)
+        trio.lowlevel.notify_closing(self._sock)
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_WR)
+            await self._linger()
+        self._sock.close()
+
+    async def _linger(self) -> None:
+        """Wait a moment for what was sent to arrive; closing earlier, with bytes unread here, would drop it.
+
+        Shielded, because the last thing that a member says must get through when its work was cancelled.
+        """
+        if self._low_water != 1:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+        with trio.move_on_after(limits.LINK_LINGER_S, shield=True):
+            while not _all_acknowledged(self._sock):
+                try:
+                    # What comes meanwhile is nobody's any more. Room for it lets the peer's end come through.
+                    if not self._sock.recv_into(self._rx):
+                        return
+                except BlockingIOError:
+                    with trio.move_on_after(_LINGER_POLL_S):
+                        await trio.lowlevel.wait_readable(self._sock)
+
+    @property
+    def closed(self) -> bool:
+        return self._closed_because is not None or self._sends_fail_because is not None
+
+    def close_in_child(self) -> None:
+        self._closed_because = "the link belongs to the parent process"
+        descriptor = self._sock.detach()
+        if descriptor >= 0:
+            with suppress(OSError):
+                os.close(descriptor)
+
+
+def _payload_records(views: list[memoryview]) -> Iterator[memoryview | bytes]:
+    """Cut the payload into the plaintexts of records: large buffers as they lie, small ones gathered."""
+    small: list[memoryview] = []
+    small_bytes = 0
+    for view in views:
+        if len(view) < _GATHER_MAX_BYTES and len(views) > 1:
+            small.append(view)
+            small_bytes += len(view)
+            if small_bytes >= _GATHER_MAX_BYTES:
+                yield b"".join(small)
+                small, small_bytes = [], 0
+            continue
+        if small:
+            yield b"".join(small)
+            small, small_bytes = [], 0
+        for start in range(0, len(view), limits.RECORD_MAX_BYTES):
+            yield view[start : start + limits.RECORD_MAX_BYTES]
+    if small:
+        yield b"".join(small)
+
+
+def _scatter(data: memoryview, views: list[memoryview], index: int, offset: int) -> tuple[int, int]:
+    """Copy ``data`` into ``views`` from ``offset`` of ``views[index]`` on; return where the next byte goes."""
+    while data:
+        view = views[index]
+        count = min(len(data), len(view) - offset)
+        view[offset : offset + count] = data[:count]
+        data = data[count:]
+        offset += count
+        if offset == len(view):
+            index, offset = index + 1, 0
+    return index, offset
+
+
+def _grown(buffer: memoryview, nbytes: int, keep: int) -> memoryview:
+    """Return a larger buffer that begins with the first ``keep`` bytes of ``buffer``."""
+    grown = memoryview(bytearray(nbytes))
+    grown[:keep] = buffer[:keep]
+    return grown
+
+
+if sys.platform == "linux":
+    import fcntl
+    import termios
+
+    def _all_acknowledged(sock: socket.socket) -> bool:
+        """Whether the peer's kernel has everything that was sent, the end of the stream included."""
+        return not int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+
+else:  # pragma: no cover - elsewhere the peer's end of the stream is what tells
+
+    def _all_acknowledged(sock: socket.socket) -> bool:
+        return False
