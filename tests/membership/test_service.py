@@ -208,6 +208,7 @@ async def test_leaving_and_dying_are_told_apart(autojump_clock: trio.testing.Moc
         gone = (await stays.until(PeerGone, 2))[1]
         assert isinstance(gone, PeerGone)
         assert (gone.peer_id, gone.graceful) == ("c", False)
+        await trio.testing.wait_all_tasks_blocked()
         assert "the fabric closed" in dies.died
 
 

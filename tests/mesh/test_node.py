@@ -95,6 +95,7 @@ async def test_joining_and_leaving_are_told(tmp_path: Path) -> None:
         nursery.start_soon(listen)
         async with open_node(config(tmp_path)) as other:
             await until_joined(node, 1)
+            await until_joined(other, 1)
         with trio.fail_after(10):
             await done.wait()
         nursery.cancel_scope.cancel()
