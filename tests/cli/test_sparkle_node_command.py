@@ -221,7 +221,7 @@ def test_the_second_signal_does_not_wait(start: Start, data_dir: Path, call: Any
     node.signal(signal.SIGINT)
     assert node.end()[0] == -signal.SIGINT
     # What it left behind hinders nobody.
-    assert (run_dir(data_dir) / SOCKET_NAME).is_socket()
+    assert (data_dir / LOCK_NAME).exists()
     assert call("status")[0] == 1
     start(data_dir).wait_for("peer joined")
     assert call("status")[0] == 0

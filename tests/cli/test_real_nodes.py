@@ -1,0 +1,132 @@
+"""``sparkle-node`` as real processes that meet over loopback."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparkle_mesh import limits
+from sparkle_mesh.membership.keys import MeshKey
+
+Start = Callable[..., Any]
+Ask = Callable[..., tuple[int, str, str]]
+
+HERE = ("--listen", "/ip4/127.0.0.1/tcp/0", "--no-lan", "--log-format", "json")
+
+
+def left_in(data_dir: Path) -> set[str]:
+    """Return the files that a node left, but for those it is to keep."""
+    kept = {"identity.key", "peers"}
+    return {str(path.relative_to(data_dir)) for path in data_dir.rglob("*") if not path.is_dir()} - {
+        str(path.relative_to(data_dir)) for name in kept for path in [data_dir / name, *(data_dir / name).rglob("*")]
+    }
+
+
+def end(node: Any, number: signal.Signals = signal.SIGTERM) -> None:
+    node.signal(number)
+    code, out, _ = node.end()
+    assert code == 0
+    assert [json.loads(line)["event"] for line in out[-2:]] == ["stopping", "stopped"]
+
+
+def test_nodes_meet_by_invite_and_part(start: Start, ask_node: Ask, tmp_path: Path) -> None:
+    key_file = tmp_path / "mesh.key"
+    MeshKey.generate().save(key_file)
+    first_dir, second_dir = tmp_path / "first", tmp_path / "second"
+    first = start(first_dir, "--mesh", "ours", "--key-file", str(key_file), *HERE, real=True)
+    first_id = first.wait_for_event("started")["peer_id"]
+    code, invite, _ = ask_node("invite", data_dir=first_dir)
+    assert code == 0
+    second = start(second_dir, "--join", invite.strip(), *HERE, real=True)
+    second_id = second.wait_for_event("started")["peer_id"]
+    assert first.wait_for_event("peer_joined")["peer"]["peer_id"] == second_id
+    assert second.wait_for_event("peer_joined")["peer"]["peer_id"] == first_id
+
+    peers = json.loads(ask_node("peers", "--json", data_dir=first_dir)[1])
+    assert [(peer["peer_id"], peer["role"], peer["admitted"]) for peer in peers] == [(second_id, "node", True)]
+    status = json.loads(ask_node("status", "--json", data_dir=second_dir)[1])
+    assert (status["mesh"], status["keyed"], status["peer_count"]) == ("ours", True, 1)
+    assert status["devices"][0]["kind"] == "cpu"
+    assert ask_node("id", data_dir=second_dir)[1].strip() == second_id
+
+    end(second, signal.SIGINT)
+    assert first.wait_for_event("peer_left")["peer_id"] == second_id
+    end(first)
+    assert left_in(first_dir) == left_in(second_dir) == set()
+    assert ask_node("id", data_dir=second_dir)[1].strip() == second_id
+
+
+def test_the_wrong_key_is_told_and_is_no_peer(start: Start, ask_node: Ask, tmp_path: Path) -> None:
+    nodes, directories = [], [tmp_path / "first", tmp_path / "second"]
+    join: tuple[str, ...] = ()
+    for number, directory in enumerate(directories):
+        key_file = tmp_path / f"{number}.key"
+        MeshKey.generate().save(key_file)
+        nodes.append(start(directory, "--mesh", "ours", "--key-file", str(key_file), *HERE, *join, real=True))
+        started = nodes[-1].wait_for_event("started")
+        join = ("--join", f"{started['addresses'][0]}/p2p/{started['peer_id']}")
+    for node in nodes:
+        assert "key" in node.wait_for_event("peer_refused")["reason"]
+    for node, directory in zip(nodes, directories, strict=True):
+        assert ask_node("peers", "--json", data_dir=directory) == (0, "[]\n", "")
+        end(node)
+
+
+def test_the_second_on_a_data_directory_and_the_next_after_a_kill(start: Start, ask_node: Ask, data_dir: Path) -> None:
+    first = start(data_dir, *HERE, real=True)
+    peer_id = first.wait_for_event("started")["peer_id"]
+    code, out, err = start(data_dir, *HERE, real=True).end()
+    assert (code, out, len(err)) == (1, [], 1)
+    assert f"pid {first.process.pid}" in json.loads(err[0])["message"]
+    first.signal(signal.SIGKILL)
+    first.end()
+    assert ask_node("status")[0] == 1
+    again = start(data_dir, *HERE, real=True)
+    assert again.wait_for_event("started")["peer_id"] == peer_id
+    end(again)
+    assert left_in(data_dir) == set()
+
+
+def test_a_port_in_use_is_one_line_and_exit_code_1(start: Start, data_dir: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, out, err = start(data_dir, "--no-lan", "--listen", f"/ip4/127.0.0.1/tcp/{port}", real=True).end()
+    assert (code, out, len(err)) == (1, [], 1)
+    assert str(port) in err[0]
+
+
+def test_the_usual_port_in_use_is_told_and_another_is_taken(start: Start, data_dir: Path) -> None:
+    with socket.socket() as holder:
+        try:
+            holder.bind(("0.0.0.0", limits.DEFAULT_PORT))
+            holder.listen(1)
+        except OSError:
+            # Somebody on this machine has it: just what is needed.
+            holder.close()
+        node = start(data_dir, "--no-lan", "--log-format", "json", "--mesh", "port-test", real=True)
+        assert node.wait_for_event("port_taken")["wanted"] == [f"/ip4/0.0.0.0/tcp/{limits.DEFAULT_PORT}"]
+        addresses = node.wait_for_event("started")["addresses"]
+        end(node)
+    assert addresses
+    assert not any(address.endswith(f"/{limits.DEFAULT_PORT}") for address in addresses)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_at_any_moment_of_the_start_ends_it_cleanly(
+    start: Start, data_dir: Path, number: signal.Signals
+) -> None:
+    node = start(data_dir, *HERE, "--log-level", "debug", real=True)
+    # The lock is the first thing a node takes; what follows (libp2p, sockets) takes a second.
+    while not (data_dir / "node.lock").exists():
+        assert node.process.poll() is None
+    node.signal(number)
+    code, out, _ = node.end()
+    assert code == 0
+    assert json.loads(out[-1])["event"] == "stopped"
+    assert left_in(data_dir) == set()
