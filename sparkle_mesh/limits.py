@@ -208,6 +208,8 @@ CONTROL_CLIENT_TIMEOUT_S = 5.0
 # How long a command waits for the node to answer, one that is just starting included.
 CONTROL_ASK_TIMEOUT_S = 10.0
 CONTROL_POLL_INTERVAL_S = 0.05
+CONTROL_BACKLOG_MAX_COUNT = 64
+LOCK_FILE_MAX_BYTES = 32
 # Lines that may wait for a reader of the node's output; more are dropped and counted.
 OUTPUT_LINES_MAX_COUNT = 4096
 OUTPUT_FLUSH_TIMEOUT_S = 2.0

@@ -30,7 +30,6 @@ from sparkle_mesh.status import NodeStatus, PeerStatus
 logger = logging.getLogger(__name__)
 
 _PEER_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: struct ucred, unix(7)
-_BACKLOG = 64
 
 
 class ControlHandler(Protocol):
@@ -171,7 +170,7 @@ def _listening_socket(data_dir: Path) -> Iterator[trio.socket.SocketType]:
             with socket_address(directory) as address:
                 listener.bind(address)
             path.chmod(0o600)
-            listener.listen(_BACKLOG)
+            listener.listen(limits.CONTROL_BACKLOG_MAX_COUNT)
         except OSError as error:
             raise UsageError(f"control socket {path} cannot be made: {error.strerror}") from error
         try:

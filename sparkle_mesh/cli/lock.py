@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sparkle_mesh import limits
 from sparkle_mesh.errors import NodeRunningError, UsageError
 
 LOCK_NAME = "node.lock"
-_PID_MAX_BYTES = 32
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def running_pid(data_dir: Path) -> int | None:
     The lock itself is not tried: a node that starts at that moment would be turned away by the attempt.
     """
     try:
-        text = (data_dir / LOCK_NAME).read_bytes()[:_PID_MAX_BYTES]
+        text = (data_dir / LOCK_NAME).read_bytes()[: limits.LOCK_FILE_MAX_BYTES]
     except OSError:
         return None
     pid = int(text) if text.strip().isdigit() else 0
@@ -75,7 +75,7 @@ def _acquire(path: Path) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            pid = os.pread(descriptor, _PID_MAX_BYTES, 0).strip().decode(errors="replace")
+            pid = os.pread(descriptor, limits.LOCK_FILE_MAX_BYTES, 0).strip().decode(errors="replace")
             os.close(descriptor)
             raise NodeRunningError(
                 f"a node runs on {path.parent} already ({f'pid {pid}' if pid else 'it is just starting'}); "
