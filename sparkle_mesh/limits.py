@@ -68,6 +68,7 @@ LINK_OFFERS_WAITING_MAX_COUNT = 2048
 LINK_OFFER_WAIT_S = 600.0
 # One address of several; a host that drops packets must not use up the time of the others.
 LINK_DIAL_TIMEOUT_S = 3.0
+LINK_RETRY_S = 0.2
 # How long closing waits for the peer to take what was sent.
 LINK_LINGER_S = 1.0
 # A payload up to this size travels in the same record as its header; copying it costs less than a second record.

@@ -42,7 +42,7 @@ CipherList = Annotated[
 StreamCount = Annotated[int, msgspec.Meta(ge=1, le=limits.LINK_STREAMS_MAX_COUNT)]
 
 
-class LinkOffer(wire.Message, tag="offer"):
+class LinkOffer(wire.Message, frozen=True, kw_only=True, tag="offer"):
     """The dialer's first message. ``ciphers`` in its order of preference."""
 
     version: wire.Count
@@ -58,7 +58,7 @@ class LinkOffer(wire.Message, tag="offer"):
         return f"<LinkOffer {self.link_id.hex()} version {self.version}>"
 
 
-class LinkAnswer(wire.Message, tag="answer"):
+class LinkAnswer(wire.Message, frozen=True, kw_only=True, tag="answer"):
     """The answerer's reply: what was chosen, and where to connect to."""
 
     version: wire.Count
@@ -72,14 +72,14 @@ class LinkAnswer(wire.Message, tag="answer"):
         return f"<LinkAnswer {self.cipher} version {self.version}>"
 
 
-class LinkRefusal(wire.Message, tag="refusal"):
+class LinkRefusal(wire.Message, frozen=True, kw_only=True, tag="refusal"):
     """Either side's last message: why there will be no link. ``version`` is the sender's."""
 
     version: wire.Count
     reason: wire.ReasonText
 
 
-class _AnyVersion(wire.Message):
+class _AnyVersion(wire.Message, frozen=True, kw_only=True):
     """What every version of every handshake message has."""
 
     type: Annotated[str, msgspec.Meta(max_length=32)]
@@ -114,12 +114,16 @@ def decode_offer(data: bytes | bytearray | memoryview) -> LinkOffer:
 
 def decode_reply(data: bytes | bytearray | memoryview) -> LinkAnswer:
     """Return the answer in ``data``. Errors as :func:`decode_offer`, and LinkRefusedError with the peer's reason."""
-    if wire.decode(data, _AnyVersion, max_bytes=limits.LINK_HANDSHAKE_MAX_BYTES).type == "refusal":
-        refusal = wire.decode(data, LinkRefusal, max_bytes=limits.LINK_HANDSHAKE_MAX_BYTES)
-        _check_version(data)
-        raise LinkRefusedError(f"the peer refused the link: {refusal.reason}")
     _check_version(data)
+    if wire.decode(data, _AnyVersion, max_bytes=limits.LINK_HANDSHAKE_MAX_BYTES).type == "refusal":
+        raise LinkRefusedError(f"the peer refused the link: {decode_refusal(data).reason}")
     return wire.decode(data, LinkAnswer, max_bytes=limits.LINK_HANDSHAKE_MAX_BYTES)
+
+
+def decode_refusal(data: bytes | bytearray | memoryview) -> LinkRefusal:
+    """Return the refusal in ``data``. Errors as :func:`decode_offer`."""
+    _check_version(data)
+    return wire.decode(data, LinkRefusal, max_bytes=limits.LINK_HANDSHAKE_MAX_BYTES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,10 @@ from sparkle_mesh.errors import AuthenticationError, ProtocolError
 
 AES_256_GCM: Final = "aes-256-gcm"
 CHACHA20_POLY1305: Final = "chacha20-poly1305"
-_CIPHERS: Final = {AES_256_GCM: AESGCM, CHACHA20_POLY1305: ChaCha20Poly1305}
+_CIPHERS: Final[dict[str, type[AESGCM] | type[ChaCha20Poly1305]]] = {
+    AES_256_GCM: AESGCM,
+    CHACHA20_POLY1305: ChaCha20Poly1305,
+}
 
 KEY_BYTES: Final = 32
 PREFIX_BYTES: Final = 4

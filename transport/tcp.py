@@ -22,7 +22,7 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Final, NoReturn
 
@@ -84,6 +84,8 @@ class TcpLink(Link):
         Of this end's two directions.
     latency_s
         One way, as measured so far.
+    on_released
+        Called once, with the link, when its socket is closed.
     """
 
     kind = "tcp"
@@ -96,8 +98,10 @@ class TcpLink(Link):
         opener: RecordOpener,
         *,
         latency_s: float | None = None,
+        on_released: Callable[[TcpLink], None] | None = None,
     ) -> None:
         self.peer_id = peer_id
+        self._on_released = on_released
         self.stats = LinkStats(latency_s=latency_s)
         # The plain socket beneath trio's: its methods are what the hot path calls.
         self._sock = socket.socket(fileno=stream.socket.detach())
@@ -385,7 +389,12 @@ class TcpLink(Link):
         if self._closed_because is None:
             self._closed_because = reason
             trio.lowlevel.notify_closing(self._sock)
-            self._sock.close()
+            self._release()
+
+    def _release(self) -> None:
+        self._sock.close()
+        if self._on_released is not None:
+            self._on_released(self)
 
     async def aclose(self) -> None:
         if self._closed_because is not None:
@@ -400,7 +409,7 @@ class TcpLink(Link):
         with suppress(OSError):
             self._sock.shutdown(socket.SHUT_WR)
             await self._linger()
-        self._sock.close()
+        self._release()
 
     async def _linger(self) -> None:
         """Wait a moment for what was sent to arrive; closing earlier, with bytes unread here, would drop it.

@@ -1,0 +1,445 @@
+"""Opens links to peers: the handshake over the control plane, then direct TCP.
+
+Both sides call :meth:`LinkConnector.connect`. The one with the smaller peer id *dials*: it offers a link over the
+control plane, and connects to an address of the answer. The other *waits*: an offer is answered only while this
+process wants a link to that peer, so that nobody is given a link that nobody uses.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from types import TracebackType
+from typing import Final, Self
+
+import msgspec
+import trio
+
+from sparkle_mesh import limits
+from sparkle_mesh.clock import SYSTEM_ENTROPY, Entropy
+from sparkle_mesh.errors import (
+    AuthenticationError,
+    ClosedError,
+    LinkClosedError,
+    LinkRefusedError,
+    ProtocolError,
+    SparkleError,
+    UnreachableError,
+    UsageError,
+    VersionError,
+)
+from sparkle_mesh.fabric.framing import receive_message, send_message
+from sparkle_mesh.fabric.interface import Fabric, FabricStream, PeerId
+from sparkle_mesh.transport.addresses import IpAddress, dial_order, host_id
+from sparkle_mesh.transport.handshake import (
+    LINK_VERSION,
+    MAGIC,
+    OPENING_BYTES,
+    WELCOME_BYTES,
+    LinkAnswer,
+    LinkKeys,
+    LinkOffer,
+    LinkParty,
+    LinkRefusal,
+    PendingLinks,
+    decode_offer,
+    decode_refusal,
+    decode_reply,
+)
+from sparkle_mesh.transport.link import Link
+from sparkle_mesh.transport.records import RecordOpener, RecordSealer, preferred_ciphers
+from sparkle_mesh.transport.tcp import TcpLink
+
+LINK_PROTOCOL: Final = "/sparkle/link/1"
+
+logger = logging.getLogger("sparkle_mesh.transport")
+
+
+class _Attempt:
+    """This process wants a link to a peer. Shared by all calls that do; over once it has a link or an error."""
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.scope = trio.CancelScope()
+        self.waiters = 0
+        self.link: TcpLink | None = None
+        self.taken = False
+        self.error: SparkleError | None = None
+        #: What went wrong so far and is being tried again.
+        self.last_failure = "it has not asked for a link"
+
+    def succeed(self, link: TcpLink) -> None:
+        self.link = link
+        self.done.set()
+
+    def fail(self, error: SparkleError) -> None:
+        self.error = error
+        self.done.set()
+
+
+class _Offered:
+    """An offer of a peer that waits until this process wants the link too."""
+
+    def __init__(self) -> None:
+        self.scope = trio.CancelScope(deadline=trio.current_time() + limits.LINK_OFFER_WAIT_S)
+        self.wanted = trio.Event()
+
+
+class LinkConnector:
+    """Makes links between this process and others; an async context manager.
+
+    Parameters
+    ----------
+    fabric
+        The control plane; its listening port also takes the data connections.
+    mesh_id
+        32 bytes; only peers that have the same get links.
+    authorize
+        Whether a peer may have a link now. Asked before anything is sent to or kept for a peer.
+    entropy
+        Source of secrets and ids.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        *,
+        mesh_id: bytes,
+        authorize: Callable[[PeerId], bool],
+        entropy: Entropy = SYSTEM_ENTROPY,
+    ) -> None:
+        if len(mesh_id) != 32:
+            raise UsageError(f"mesh_id has {len(mesh_id)} bytes; it must have 32")
+        self._fabric = fabric
+        self._authorize = authorize
+        self._entropy = entropy
+        self._party = LinkParty(fabric.peer_id, mesh_id, host_id(mesh_id, entropy), preferred_ciphers())
+        self._attempts: dict[PeerId, _Attempt] = {}
+        self._offers: dict[PeerId, _Offered] = {}
+        self._pending = PendingLinks()
+        self._opened: dict[bytes, Callable[[trio.SocketStream], None]] = {}
+        self._links: set[TcpLink] = set()
+        self._dialing: set[trio.socket.SocketType] = set()
+        self._nursery_manager = trio.open_nursery()
+        self._nursery: trio.Nursery
+        self._closed = False
+
+    async def __aenter__(self) -> Self:
+        self._nursery = await self._nursery_manager.__aenter__()
+        self._fabric.handle(LINK_PROTOCOL, self._serve_offer)
+        self._fabric.handle_raw(MAGIC, self._serve_data_stream)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        await self.aclose()
+        return await self._nursery_manager.__aexit__(kind, error, traceback)
+
+    @property
+    def links(self) -> frozenset[Link]:
+        """The links that stand."""
+        return frozenset(self._links)
+
+    async def connect(self, peer_id: PeerId, *, timeout_s: float = limits.LINK_HANDSHAKE_TIMEOUT_S) -> Link:
+        """Return a new link to ``peer_id``, which must call this too; concurrent calls get the same link.
+
+        Raises
+        ------
+        LinkRefusedError
+            If the peer refused, or is not authorized here.
+        VersionError
+            If the peer speaks another version of the protocol.
+        UnreachableError
+            If there is no link within ``timeout_s``; the message says what was tried last.
+        LinkClosedError
+            If the connector is closed.
+        """
+        self._check_can_connect(peer_id)
+        attempt = self._attempts.get(peer_id)
+        if attempt is None:
+            attempt = self._attempts[peer_id] = _Attempt()
+            if self._fabric.peer_id < peer_id:
+                self._nursery.start_soon(self._dial, peer_id, attempt)
+            elif peer_id in self._offers:
+                self._offers[peer_id].wanted.set()
+        attempt.waiters += 1
+        try:
+            with trio.move_on_after(timeout_s):
+                await attempt.done.wait()
+            if attempt.error is not None:
+                # Of this type again, because several callers may get it and each adds its own traceback.
+                raise type(attempt.error)(str(attempt.error)) from attempt.error
+            if attempt.link is not None:
+                attempt.taken = True
+                return attempt.link
+            raise UnreachableError(f"no link to peer {peer_id} within {timeout_s:g} s: {attempt.last_failure}")
+        finally:
+            attempt.waiters -= 1
+            if not attempt.waiters or attempt.done.is_set():
+                if self._attempts.get(peer_id) is attempt:
+                    del self._attempts[peer_id]
+            if not attempt.waiters:
+                attempt.scope.cancel()
+                if attempt.link is not None and not attempt.taken and not self._closed:
+                    self._nursery.start_soon(attempt.link.aclose)
+
+    def _check_can_connect(self, peer_id: PeerId) -> None:
+        if self._closed:
+            raise LinkClosedError("the connector is closed")
+        if peer_id == self._fabric.peer_id:
+            raise UsageError(f"{peer_id} is this process itself; a link needs two")
+        if not self._authorize(peer_id):
+            raise LinkRefusedError(f"peer {peer_id} is not admitted here")
+
+    # --- Dialing ---------------------------------------------------------------------------------
+
+    async def _dial(self, peer_id: PeerId, attempt: _Attempt) -> None:
+        attempt.last_failure = "it did not answer the offer"
+        with attempt.scope:
+            while True:
+                try:
+                    attempt.succeed(await self._dial_once(peer_id, attempt))
+                    return
+                except (LinkRefusedError, VersionError) as error:
+                    attempt.fail(error)
+                    return
+                except (UnreachableError, ClosedError, ProtocolError) as error:
+                    attempt.last_failure = str(error)
+                    logger.debug("no link to peer %s yet: %s", peer_id, error)
+                await trio.sleep(limits.LINK_RETRY_S)
+
+    async def _dial_once(self, peer_id: PeerId, attempt: _Attempt) -> TcpLink:
+        stream = await self._fabric.open_stream(peer_id, LINK_PROTOCOL)
+        done = False
+        try:
+            offer = self._party.offer(self._fabric.addresses, self._entropy)
+            await send_message(stream, offer)
+            attempt.last_failure = "it has the offer, and does not want a link (yet)"
+            reply = await receive_message(stream, msgspec.Raw, max_bytes=limits.LINK_HANDSHAKE_MAX_BYTES)
+            answer = decode_reply(memoryview(reply))
+            keys = self._party.accept(offer, answer, peer_id)
+            try:
+                link = await self._reach(peer_id, answer, keys)
+            except UnreachableError as error:
+                await _refuse(stream, str(error))
+                raise
+            done = True
+            return link
+        finally:
+            await _end_stream(stream, done)
+
+    async def _reach(self, peer_id: PeerId, answer: LinkAnswer, keys: LinkKeys) -> TcpLink:
+        """Connect to the first address of ``answer`` behind which the holder of ``keys`` is."""
+        order = dial_order(
+            answer.addresses,
+            same_host=answer.host_id == self._party.host_id,
+            proven=self._fabric.remote_address(peer_id),
+            mine=self._fabric.addresses,
+        )
+        reasons = []
+        for ip, port in order:
+            reason = f"no answer within {limits.LINK_DIAL_TIMEOUT_S:g} s"
+            with trio.move_on_after(limits.LINK_DIAL_TIMEOUT_S):
+                try:
+                    return await self._open_data_stream(peer_id, ip, port, keys)
+                except (OSError, trio.BrokenResourceError, AuthenticationError, LinkClosedError) as error:
+                    reason = str(error)
+            reasons.append(f"{ip} port {port}: {reason}")
+        raise UnreachableError(
+            f"peer {peer_id} answered, but a direct connection failed: {'; '.join(reasons) or 'it gave no address'}"
+        )
+
+    async def _open_data_stream(self, peer_id: PeerId, ip: IpAddress, port: int, keys: LinkKeys) -> TcpLink:
+        sock = trio.socket.socket(socket.AF_INET if ip.version == 4 else socket.AF_INET6, socket.SOCK_STREAM)
+        self._dialing.add(sock)
+        try:
+            await sock.connect((str(ip), port))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            stream = trio.SocketStream(sock)
+            asked_at = trio.current_time()
+            await stream.send_all(keys.opening(0))
+            keys.check_welcome(0, await _receive_exactly(stream, WELCOME_BYTES))
+            latency_s = (trio.current_time() - asked_at) / 2
+            return self._make_link(stream, peer_id, keys, dialer=True, latency_s=latency_s)
+        finally:
+            self._dialing.discard(sock)
+            # Does nothing if a link took it over.
+            sock.close()
+
+    def _make_link(
+        self, stream: trio.SocketStream, peer_id: PeerId, keys: LinkKeys, *, dialer: bool, latency_s: float | None
+    ) -> TcpLink:
+        there, back = keys.streams[0].dialer_to_answerer, keys.streams[0].answerer_to_dialer
+        mine, theirs = (there, back) if dialer else (back, there)
+        link = TcpLink(
+            stream,
+            peer_id,
+            RecordSealer(keys.cipher, mine),
+            RecordOpener(keys.cipher, theirs),
+            latency_s=latency_s,
+            on_released=self._links.discard,
+        )
+        self._links.add(link)
+        return link
+
+    # --- Being dialed ----------------------------------------------------------------------------
+
+    async def _serve_offer(self, stream: FabricStream) -> None:
+        peer_id = stream.peer_id
+        done = False
+        try:
+            reason = self._objection(peer_id)
+            if reason is not None:
+                await _refuse(stream, reason)
+                done = True
+                return
+            with trio.fail_after(limits.LINK_HANDSHAKE_TIMEOUT_S):
+                data = await receive_message(stream, msgspec.Raw, max_bytes=limits.LINK_HANDSHAKE_MAX_BYTES)
+            try:
+                offer = decode_offer(memoryview(data))
+                if await self._until_wanted(stream):
+                    await self._answer(stream, offer)
+            except VersionError as error:
+                if peer_id in self._attempts:
+                    self._attempts[peer_id].fail(error)
+                await _refuse(stream, str(error))
+            except LinkRefusedError as error:
+                await _refuse(stream, str(error))
+            done = True
+        finally:
+            await _end_stream(stream, done)
+
+    def _objection(self, peer_id: PeerId) -> str | None:
+        """Return why ``peer_id`` gets no link, whatever it offers."""
+        if self._closed:
+            return "the peer is closing"
+        if not self._authorize(peer_id):
+            return "you are not admitted to the mesh there"
+        if peer_id > self._fabric.peer_id:
+            return "the peer with the smaller id is the one to offer"
+        if peer_id not in self._offers and len(self._offers) >= limits.LINK_OFFERS_WAITING_MAX_COUNT:
+            return "too many peers are waiting for a link"
+        return None
+
+    async def _until_wanted(self, stream: FabricStream) -> bool:
+        """Wait until this process wants a link to the peer; False if that is over before."""
+        peer_id = stream.peer_id
+        if peer_id in self._offers:
+            # The peer gave up on the older one, or it would not have made another.
+            self._offers.pop(peer_id).scope.cancel()
+        if peer_id in self._attempts:
+            return True
+        offered = self._offers[peer_id] = _Offered()
+        with offered.scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_until_ended, stream, nursery.cancel_scope)
+                await offered.wanted.wait()
+                nursery.cancel_scope.cancel()
+        if self._offers.get(peer_id) is offered:
+            del self._offers[peer_id]
+        return offered.wanted.is_set() and peer_id in self._attempts
+
+    async def _answer(self, stream: FabricStream, offer: LinkOffer) -> None:
+        """Answer ``offer`` and wait for its data stream."""
+        peer_id = stream.peer_id
+        attempt = self._attempts[peer_id]
+        answer, keys = self._party.answer(offer, peer_id, self._fabric.addresses, self._entropy)
+        self._pending.add(keys, peer_id, trio.current_time())
+        opened = trio.Event()
+
+        def succeed(data_stream: trio.SocketStream) -> None:
+            attempt.succeed(self._make_link(data_stream, peer_id, keys, dialer=False, latency_s=None))
+            opened.set()
+
+        self._opened[keys.link_id] = succeed
+        attempt.last_failure = "it did not open the data connection that was agreed on"
+        try:
+            await send_message(stream, answer)
+            with attempt.scope, trio.move_on_after(limits.LINK_HANDSHAKE_TIMEOUT_S):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._hear_failure, stream, attempt, nursery.cancel_scope)
+                    await opened.wait()
+                    nursery.cancel_scope.cancel()
+        finally:
+            self._pending.discard(keys.link_id)
+            del self._opened[keys.link_id]
+
+    async def _hear_failure(self, stream: FabricStream, attempt: _Attempt, done: trio.CancelScope) -> None:
+        """Wait for the dialer to say that it cannot reach this process, or to close the stream."""
+        try:
+            data = await receive_message(stream, msgspec.Raw, max_bytes=limits.LINK_HANDSHAKE_MAX_BYTES)
+        except LinkClosedError:
+            # The dialer has its link, and the data connection may be a moment behind; or it has given up.
+            return
+        attempt.last_failure = decode_refusal(memoryview(data)).reason
+        done.cancel()
+
+    async def _serve_data_stream(self, stream: trio.SocketStream) -> None:
+        """Take a data connection from the fabric's port, if it opens a stream that is expected."""
+        with trio.fail_after(limits.LINK_HANDSHAKE_TIMEOUT_S):
+            opening = await _receive_exactly(stream, OPENING_BYTES)
+            keys, number = self._pending.open(opening, trio.current_time())
+            await stream.send_all(keys.welcome(number))
+        succeed = self._opened.get(keys.link_id)
+        if succeed is None or self._closed:
+            await trio.aclose_forcefully(stream)
+            return
+        succeed(stream)
+
+    # --- Closing ---------------------------------------------------------------------------------
+
+    async def aclose(self) -> None:
+        """Close every link, and give up what was on its way. Idempotent."""
+        self._closed = True
+        for offered in list(self._offers.values()):
+            offered.scope.cancel()
+        for attempt in list(self._attempts.values()):
+            attempt.scope.cancel()
+            attempt.fail(LinkClosedError("the connector was closed"))
+        with trio.CancelScope(shield=True):
+            async with trio.open_nursery() as nursery:
+                for link in list(self._links):
+                    nursery.start_soon(link.aclose)
+
+    def close_in_child(self) -> None:
+        """In a forked child: close inherited descriptors, sending nothing. Never raises."""
+        self._closed = True
+        for link in list(self._links):
+            link.close_in_child()
+        for sock in list(self._dialing):
+            descriptor = sock.detach()
+            if descriptor >= 0:
+                with suppress(OSError):
+                    os.close(descriptor)
+
+
+async def _refuse(stream: FabricStream, reason: str) -> None:
+    """Tell the peer why there will be no link; if it has gone, it need not know."""
+    with suppress(LinkClosedError):
+        await send_message(stream, LinkRefusal(version=LINK_VERSION, reason=reason[: limits.REASON_MAX_CHARS]))
+
+
+async def _end_stream(stream: FabricStream, done: bool) -> None:
+    with trio.move_on_after(limits.CLOSE_TIMEOUT_S, shield=True):
+        await (stream.aclose() if done else stream.reset())
+
+
+async def _until_ended(stream: FabricStream, scope: trio.CancelScope) -> None:
+    """Cancel ``scope`` once the peer ends ``stream``, or says something out of turn."""
+    with suppress(LinkClosedError):
+        await stream.read(1)
+    scope.cancel()
+
+
+async def _receive_exactly(stream: trio.SocketStream, count: int) -> bytearray:
+    received = bytearray()
+    while len(received) < count:
+        piece = await stream.receive_some(count - len(received))
+        if not piece:
+            raise LinkClosedError("the connection was closed during the handshake")
+        received += piece
+    return received
