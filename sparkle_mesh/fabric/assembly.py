@@ -6,6 +6,7 @@ is the only security protocol and yamux the only multiplexer.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -70,7 +71,7 @@ async def open_tcp(address: Address, register: SocketRegister) -> trio.SocketStr
         try:
             return await dial_tcp(ip, resolved_port, register)
         except OSError as error:
-            reason = (error.strerror or str(error)).lower()
+            reason = (os.strerror(error.errno) if error.errno else str(error)).lower()
     raise UnreachableError(reason)
 
 

@@ -16,6 +16,7 @@ from sparkle_mesh import limits
 from sparkle_mesh.errors import LinkClosedError, ProtocolError, UnreachableError, UsageError
 from sparkle_mesh.fabric.hubs import EventHub, FabricCounters, run_guarded
 from sparkle_mesh.fabric.identity import Identity, public_key_of_peer_id
+from sparkle_mesh.fabric.importing import import_libp2p
 from sparkle_mesh.fabric.interface import (
     Address,
     FabricEvent,
@@ -54,6 +55,7 @@ async def open_libp2p_fabric(
     UsageError
         If an address cannot be listened on; the message says which and why.
     """
+    import_libp2p()
     with bare_errors():
         async with trio.open_nursery() as nursery:
             fabric = Libp2pFabric(identity, nursery)
@@ -82,33 +84,31 @@ class Libp2pStream:
 
     async def read(self, max_bytes: int) -> bytes:
         """As ``FabricStream.read``."""
-        from libp2p.network.stream.exceptions import StreamEOF
-
         from sparkle_mesh.fabric.guards import translated
 
         if self._closed:
             raise self._error("was closed here")
-        with translated(f"the stream to {self._peer_id} failed"):
-            try:
+        try:
+            with translated(f"the stream to {self._peer_id} failed"):
                 return bytes(await self._net_stream.read(max_bytes))
-            except StreamEOF as error:
-                if self._closed:
-                    raise self._error("was closed here") from error
-                if not self._muxed.conn.event_shutting_down.is_set() and not self._muxed.reset_received:
-                    return b""
-                return self._read_after_end(max_bytes)
-            except Exception:
-                if self._closed or not getattr(self._muxed, "unread_at_end", b""):
-                    raise
-                return self._read_after_end(max_bytes)
+        except LinkClosedError as error:
+            return self._read_after_end(max_bytes, error)
 
-    def _read_after_end(self, max_bytes: int) -> bytes:
-        """Return what had arrived when the connection ended."""
+    def _read_after_end(self, max_bytes: int, error: LinkClosedError) -> bytes:
+        """Return what had arrived when the connection ended, or nothing at an orderly end; else raise ``error``."""
+        from libp2p.network.stream.exceptions import StreamEOF
+
+        if self._closed:
+            raise self._error("was closed here") from error
         unread: bytes = getattr(self._muxed, "unread_at_end", b"")
-        self._muxed.unread_at_end = unread[max_bytes:]
-        if not unread and not getattr(self._muxed, "ended_by_peer", False):
-            raise self._error("ended with its connection")
-        return unread[:max_bytes]
+        if unread:
+            self._muxed.unread_at_end = unread[max_bytes:]
+            return unread[:max_bytes]
+        cut_off = self._muxed.conn.event_shutting_down.is_set() or self._muxed.reset_received
+        at_end = isinstance(error.__cause__, StreamEOF) and not cut_off
+        if at_end or getattr(self._muxed, "ended_by_peer", False):
+            return b""
+        raise error
 
     async def write(self, data: bytes) -> None:
         """As ``FabricStream.write``; waits while the peer's window is full."""

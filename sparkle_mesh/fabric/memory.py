@@ -29,6 +29,7 @@ from sparkle_mesh.fabric.interface import (
     RawHandler,
     StreamHandler,
 )
+from sparkle_mesh.nurseries import bare_errors
 
 Delivery: TypeAlias = Callable[[], None]
 
@@ -64,15 +65,16 @@ class MemoryFabricNetwork:
         if addresses is None:
             high, low = divmod(self._opened_count, 256)
             addresses = (f"/ip4/10.0.{high}.{low}/tcp/{limits.DEFAULT_PORT}",)
-        async with trio.open_nursery() as nursery:
-            fabric = MemoryFabric(self, peer_id, tuple(addresses))
-            nursery.start_soon(fabric._run)
-            await fabric._started.wait()
-            self._fabrics[peer_id] = fabric
-            try:
-                yield fabric
-            finally:
-                fabric._shut_down()
+        with bare_errors():
+            async with trio.open_nursery() as nursery:
+                fabric = MemoryFabric(self, peer_id, tuple(addresses))
+                nursery.start_soon(fabric._run)
+                await fabric._started.wait()
+                self._fabrics[peer_id] = fabric
+                try:
+                    yield fabric
+                finally:
+                    fabric._shut_down()
 
     def partition(self, some: Iterable[PeerId], others: Iterable[PeerId]) -> None:
         """Stop everything between ``some`` and ``others``, both ways, until :meth:`heal`."""

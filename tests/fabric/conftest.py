@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any, TypeAlias
+
 import pytest
+import trio
 
 from sparkle_mesh.errors import LinkClosedError
+from sparkle_mesh.fabric.identity import Identity
+from sparkle_mesh.fabric.libp2p_fabric import open_libp2p_fabric
+from sparkle_mesh.fabric.memory import MemoryFabricNetwork
+
+OpenFabric: TypeAlias = Callable[[], AbstractAsyncContextManager[Any]]
 
 
 class ScriptedStream:
@@ -40,3 +50,55 @@ class ScriptedStream:
 @pytest.fixture
 def scripted_stream() -> type[ScriptedStream]:
     return ScriptedStream
+
+
+@pytest.fixture(params=["memory", "libp2p"])
+def open_fabric(request: pytest.FixtureRequest) -> OpenFabric:
+    """Opens one more fabric, of either kind, that can reach the others of the test."""
+    if request.param == "memory":
+        return MemoryFabricNetwork().open
+    return lambda: open_libp2p_fabric(Identity.generate())
+
+
+@pytest.fixture
+async def pair(open_fabric):
+    """Two connected fabrics, the first of which dialed."""
+    with trio.fail_after(30):
+        async with open_fabric() as one, open_fabric() as other:
+            await one.connect(other.peer_id, other.addresses)
+            yield one, other
+
+
+@pytest.fixture
+async def libp2p_pair():
+    with trio.fail_after(30):
+        async with open_libp2p_fabric(Identity.generate()) as one, open_libp2p_fabric(Identity.generate()) as other:
+            await one.connect(other.peer_id, other.addresses)
+            yield one, other
+
+
+@pytest.fixture
+def echo():
+    """A stream handler that sends back what it reads."""
+
+    async def handler(stream) -> None:
+        while data := await stream.read(100_000):
+            await stream.write(data)
+        await stream.aclose()
+
+    return handler
+
+
+@pytest.fixture
+def check_serving():
+    """Asserts that ``server`` still serves ``client`` on ``/echo``."""
+
+    async def check(client, server) -> None:
+        with trio.fail_after(10):
+            await client.connect(server.peer_id, server.addresses)
+            stream = await client.open_stream(server.peer_id, "/echo")
+            await stream.write(b"still there?")
+            assert await stream.read(100) == b"still there?"
+            await stream.aclose()
+
+    return check
