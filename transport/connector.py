@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Final, Self
 
@@ -63,13 +63,27 @@ class _Attempt:
 
     def __init__(self) -> None:
         self.done = trio.Event()
-        self.scope = trio.CancelScope()
         self.waiters = 0
         self.link: TcpLink | None = None
         self.taken = False
         self.error: SparkleError | None = None
         #: What went wrong so far and is being tried again.
         self.last_failure = "it has not asked for a link"
+        self._scopes: set[trio.CancelScope] = set()
+
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        """Cancel what is inside once nobody wants the link any more."""
+        with trio.CancelScope() as scope:
+            self._scopes.add(scope)
+            try:
+                yield
+            finally:
+                self._scopes.discard(scope)
+
+    def give_up(self) -> None:
+        for scope in self._scopes:
+            scope.cancel()
 
     def succeed(self, link: TcpLink) -> None:
         self.link = link
@@ -135,9 +149,10 @@ class LinkConnector:
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool | None:
+    ) -> None:
         await self.aclose()
-        return await self._nursery_manager.__aexit__(kind, error, traceback)
+        # Without the block's own error, which a nursery would wrap in a group.
+        await self._nursery_manager.__aexit__(None, None, None)
 
     @property
     def links(self) -> frozenset[Link]:
@@ -159,7 +174,7 @@ class LinkConnector:
             If the connector is closed.
         """
         self._check_can_connect(peer_id)
-        attempt = self._attempts.get(peer_id)
+        attempt = self._wanting(peer_id)
         if attempt is None:
             attempt = self._attempts[peer_id] = _Attempt()
             if self._fabric.peer_id < peer_id:
@@ -179,13 +194,16 @@ class LinkConnector:
             raise UnreachableError(f"no link to peer {peer_id} within {timeout_s:g} s: {attempt.last_failure}")
         finally:
             attempt.waiters -= 1
-            if not attempt.waiters or attempt.done.is_set():
-                if self._attempts.get(peer_id) is attempt:
-                    del self._attempts[peer_id]
+            if (not attempt.waiters or attempt.done.is_set()) and self._attempts.get(peer_id) is attempt:
+                del self._attempts[peer_id]
             if not attempt.waiters:
-                attempt.scope.cancel()
+                attempt.give_up()
                 if attempt.link is not None and not attempt.taken and not self._closed:
                     self._nursery.start_soon(attempt.link.aclose)
+
+    def _wanting(self, peer_id: PeerId) -> _Attempt | None:
+        attempt = self._attempts.get(peer_id)
+        return attempt if attempt is not None and not attempt.done.is_set() else None
 
     def _check_can_connect(self, peer_id: PeerId) -> None:
         if self._closed:
@@ -199,7 +217,7 @@ class LinkConnector:
 
     async def _dial(self, peer_id: PeerId, attempt: _Attempt) -> None:
         attempt.last_failure = "it did not answer the offer"
-        with attempt.scope:
+        with attempt.scope():
             while True:
                 try:
                     attempt.succeed(await self._dial_once(peer_id, attempt))
@@ -273,6 +291,8 @@ class LinkConnector:
     def _make_link(
         self, stream: trio.SocketStream, peer_id: PeerId, keys: LinkKeys, *, dialer: bool, latency_s: float | None
     ) -> TcpLink:
+        if self._closed:
+            raise LinkClosedError("the connector is closed")
         there, back = keys.streams[0].dialer_to_answerer, keys.streams[0].answerer_to_dialer
         mine, theirs = (there, back) if dialer else (back, there)
         link = TcpLink(
@@ -301,11 +321,13 @@ class LinkConnector:
                 data = await receive_message(stream, msgspec.Raw, max_bytes=limits.LINK_HANDSHAKE_MAX_BYTES)
             try:
                 offer = decode_offer(memoryview(data))
-                if await self._until_wanted(stream):
-                    await self._answer(stream, offer)
+                attempt = await self._until_wanted(stream)
+                if attempt is not None:
+                    await self._answer(stream, offer, attempt)
             except VersionError as error:
-                if peer_id in self._attempts:
-                    self._attempts[peer_id].fail(error)
+                attempt = self._wanting(peer_id)
+                if attempt is not None:
+                    attempt.fail(error)
                 await _refuse(stream, str(error))
             except LinkRefusedError as error:
                 await _refuse(stream, str(error))
@@ -325,41 +347,43 @@ class LinkConnector:
             return "too many peers are waiting for a link"
         return None
 
-    async def _until_wanted(self, stream: FabricStream) -> bool:
-        """Wait until this process wants a link to the peer; False if that is over before."""
+    async def _until_wanted(self, stream: FabricStream) -> _Attempt | None:
+        """Wait until this process wants a link to the peer; None if the offer ends before."""
         peer_id = stream.peer_id
         if peer_id in self._offers:
             # The peer gave up on the older one, or it would not have made another.
             self._offers.pop(peer_id).scope.cancel()
-        if peer_id in self._attempts:
-            return True
-        offered = self._offers[peer_id] = _Offered()
-        with offered.scope:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_until_ended, stream, nursery.cancel_scope)
-                await offered.wanted.wait()
-                nursery.cancel_scope.cancel()
-        if self._offers.get(peer_id) is offered:
-            del self._offers[peer_id]
-        return offered.wanted.is_set() and peer_id in self._attempts
+        if self._wanting(peer_id) is None:
+            offered = self._offers[peer_id] = _Offered()
+            with offered.scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(_until_ended, stream, nursery.cancel_scope)
+                    await offered.wanted.wait()
+                    nursery.cancel_scope.cancel()
+            if self._offers.get(peer_id) is offered:
+                del self._offers[peer_id]
+            if not offered.wanted.is_set():
+                return None
+        return self._wanting(peer_id)
 
-    async def _answer(self, stream: FabricStream, offer: LinkOffer) -> None:
+    async def _answer(self, stream: FabricStream, offer: LinkOffer, attempt: _Attempt) -> None:
         """Answer ``offer`` and wait for its data stream."""
         peer_id = stream.peer_id
-        attempt = self._attempts[peer_id]
         answer, keys = self._party.answer(offer, peer_id, self._fabric.addresses, self._entropy)
         self._pending.add(keys, peer_id, trio.current_time())
         opened = trio.Event()
 
-        def succeed(data_stream: trio.SocketStream) -> None:
+        def open_link(data_stream: trio.SocketStream) -> None:
+            if attempt.done.is_set():
+                raise LinkClosedError(f"nobody wants the link that peer {peer_id} opened any more")
             attempt.succeed(self._make_link(data_stream, peer_id, keys, dialer=False, latency_s=None))
             opened.set()
 
-        self._opened[keys.link_id] = succeed
+        self._opened[keys.link_id] = open_link
         attempt.last_failure = "it did not open the data connection that was agreed on"
         try:
             await send_message(stream, answer)
-            with attempt.scope, trio.move_on_after(limits.LINK_HANDSHAKE_TIMEOUT_S):
+            with attempt.scope(), trio.move_on_after(limits.LINK_HANDSHAKE_TIMEOUT_S):
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._hear_failure, stream, attempt, nursery.cancel_scope)
                     await opened.wait()
@@ -383,12 +407,9 @@ class LinkConnector:
         with trio.fail_after(limits.LINK_HANDSHAKE_TIMEOUT_S):
             opening = await _receive_exactly(stream, OPENING_BYTES)
             keys, number = self._pending.open(opening, trio.current_time())
+            open_link = self._opened[keys.link_id]
             await stream.send_all(keys.welcome(number))
-        succeed = self._opened.get(keys.link_id)
-        if succeed is None or self._closed:
-            await trio.aclose_forcefully(stream)
-            return
-        succeed(stream)
+            open_link(stream)
 
     # --- Closing ---------------------------------------------------------------------------------
 
@@ -398,7 +419,7 @@ class LinkConnector:
         for offered in list(self._offers.values()):
             offered.scope.cancel()
         for attempt in list(self._attempts.values()):
-            attempt.scope.cancel()
+            attempt.give_up()
             attempt.fail(LinkClosedError("the connector was closed"))
         with trio.CancelScope(shield=True):
             async with trio.open_nursery() as nursery:
