@@ -21,7 +21,6 @@ from sparkle_mesh.collectives.messages import (
     Abort,
     Begin,
     Control,
-    Prepared,
     data_operation,
     decode_control,
     is_data,
@@ -162,7 +161,7 @@ class Exchange:
             case Abort():
                 ahead.abort = message
                 ahead.data.clear()
-            case Prepared():
+            case _:
                 raise ProtocolError(f"Prepared for operation {message.operation}, which this rank has not begun")
 
     async def _data(self, header: bytes, nbytes: int) -> None:

@@ -262,7 +262,7 @@ class CollectiveGroup:
                 if rank not in agreement.begins or rank in agreement.prepared:
                     raise ProtocolError(f"Prepared out of order in operation {message.operation}")
                 agreement.prepared[rank] = message.digest
-            case Abort():
+            case _:
                 self._aborted(operation, rank, message)
                 return
         self.progress(operation)
@@ -397,9 +397,8 @@ class CollectiveGroup:
         if operation.sent_prepared:
             text = f"{what} was given up when this rank held the result and others may have returned with it already"
             self._end(OutcomeUnknownError(f"{text}; this rank has left: join again and synchronise"))
-            if self._nursery is not None:
-                for exchange in self._exchanges.values():
-                    self._nursery.start_soon(exchange.link.aclose)
+            for rank in self._exchanges:
+                self.peer_lost(rank, "this rank has left")
             return
         if timed_out is None:
             error: SparkleError = CollectiveAbortedError(f"{what} was cancelled")

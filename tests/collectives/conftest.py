@@ -33,6 +33,8 @@ class PairLink(Link):
         self.stats = LinkStats()
         #: Cut the link instead of sending this many-th message.
         self.cut_at: int | None = None
+        #: Keep a send from returning for so long after its message has arrived.
+        self.linger_s = 0.0
         #: Called with each message's header before it is sent.
         self.spy: Callable[[bytes], None] | None = None
         #: Changes a payload on its way.
@@ -60,6 +62,8 @@ class PairLink(Link):
                 await self._outgoing.send((bytes(header), payload))
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 raise LinkClosedError("the link is closed") from error
+            if self.linger_s:
+                await trio.sleep(self.linger_s)
 
     async def receive_header(self) -> tuple[memoryview, int]:
         try:

@@ -270,6 +270,32 @@ async def test_a_timeout_names_the_absent_and_what_they_did_last(
         await works(world)
 
 
+async def test_a_timeout_names_those_who_did_not_finish(
+    make_world: Any, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with make_world(3, delay_s=0.01).running() as world:
+        link = world.links[0][1]
+
+        def stall(header: bytes) -> None:
+            if is_data(memoryview(header)):
+                link._delay_s = 100.0
+
+        link.spy = stall
+        results = await world.each(lambda r, g: g.all_reduce(np.ones(300), algorithm="ring", timeout_s=4 + r))
+        assert isinstance(results[0], CollectiveTimeoutError)
+        assert "all ranks have called it, but rank 1 and rank 2 did not finish" in str(results[0])
+        assert isinstance(results[1], CollectiveTimeoutError | CollectiveAbortedError)
+
+
+async def test_words_for_a_peer_that_takes_no_more_are_dropped(make_world: Any) -> None:
+    async with make_world(2).running() as world:
+        # The other way still works: what the peer has said is read first.
+        world.links[0][1].cut_at = 0
+        world.links[0][1].aclose = world.links[0][1]._outgoing.aclose
+        results = await world.each(lambda r, g: g.barrier(timeout_s=5))
+        assert {type(result) for result in results} == {PeerLostError}
+
+
 async def test_a_rank_far_behind_catches_up(
     make_world: Any, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,9 +10,13 @@ import pytest
 import trio
 
 from sparkle_mesh import limits
-from sparkle_mesh.collectives.executor import BufferPool
+from sparkle_mesh.collectives.executor import BufferPool, Execution, Lane
 from sparkle_mesh.collectives.group import CollectiveGroup
-from sparkle_mesh.errors import UsageError
+from sparkle_mesh.collectives.plan import make_plan
+from sparkle_mesh.collectives.reduction import Reduction
+from sparkle_mesh.collectives.ring import ring_all_reduce
+from sparkle_mesh.collectives.schedule import Copy, Receive, Reduce, Schedule, Send, Space
+from sparkle_mesh.errors import CollectiveAbortedError, UsageError
 
 SIZES = [1, 2, 3, 4, 7]
 DTYPES = ["f4", "f8", "i1", "u2", "i4", "u8"]
@@ -271,3 +275,132 @@ def test_buffers_are_reused_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     assert pool.nbytes == 0
     pool.give(pool.take(0, np.dtype("f4")))
     assert pool.nbytes == 0
+
+
+async def hold_up(world: Any, count: int, data: list[np.ndarray], *, give_up: bool) -> list[Any]:
+    """Rank 2 calls a tree reduction first, then rank 1, its parent, which can only go on once rank 0 has called."""
+    results: list[Any] = [None] * 3
+    scope = trio.CancelScope()
+
+    async def call(rank: int) -> None:
+        with scope if rank == 1 else trio.CancelScope():
+            try:
+                results[rank] = await world.groups[rank].all_reduce(data[rank], algorithm="tree", timeout_s=60)
+            except CollectiveAbortedError as error:
+                results[rank] = error
+
+    async with trio.open_nursery() as nursery:
+        for rank in (2, 1):
+            nursery.start_soon(call, rank)
+            await trio.testing.wait_all_tasks_blocked()
+        if give_up:
+            scope.cancel()
+            await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(call, 0)
+    return results
+
+
+@pytest.mark.parametrize("count", [100, 50_000])
+async def test_one_child_waits_for_the_other(count: int, make_world: Any) -> None:
+    async with make_world(3).running() as world:
+        data = [np.full(count, rank + 1.0, np.float32) for rank in range(3)]
+        results = await hold_up(world, count, data, give_up=False)
+        assert all(results[rank] is data[rank] for rank in range(3))
+        assert all((part == 6).all() for part in data)
+
+
+@pytest.mark.parametrize("count", [100, 50_000])
+async def test_giving_up_while_one_child_waits_for_the_other(count: int, make_world: Any) -> None:
+    async with make_world(3).running() as world:
+        data = [np.full(count, rank + 1.0, np.float32) for rank in range(3)]
+        results = await hold_up(world, count, data, give_up=True)
+        assert results[1] is None
+        assert isinstance(results[0], CollectiveAbortedError)
+        assert isinstance(results[2], CollectiveAbortedError)
+        assert [part[0] for part in data] == [1, 2, 3]
+        again = await world.each(lambda r, g: g.all_reduce(data[r], algorithm="tree", timeout_s=5))
+        assert all(again[rank] is data[rank] for rank in range(3))
+
+
+@pytest.mark.parametrize("cancel_after", [None, 15.0])
+async def test_elements_are_not_overwritten_while_they_are_being_sent(
+    cancel_after: float | None, make_world: Any, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with make_world(3).running() as world:
+        # Rank 0's sum has long arrived and come back finished before its send returns.
+        world.links[0][1].linger_s = 10.0
+        data = [np.full(3000, rank + 1.0, np.float32) for rank in range(3)]
+
+        async def call(rank: int, group: CollectiveGroup) -> Any:
+            with trio.move_on_after(float("inf") if cancel_after is None or rank else cancel_after):
+                return await group.all_reduce(data[rank], algorithm="ring", timeout_s=300)
+            return "cancelled"
+
+        results = await world.each(call)
+        if cancel_after is None:
+            assert trio.current_time() > 20
+            assert all((part == 6).all() for part in data)
+        else:
+            assert results[0] == "cancelled"
+            assert isinstance(results[1], CollectiveAbortedError)
+            world.links[0][1].linger_s = 0.0
+            again = await world.each(lambda r, g: g.all_reduce(data[r], timeout_s=300))
+            assert all(again[rank] is data[rank] for rank in range(3))
+
+
+def test_the_executor_runs_every_instruction() -> None:
+    """Copies too, which no algorithm here needs: rank 1's input goes to rank 0, and the sum comes back."""
+    count = 4
+    steps: list[tuple[Any, ...]] = [
+        (
+            Copy(0, count),
+            Receive(1, 0, count, Space.SCRATCH, 0, 0),
+            Reduce(1, 0, count, Space.WORK, finish=True),
+            Send(1, 0, count, Space.WORK, 1, 0),
+        ),
+        (
+            Copy(0, count),
+            Send(0, 0, count, Space.WORK, 0, 0),
+            Copy(0, count),
+            Receive(0, 0, count, Space.WORK, 1, 0),
+        ),
+    ]
+    sums = [np.empty(count), np.empty(count)]
+    runs = []
+    for rank in range(2):
+        plan = make_plan(Schedule("copies", rank, 2, count, steps[rank]))
+        lane = Lane(plan, np.full(count, rank + 1.0), sums[rank], Reduction("mean", 2), b"key")
+        runs.append(Execution([lane], 0, 1))
+    assert runs[0].next_send(1, True, lambda: None) is None
+    for sender, receiver in ((1, 0), (0, 1)):
+        message = runs[sender].next_send(receiver, True, lambda: None)
+        assert message is not None
+        expected = runs[receiver].next_receive(sender)
+        assert expected is not None
+        assert expected.header == message.header
+        arrived = message.data.copy()
+        runs[sender].sent(receiver, message)
+        if expected.reduction is None:
+            sums[receiver][:] = arrived
+        expected.lane.done(expected.index)
+        if expected.reduction is not None:
+            expected.lane.reduce(expected.reduction, arrived)
+        runs[receiver].received(sender, expected)
+    assert runs[0].complete
+    assert runs[1].complete
+    assert runs[0].next_receive(1) is None
+    assert [part.tolist() for part in sums] == [[1.5] * 4] * 2
+    assert runs[0].digest(b"key") == runs[1].digest(b"key")
+
+
+def test_what_a_departed_peer_was_being_sent_is_forgotten() -> None:
+    plan = make_plan(ring_all_reduce(0, 2, 8, 2))
+    execution = Execution([Lane(plan, np.ones(8), np.ones(8), Reduction("sum", 2), b"key")], 0, 1)
+    message = execution.next_send(1, True, lambda: None)
+    assert message is not None
+    assert execution.sends_left == 4
+    execution.forget_sends(1)
+    assert execution.sends_left == 0
+    execution.sent(1, message)
+    assert execution.sends_left == 0
+    assert execution.next_send(1, True, lambda: None) is None
