@@ -62,21 +62,21 @@ def real_paths(output: str) -> str:
 
 def check(tree: Path) -> int:
     """Check the library, then each folder of programs; print what is wrong; return the exit code."""
-    failed = 0
-    code, output = run_mypy(tree, ["-p", "sparkle_mesh", *(["-p", "simulations"] if _has_simulations(tree) else [])])
-    sys.stdout.write(output)
-    failed |= code
+    library = ["-p", "sparkle_mesh"]
+    if (tree / "simulations" / "__init__.py").exists():
+        library += ["-p", "simulations"]
+    failed, output = run_mypy(tree, library)
+    printed = output.splitlines()
     for folder in ("examples", "benchmarks"):
         scripts = sorted(str(path.relative_to(tree)) for path in (tree / folder).glob("*.py"))
         if scripts:
             code, output = run_mypy(tree, scripts, search_path=folder)
-            sys.stdout.write(output)
+            printed += output.splitlines()
             failed |= code
+    # What is wrong in the library is told again for each folder that imports it.
+    for line in dict.fromkeys(printed):
+        print(line)
     return 1 if failed else 0
-
-
-def _has_simulations(tree: Path) -> bool:
-    return (tree / "simulations" / "__init__.py").exists()
 
 
 def blind_spots(tree: Path) -> list[str]:

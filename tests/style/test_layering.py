@@ -15,7 +15,8 @@ LEAVES = (
     "sparkle_mesh.nurseries",
     "sparkle_mesh.portal",
 )
-FABRIC_INTERFACE = ("sparkle_mesh.fabric.interface",)
+# The interface, and messages over its streams.
+FABRIC_INTERFACE = ("sparkle_mesh.fabric.interface", "sparkle_mesh.fabric.framing")
 SERVICES = ("sparkle_mesh.discovery", "sparkle_mesh.capabilities", "sparkle_mesh.membership")
 BELOW_THE_NODE = (
     *LEAVES,

@@ -54,7 +54,7 @@ def is_number(expression):
 
 def unitless_bounds(module):
     """Yield numbers in the file of bounds whose names do not tell their unit."""
-    unit = re.compile(r"_(S|MS|BYTES|COUNT|CHARS|PORT|RECORDS|RATIO|BITS|PER_S|FACTOR|DEPTH|HOPS|PERCENT)$")
+    unit = re.compile(r"_(S|MS|BYTES|COUNT|CHARS|PORT|RECORDS|RATIO|BITS|PER_S|FACTOR|DEPTH|HOPS|PERCENT)(_|$)")
     for node in module.tree.body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and is_number(node.value):
             name = node.targets[0].id
