@@ -86,6 +86,9 @@ JOIN_TIMEOUT_S = 60.0
 MESH_CLOSE_TIMEOUT_S = 15.0
 MESH_PROOF_TIMEOUT_S = 10.0
 INVITE_ADDRESSES_MAX_COUNT = 16
+# Tries to open a mesh stream, and the pause after the first; each later one is twice as long.
+MESH_STREAM_ATTEMPTS_COUNT = 4
+MESH_STREAM_RETRY_S = 0.25
 # How long the set of candidates must stay as it is before a first view is proposed, and how much longer
 # each next-lowest candidate waits before it steps in for a silent proposer.
 VIEW_SETTLE_S = 0.3

@@ -295,15 +295,27 @@ class MembershipService:
             return
         self._opening.add(peer_id)
         try:
-            stream = await self._fabric.open_stream(peer_id, PROTOCOL, timeout_s=limits.OPEN_STREAM_TIMEOUT_S)
-        except UnreachableError as error:
-            self._events.send(PeerRefused(peer_id, str(error), wrong_key=False))
-            return
+            stream = await self._open_stream(peer_id)
         finally:
             self._opening.discard(peer_id)
+        if stream is None:
+            return
         nonce = self._entropy.token(32)
         proof = OpenerProof(self._secrets, me=self._fabric.peer_id, peer=peer_id, nonce=nonce)
         await self._greet_and_follow(stream, proof, proof.start())
+
+    async def _open_stream(self, peer_id: PeerId) -> FabricStream | None:
+        """Open the mesh's stream; a peer that is only just starting may not serve it yet, so try more than once."""
+        for attempt in range(limits.MESH_STREAM_ATTEMPTS_COUNT):
+            try:
+                return await self._fabric.open_stream(peer_id, PROTOCOL, timeout_s=limits.OPEN_STREAM_TIMEOUT_S)
+            except UnreachableError as error:
+                reason = str(error)
+            await trio.sleep(limits.MESH_STREAM_RETRY_S * 2**attempt)
+            if peer_id not in self._fabric.connected_peers():
+                return None
+        self._events.send(PeerRefused(peer_id, reason, wrong_key=False))
+        return None
 
     async def _serve(self, stream: FabricStream) -> None:
         nonce = self._entropy.token(32)
