@@ -11,23 +11,28 @@ import pytest
 pytestmark = pytest.mark.xdist_group("packaging")
 
 RIGHT = """
+import sparkle_mesh as sparkle
 from sparkle_mesh import errors, limits
 from sparkle_mesh.transport.link import LinkStats
 
 seconds: float = limits.JOIN_TIMEOUT_S
 stats = LinkStats(bytes_sent=3)
 try:
-    sent: int = stats.bytes_sent
+    with sparkle.join("my-run", min_peers=stats.bytes_sent, timeout_s=seconds) as mesh:
+        rank: int = mesh.rank
 except errors.UsageError as error:
     raise SystemExit(str(error)) from error
 """
 WRONG = """
+import sparkle_mesh as sparkle
 from sparkle_mesh import errors, limits
 from sparkle_mesh.transport.link import LinkStats
 
 seconds: str = limits.JOIN_TIMEOUT_S
 stats = LinkStats(bytes_sent="3")
 errors.NoSuchError
+with sparkle.join("my-run", min_peers="2") as mesh:
+    rank: str = mesh.rank
 """
 
 
@@ -56,7 +61,7 @@ def test_right_program_passes_and_wrong_one_fails(check_types, tmp_path):
     (tmp_path / "right.py").write_text(RIGHT)
     (tmp_path / "wrong.py").write_text(WRONG)
     complaints, printed = check_types("right.py", "wrong.py")
-    assert complaints == {"wrong.py:5", "wrong.py:6", "wrong.py:7"}, printed
+    assert complaints == {f"wrong.py:{line}" for line in (6, 7, 8, 9, 10)}, printed
 
 
 def test_without_the_marker_there_would_be_no_types(check_types, environment, tmp_path):
