@@ -1,0 +1,353 @@
+"""A mesh for trio programs: the one implementation; :mod:`sparkle_mesh.mesh` holds it for ordinary threads."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import trio
+
+from sparkle_mesh import limits
+from sparkle_mesh.collectives.group import CollectiveGroup, Outcome
+from sparkle_mesh.environment import resolve_data_dir
+from sparkle_mesh.errors import ForkedProcessError, JoinTimeoutError, PeerLostError, UsageError
+from sparkle_mesh.fabric.identity import Identity
+from sparkle_mesh.membership.invite import Invite, is_invite
+from sparkle_mesh.membership.keys import KeyLike, MeshKey
+from sparkle_mesh.membership.service import PeerGone, PeerRefused, ViewChanged
+from sparkle_mesh.membership.view import Member, View
+from sparkle_mesh.node import MeshNode, NodeConfig, open_node
+from sparkle_mesh.nurseries import bare_errors
+from sparkle_mesh.transport.connector import LinkConnector
+from sparkle_mesh.transport.link import Link
+
+if TYPE_CHECKING:
+    from sparkle_mesh.status import PeerStatus
+
+D = TypeVar("D")
+
+_DEFAULT_LISTEN = ("/ip4/0.0.0.0/tcp/0",)
+
+
+@dataclass(frozen=True, slots=True)
+class MeshStats:
+    """Bytes over this process's data links, headers and encryption included."""
+
+    bytes_sent: int
+    bytes_received: int
+
+
+class AsyncMesh:
+    """A mesh this process is a member of, for trio programs; made by :func:`open_mesh`.
+
+    All methods are for the trio run that opened it.
+    """
+
+    def __init__(self, node: MeshNode, connector: LinkConnector, view: View, links: dict[int, Link]) -> None:
+        self._node, self._connector, self._view, self._links = node, connector, view, links
+        self._process = os.getpid()
+        self._gone: dict[int, str] = {}
+        rank = view.rank_of(node.membership.member)
+        assert rank is not None
+        self._group = CollectiveGroup(
+            rank=rank,
+            size=view.size,
+            links=links,
+            lineage=view.lineage,
+            epoch=view.epoch,
+            describe_rank=self._describe_rank,
+        )
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._node.config.mesh!r} rank {self.rank} of {self.size}>"
+
+    # --- Who is here ----------------------------------------------------------------------------
+
+    @property
+    def rank(self) -> int:
+        """This process's position in the view, from 0."""
+        return self._group.rank
+
+    @property
+    def size(self) -> int:
+        """The number of members of the view."""
+        return self._view.size
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """The members of the view; a member's position is its rank."""
+        return self._view.members
+
+    @property
+    def view(self) -> View:
+        """The agreed view that collectives run over."""
+        return self._view
+
+    @property
+    def peer_id(self) -> str:
+        """This process's peer id."""
+        return self._node.peer_id
+
+    @property
+    def last_outcome(self) -> Outcome | None:
+        """How the last collective ended: contributors, epoch, algorithm, bytes, seconds."""
+        return self._group.last_outcome
+
+    @property
+    def stats(self) -> MeshStats:
+        """What the data links carried so far."""
+        return MeshStats(
+            bytes_sent=sum(link.stats.bytes_sent for link in self._links.values()),
+            bytes_received=sum(link.stats.bytes_received for link in self._links.values()),
+        )
+
+    def peers(self) -> list[PeerStatus]:
+        """Return all peers of the mesh that are connected now: members, latecomers and nodes."""
+        return self._node.peers()
+
+    def invite(self) -> str:
+        """Return one line of text with which others can join this mesh; it holds the key if there is one."""
+        return self._node.invite()
+
+    # --- Collectives ----------------------------------------------------------------------------
+
+    async def all_reduce(
+        self, data: D, op: str = "sum", *, algorithm: str = "auto", timeout_s: float | None = None
+    ) -> D:
+        """Reduce arrays over all ranks, in place; every rank ends with the same bits.
+
+        Parameters
+        ----------
+        data
+            A NumPy array of any shape, or a list, tuple or dict of arrays. Every rank gives the same shapes,
+            dtypes and keys. The arrays hold the result when this returns, and are untouched when it raises.
+        op
+            ``"sum"`` or ``"mean"`` (floats only).
+        algorithm
+            ``"ring"``, ``"tree"``, or ``"auto"`` to choose by size.
+        timeout_s
+            Deadline in seconds, waiting for slow ranks included; ``limits.COLLECTIVE_TIMEOUT_S`` if None.
+
+        Returns
+        -------
+        data
+            What was given.
+
+        Raises
+        ------
+        UsageError
+            If an array cannot be reduced in place (read-only, overlapping, a dtype that is not supported).
+        MismatchError
+            On every rank, if ranks called different collectives or gave other shapes, dtypes or ops.
+        PeerLostError
+            If a member died or left; the mesh is of no more use then.
+        CollectiveTimeoutError
+            If the deadline passed; the message names the absent ranks.
+        DivergenceError, CollectiveAbortedError, MeshClosedError
+            If the results differ between ranks, another rank gave up, or the mesh was closed.
+        """
+        self._check_process()
+        return await self._group.all_reduce(data, op, algorithm=algorithm, timeout_s=_deadline(timeout_s))
+
+    async def broadcast(self, data: D, root: int = 0, *, timeout_s: float | None = None) -> D:
+        """Copy ``data`` of rank ``root`` into ``data`` of every rank; returns it. Errors as :meth:`all_reduce`."""
+        self._check_process()
+        return await self._group.broadcast(data, root, timeout_s=_deadline(timeout_s))
+
+    async def barrier(self, *, timeout_s: float | None = None) -> None:
+        """Wait until every rank has called it. Errors as :meth:`all_reduce`."""
+        self._check_process()
+        await self._group.barrier(timeout_s=_deadline(timeout_s))
+
+    # --- Inside ---------------------------------------------------------------------------------
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise ForkedProcessError(
+                f"this mesh belongs to process {self._process}; the forked process {os.getpid()} cannot use it "
+                "(join again here, or start workers by spawn)"
+            )
+
+    def _describe_rank(self, rank: int) -> str:
+        text = f"rank {rank} (peer {self._view.members[rank].peer_id}"
+        return text + (f", {self._gone[rank]})" if rank in self._gone else ")")
+
+    async def _run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        with self._node.membership.events() as events:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self._group.run)
+                for rank in range(self.size):
+                    if rank != self.rank and not self._node.membership.is_admitted(self._view.members[rank].peer_id):
+                        nursery.start_soon(self._lose, rank, "it was gone before the mesh was ready")
+                task_status.started()
+                async for event in events:
+                    lost = self._rank_of_peer(event.peer_id) if isinstance(event, PeerGone) else None
+                    if lost is not None:
+                        nursery.start_soon(self._lose, lost, event.reason)
+
+    def _rank_of_peer(self, peer_id: str) -> int | None:
+        return next((r for r, member in enumerate(self._view.members) if member.peer_id == peer_id), None)
+
+    async def _lose(self, rank: int, reason: str) -> None:
+        """Give the group what the member last sent a moment to arrive, then tell it that the member is gone."""
+        self._gone[rank] = reason
+        with trio.move_on_after(limits.LINK_DRAIN_S):
+            await self._group.wait_peer_lost(rank)
+        self._group.peer_lost(rank, reason)
+
+    def close_in_child(self) -> None:
+        """In a forked child: let go of every descriptor of the mesh, so that none outlives the parent."""
+        self._connector.close_in_child()
+        self._node.discovery.close_in_child()
+        self._node.fabric.close_in_child()
+
+
+# The meshes of this process, for its forks.
+_meshes: weakref.WeakSet[AsyncMesh] = weakref.WeakSet()
+
+
+def open_mesh(
+    name: str,
+    *,
+    key: KeyLike = None,
+    public: bool = False,
+    min_peers: int = 2,
+    timeout_s: float = limits.JOIN_TIMEOUT_S,
+    join: Sequence[str] = (),
+    listen: Sequence[str] | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    lan: bool = True,
+) -> AbstractAsyncContextManager[AsyncMesh]:
+    """Join a mesh from a trio program; parameters and errors as :func:`join`."""
+    if not 1 <= min_peers <= limits.MESH_MEMBERS_MAX_COUNT:
+        raise UsageError(f"min_peers is {min_peers}; it must be from 1 to {limits.MESH_MEMBERS_MAX_COUNT}")
+    if timeout_s <= 0:
+        raise UsageError(f"timeout_s is {timeout_s}; it must be positive")
+    mesh_name, mesh_key, join = _resolve_invites(name, MeshKey.coerce(key), join)
+    config = NodeConfig(
+        mesh=mesh_name,
+        key=mesh_key,
+        public=public,
+        role="trainer",
+        identity=Identity.generate(),
+        listen=tuple(listen) if listen is not None else _DEFAULT_LISTEN,
+        join=tuple(join),
+        data_dir=resolve_data_dir(data_dir),
+        lan=lan,
+        min_peers=min_peers,
+    )
+    return _open(config, timeout_s)
+
+
+@asynccontextmanager
+async def _open(config: NodeConfig, timeout_s: float) -> AsyncIterator[AsyncMesh]:
+    with bare_errors():
+        async with open_node(config) as node:
+            deadline = trio.current_time() + timeout_s
+            connector = LinkConnector(node.fabric, mesh_id=node.secrets.mesh_id, authorize=node.membership.is_admitted)
+            async with connector:
+                view = await _await_view(node, deadline, timeout_s)
+                links = await _connect_members(node, connector, view, deadline, timeout_s)
+                mesh = AsyncMesh(node, connector, view, links)
+                _meshes.add(mesh)
+                async with trio.open_nursery() as nursery:
+                    await nursery.start(mesh._run)
+                    try:
+                        yield mesh
+                    finally:
+                        mesh._group.close()
+                        nursery.cancel_scope.cancel()
+                        await node.membership.leave()
+
+
+def _resolve_invites(name: str, key: MeshKey | None, join: Sequence[str]) -> tuple[str, MeshKey | None, Sequence[str]]:
+    """Take name and key from an invite where one stands in their place; refuse invites to another mesh."""
+    if isinstance(join, str):
+        raise UsageError(f"join is the text {join!r}; give a list of addresses or invites")
+    if is_invite(name):
+        join, name = [name, *join], Invite.decode(name).name
+    for item in join:
+        if is_invite(item):
+            invite = Invite.decode(item)
+            if invite.name != name:
+                raise UsageError(f"the invite is to mesh {invite.name!r}, not {name!r}")
+            if key is not None and invite.key is not None and key != invite.key:
+                raise UsageError(f"the invite to {name!r} holds another key than the one given")
+            key = key or invite.key
+    return name, key, join
+
+
+async def _await_view(node: MeshNode, deadline: float, timeout_s: float) -> View:
+    refusals: dict[str, str] = {}
+    with node.membership.events() as events:
+        with trio.move_on_at(deadline):
+            view = node.membership.view
+            while view is None:
+                event = await events.receive()
+                if isinstance(event, ViewChanged) and event.mine:
+                    view = event.view
+                elif isinstance(event, PeerRefused) and event.wrong_key:
+                    refusals[event.peer_id] = event.reason
+            return view
+    lines = [
+        f"mesh {node.config.mesh!r} did not form in {timeout_s:g} s: {node.membership.state_of_play()}",
+        "start more processes, lower min_peers, or raise timeout_s",
+        *list(refusals.values())[:3],
+        *node.discovery.status(),
+    ]
+    raise JoinTimeoutError("; ".join(lines))
+
+
+async def _connect_members(
+    node: MeshNode, connector: LinkConnector, view: View, deadline: float, timeout_s: float
+) -> dict[int, Link]:
+    """Open a link to every other member."""
+    links: dict[int, Link] = {}
+    me = view.rank_of(node.membership.member)
+
+    async def connect(rank: int, peer_id: str) -> None:
+        links[rank] = await connector.connect(peer_id, timeout_s=max(0.0, deadline - trio.current_time()))
+
+    async def watch(cancel_scope: trio.CancelScope) -> None:
+        members = {member.peer_id: rank for rank, member in enumerate(view.members)}
+        with node.membership.events() as events:
+            for peer_id, rank in members.items():
+                if rank != me and not node.membership.is_admitted(peer_id):
+                    raise PeerLostError(f"rank {rank} (peer {peer_id}) was lost while the mesh formed")
+            async for event in events:
+                if isinstance(event, PeerGone) and event.peer_id in members:
+                    rank = members[event.peer_id]
+                    raise PeerLostError(
+                        f"rank {rank} (peer {event.peer_id}) was lost while the mesh formed: {event.reason}"
+                    )
+
+    with bare_errors():
+        async with trio.open_nursery() as watching:
+            watching.start_soon(watch, watching.cancel_scope)
+            async with trio.open_nursery() as connecting:
+                for rank, member in enumerate(view.members):
+                    if rank != me:
+                        connecting.start_soon(connect, rank, member.peer_id)
+            watching.cancel_scope.cancel()
+    return links
+
+
+def _deadline(timeout_s: float | None) -> float:
+    if timeout_s is None:
+        return limits.COLLECTIVE_TIMEOUT_S
+    if timeout_s <= 0:
+        raise UsageError(f"timeout_s is {timeout_s}; it must be positive")
+    return timeout_s
+
+
+def _close_in_child() -> None:
+    for mesh in list(_meshes):
+        mesh.close_in_child()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
