@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from weakref import WeakKeyDictionary
 
 import trio
+from libp2p.abc import INetStream
 from libp2p.custom_types import TProtocol
 from libp2p.peer.id import ID
 from libp2p.pubsub.gossipsub import GossipSub
@@ -40,11 +42,16 @@ class _SeenMessages:
 
 
 class _BoundedPubsub(Pubsub):
-    """Delivers straight to subscribers' bounded channels; drops what is over the bounds before anything else."""
+    """Delivers straight to subscribers' bounded channels; drops what is over the bounds before anything else.
+
+    The original writes to a peer's stream from several tasks at once, which mixes messages that take more than
+    one frame, and goes on using a stream on which a message was cut short.
+    """
 
     def __init__(self, host: GuardedHost, router: GossipSub, topics: TopicHub, counters: FabricCounters) -> None:
         self._topics = topics
         self._counters = counters
+        self._writing: WeakKeyDictionary[INetStream, trio.Lock] = WeakKeyDictionary()
         super().__init__(
             host,
             router,
@@ -61,6 +68,13 @@ class _BoundedPubsub(Pubsub):
             self._counters.publications_malformed += 1
             return False
         return msg.topicIDs[0] in self._topics
+
+    async def write_msg(self, stream: INetStream, rpc_msg: rpc_pb2.RPC) -> bool:
+        async with self._writing.setdefault(stream, trio.Lock()):
+            written = await super().write_msg(stream, rpc_msg)
+            if not written:
+                await stream.reset()
+            return written
 
     def notify_subscriptions(self, publish_message: rpc_pb2.Message) -> None:
         publisher = ID(publish_message.from_id)

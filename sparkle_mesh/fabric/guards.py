@@ -27,7 +27,7 @@ from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicat
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_PROTOCOL
 from libp2p.security.noise.transport import Transport as Noise
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_PROTOCOL
-from libp2p.stream_muxer.yamux.yamux import Yamux
+from libp2p.stream_muxer.yamux.yamux import Yamux, YamuxStream
 from libp2p.transport.upgrader import TransportUpgrader
 
 from sparkle_mesh import limits
@@ -255,8 +255,8 @@ class GuardedHost(BasicHost):
         await run_guarded(what, handler, net_stream.reset, self._counters)
 
     async def _handle_stream(self, net_stream: INetStream) -> None:
-        connection = getattr(net_stream, "swarm_conn", None)
-        count = len(connection.streams) if connection is not None else 0
+        streams: dict[int, YamuxStream] = getattr(net_stream.muxed_conn, "streams", {})
+        count = sum(not stream.is_initiator for stream in streams.values())
         if count > limits.INBOUND_STREAMS_PER_CONNECTION_MAX_COUNT:
             raise ProtocolError(f"{count} streams are open on one connection")
         await super()._swarm_stream_handler(net_stream)

@@ -33,7 +33,7 @@ class _LazyModule(ModuleType):
                 if spec is not None and spec.loader is not None:
                     spec.loader.exec_module(self)
                 del vars(self)["_sparkle_executing"]
-                self.__class__ = ModuleType
+                self.__class__ = ModuleType  # type: ignore[assignment]
         return ModuleType.__getattribute__(self, name)
 
 

@@ -62,7 +62,15 @@ class FabricStream(Protocol):
         ...
 
     async def write(self, data: bytes) -> None:
-        """Write all of ``data``. Raises LinkClosedError as for :meth:`read`."""
+        """Write all of ``data``, while the peer reads it; concurrent writers take turns.
+
+        A cancelled call may have written part of it: reset the stream then.
+
+        Raises
+        ------
+        LinkClosedError
+            As for :meth:`read`, or if the peer has closed its side.
+        """
         ...
 
     async def aclose(self) -> None:
@@ -127,7 +135,10 @@ class Fabric(Protocol):
         ...
 
     def handle(self, protocol: str, handler: StreamHandler) -> None:
-        """Serve ``protocol``. What a handler raises is logged, counted, and ends with that stream reset."""
+        """Serve ``protocol``. The handler owns the stream, and may keep it when it returns.
+
+        What it raises is logged, counted, and ends with that stream reset.
+        """
         ...
 
     def handle_raw(self, magic: bytes, handler: RawHandler) -> None:

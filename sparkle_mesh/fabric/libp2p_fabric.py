@@ -77,6 +77,7 @@ class Libp2pStream:
         self._muxed: Any = net_stream.muxed_stream  # type: ignore[attr-defined]
         self._peer_id: PeerId = net_stream.muxed_conn.peer_id.to_base58()
         self._closed = False
+        self._writing = trio.Lock()
 
     @property
     def peer_id(self) -> PeerId:
@@ -114,12 +115,14 @@ class Libp2pStream:
         """As ``FabricStream.write``; waits while the peer's window is full."""
         from sparkle_mesh.fabric.guards import translated
 
-        rest = memoryview(data)
-        while rest:
-            await self._wait_for_window()
-            piece, rest = bytes(rest[: self._muxed.send_window]), rest[self._muxed.send_window :]
-            with translated(f"the stream to {self._peer_id} failed"):
-                await self._net_stream.write(piece)
+        async with self._writing:
+            rest = memoryview(data)
+            while rest:
+                await self._wait_for_window()
+                window = self._muxed.send_window
+                with translated(f"the stream to {self._peer_id} failed"):
+                    await self._net_stream.write(bytes(rest[:window]))
+                rest = rest[window:]
 
     async def _wait_for_window(self) -> None:
         # Yamux polls for its window too, and gives the stream up after five seconds.

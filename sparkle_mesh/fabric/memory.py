@@ -176,6 +176,7 @@ class MemoryStream:
         self._closed = False
         self._broken: str | None = None
         self._changed = trio.Event()
+        self._writing = trio.Lock()
         connection.streams.add(self)
 
     @property
@@ -230,8 +231,10 @@ class MemoryStream:
 
     async def write(self, data: bytes) -> None:
         """As ``FabricStream.write``; waits while the peer has a full buffer unread."""
-        await trio.lowlevel.checkpoint()
-        rest = memoryview(data)
+        async with self._writing:
+            await self._write(memoryview(data))
+
+    async def _write(self, rest: memoryview) -> None:
         while rest:
             if self._closed:
                 raise LinkClosedError(f"the stream to {self.peer_id} was closed here")

@@ -197,7 +197,8 @@ async def test_a_stream_closed_here_is_closed(pair, echo):
 
 async def test_closing_wakes_the_reader_here(pair):
     one, other = pair
-    other.handle("/hold", lambda stream: trio.sleep_forever())
+    served = trio.open_memory_channel(1)
+    other.handle("/hold", served[0].send)
     stream = await one.open_stream(other.peer_id, "/hold")
     raised = []
 
@@ -274,9 +275,7 @@ async def test_a_slow_reader_holds_the_writer_back(pair):
     data = bytes(range(256)) * 8192
     async with trio.open_nursery() as nursery:
         nursery.start_soon(stream.write, data)
-        with trio.move_on_after(0.3):
-            while nursery.child_tasks:
-                await trio.sleep(0.01)
+        await trio.testing.wait_all_tasks_blocked(0.05)
         assert nursery.child_tasks, "2 MiB were written that nobody has read"
         assert await read_exactly(theirs, len(data)) == data
 
