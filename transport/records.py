@@ -42,7 +42,7 @@ RECORD_OVERHEAD_BYTES: Final = PREFIX_BYTES + limits.RECORD_TAG_BYTES
 _NONCE_BYTES: Final = 12
 _REKEY_INFO: Final = b"sparkle link 1 rekey"
 _LENGTH_MASK: Final = 0xFFFFFF
-_CPUINFO: Final = Path("/proc/cpuinfo")
+_CPUINFO = Path("/proc/cpuinfo")
 
 
 def preferred_ciphers() -> tuple[str, ...]:
@@ -52,9 +52,9 @@ def preferred_ciphers() -> tuple[str, ...]:
     return (CHACHA20_POLY1305, AES_256_GCM)
 
 
-def _has_aes(cpuinfo: Path = _CPUINFO) -> bool:
+def _has_aes() -> bool:
     try:
-        text = cpuinfo.read_text(encoding="ascii", errors="replace")
+        text = _CPUINFO.read_text(encoding="ascii", errors="replace")
     except OSError:
         # No Linux. Every 64-bit x86 and Arm machine that macOS and Windows run on today has them.
         return platform.machine().lower() in ("x86_64", "amd64", "arm64", "aarch64")

@@ -1,0 +1,130 @@
+"""Connected streams and links on loopback, and fabrics in one process whose raw port is a real one."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+
+import pytest
+import trio
+
+from sparkle_mesh.fabric.interface import RawHandler
+from sparkle_mesh.fabric.memory import MemoryFabric, MemoryFabricNetwork
+from sparkle_mesh.transport.records import AES_256_GCM, RecordOpener, RecordSealer
+from sparkle_mesh.transport.tcp import TcpLink
+
+THERE, BACK = b"t" * 32, b"b" * 32
+
+
+@asynccontextmanager
+async def _stream_pair() -> AsyncIterator[tuple[trio.SocketStream, trio.SocketStream]]:
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with listener:
+        one = await trio.open_tcp_stream("127.0.0.1", listener.socket.getsockname()[1])
+        other = await listener.accept()
+    async with one, other:
+        yield one, other
+
+
+@pytest.fixture
+def stream_pair() -> Callable[[], AbstractAsyncContextManager[tuple[trio.SocketStream, trio.SocketStream]]]:
+    """Two connected TCP streams, as an async context manager."""
+    return _stream_pair
+
+
+@pytest.fixture
+def tcp_pair() -> Callable[..., AbstractAsyncContextManager[tuple[TcpLink, TcpLink]]]:
+    """Two connected TCP links with fixed keys, as an async context manager."""
+
+    @asynccontextmanager
+    async def make(cipher: str = AES_256_GCM) -> AsyncIterator[tuple[TcpLink, TcpLink]]:
+        async with _stream_pair() as (a, b):
+            one = TcpLink(a, "b", RecordSealer(cipher, THERE), RecordOpener(cipher, BACK), latency_s=0.5)
+            other = TcpLink(b, "a", RecordSealer(cipher, BACK), RecordOpener(cipher, THERE))
+            yield one, other
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(one.aclose)
+                nursery.start_soon(other.aclose)
+
+    return make
+
+
+@pytest.fixture
+def wire_pair() -> Callable[..., AbstractAsyncContextManager[tuple[trio.SocketStream, RecordSealer, TcpLink]]]:
+    """A raw stream, the sealer of its direction, and the link at the other end: for a hostile peer."""
+
+    @asynccontextmanager
+    async def make() -> AsyncIterator[tuple[trio.SocketStream, RecordSealer, TcpLink]]:
+        async with _stream_pair() as (raw, stream):
+            link = TcpLink(stream, "mallory", RecordSealer(AES_256_GCM, BACK), RecordOpener(AES_256_GCM, THERE))
+            yield raw, RecordSealer(AES_256_GCM, THERE), link
+            await raw.aclose()
+            await link.aclose()
+
+    return make
+
+
+class PortedFabric:
+    """A memory fabric with a real listening port for raw connections."""
+
+    def __init__(self, fabric: MemoryFabric) -> None:
+        self._fabric = fabric
+        self._handlers: dict[bytes, RawHandler] = {}
+        self.addresses: tuple[str, ...] = ()
+        self.refused: list[Exception] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._fabric, name)
+
+    def handle_raw(self, magic: bytes, handler: RawHandler) -> None:
+        self._handlers[magic] = handler
+
+    async def listen(self, nursery: trio.Nursery) -> None:
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        self.addresses = (f"/ip4/127.0.0.1/tcp/{listener.socket.getsockname()[1]}",)
+        nursery.start_soon(trio.serve_listeners, self._serve, [listener])
+
+    async def _serve(self, stream: trio.SocketStream) -> None:
+        (handler,) = self._handlers.values()
+        try:
+            await handler(stream)
+        except Exception as error:
+            self.refused.append(error)
+            await trio.aclose_forcefully(stream)
+
+
+@pytest.fixture
+def open_fabrics() -> Callable[..., AbstractAsyncContextManager[list[PortedFabric]]]:
+    """``count`` connected fabrics with real raw ports, in the order of their peer ids."""
+
+    @asynccontextmanager
+    async def make(count: int = 2, *, connect: bool = True) -> AsyncIterator[list[PortedFabric]]:
+        network = MemoryFabricNetwork()
+        async with trio.open_nursery() as nursery:
+            async with trio.open_nursery() as opening:
+                fabrics: list[PortedFabric] = []
+                done = trio.Event()
+
+                async def run() -> None:
+                    async with network.open() as fabric:
+                        fabrics.append(PortedFabric(fabric))
+                        await done.wait()
+
+                for _ in range(count):
+                    opening.start_soon(run)
+                await trio.testing.wait_all_tasks_blocked()
+                fabrics.sort(key=lambda fabric: str(fabric.peer_id))
+                for fabric in fabrics:
+                    await fabric.listen(nursery)
+                if connect:
+                    for number, fabric in enumerate(fabrics):
+                        for other in fabrics[number + 1 :]:
+                            await fabric.connect(other.peer_id, other._fabric.addresses)
+                try:
+                    yield fabrics
+                finally:
+                    done.set()
+            nursery.cancel_scope.cancel()
+
+    return make
