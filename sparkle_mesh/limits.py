@@ -49,6 +49,7 @@ INTERFACE_ADDRESSES_CACHE_S = 5.0
 GOSSIP_RPC_MAX_BYTES = 2 * GOSSIP_MESSAGE_MAX_BYTES
 GOSSIP_TOPICS_PER_PEER_MAX_COUNT = 128
 GOSSIP_MESSAGES_PER_S_MAX = 1000.0
+GOSSIP_OUTBOX_MAX_COUNT = 128
 
 # --- Links ---------------------------------------------------------------------------------------
 RECORD_MAX_BYTES = 1 * MIB
@@ -211,6 +212,7 @@ CONTROL_CLIENTS_MAX_COUNT = 16
 CONTROL_CLIENT_TIMEOUT_S = 5.0
 # How long a command waits for the node to answer, one that is just starting included.
 CONTROL_ASK_TIMEOUT_S = 10.0
+CONTROL_WAIT_MAX_S = 86400
 CONTROL_POLL_INTERVAL_S = 0.05
 CONTROL_BACKLOG_MAX_COUNT = 64
 LOCK_FILE_MAX_BYTES = 32

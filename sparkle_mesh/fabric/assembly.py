@@ -114,12 +114,16 @@ def trio_descriptors() -> list[Callable[[], int]]:
     """
     detaches: list[Callable[[], int]] = []
     runner: Any = getattr(getattr(import_module("trio._core._run"), "GLOBAL_RUN_CONTEXT", None), "runner", None)
-    wakeup = getattr(getattr(runner, "entry_queue", None), "wakeup", None)
-    for name in ("wakeup_sock", "write_sock"):
-        sock = getattr(wakeup, name, None)
-        if sock is not None:
-            detaches.append(sock.detach)
-    epoll = getattr(getattr(runner, "io_manager", None), "_epoll", None)
+    io_manager = getattr(runner, "io_manager", None)
+    for wakeup in (
+        getattr(getattr(runner, "entry_queue", None), "wakeup", None),
+        getattr(io_manager, "_force_wakeup", None),
+    ):
+        for name in ("wakeup_sock", "write_sock"):
+            sock = getattr(wakeup, name, None)
+            if sock is not None:
+                detaches.append(sock.detach)
+    epoll = getattr(io_manager, "_epoll", None)
     if epoll is not None:
         detaches.append(epoll.fileno)
     return detaches

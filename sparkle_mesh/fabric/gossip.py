@@ -14,6 +14,7 @@ from libp2p.peer.id import ID
 from libp2p.pubsub.gossipsub import GossipSub
 from libp2p.pubsub.pb import rpc_pb2
 from libp2p.pubsub.pubsub import Pubsub
+from libp2p.pubsub.rpc_queue import RpcQueue
 
 from sparkle_mesh import limits
 from sparkle_mesh.errors import UsageError
@@ -68,6 +69,11 @@ class _BoundedPubsub(Pubsub):
             self._counters.publications_malformed += 1
             return False
         return msg.topicIDs[0] in self._topics
+
+    async def handle_sending_messages(self, peer_id: ID, stream: INetStream, queue: RpcQueue) -> None:
+        # The original's 32 places are fewer than one burst.
+        queue._queue.max_size = limits.GOSSIP_OUTBOX_MAX_COUNT
+        await super().handle_sending_messages(peer_id, stream, queue)
 
     async def write_msg(self, stream: INetStream, rpc_msg: rpc_pb2.RPC) -> bool:
         async with self._writing.setdefault(stream, trio.Lock()):

@@ -123,6 +123,22 @@ class _BoundedBuffers(dict[int, bytearray]):
         super().__setitem__(stream_id, buffer)
 
 
+class _FixedWindowStreams(dict[int, YamuxStream]):
+    """A connection's streams, whose receive windows stay as they begin.
+
+    The original doubles a window at every read that follows another closely, however small: the negotiation of
+    a protocol alone takes it to megabytes for a stream that nobody reads.
+    """
+
+    def __setitem__(self, stream_id: int, stream: YamuxStream) -> None:
+        vars(stream)["_apply_autotune_epoch"] = _grow_by_nothing
+        super().__setitem__(stream_id, stream)
+
+
+def _grow_by_nothing(buffered: int) -> int:
+    return 0
+
+
 class GuardedUpgrader(TransportUpgrader):
     """Speaks Noise and yamux alone. The original makes its own Yamux whatever class it is given."""
 
@@ -146,6 +162,7 @@ class GuardedYamux(Yamux):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.streams = _FixedWindowStreams()
         self.stream_buffers = _BoundedBuffers()
 
     async def _write_frame(self, data: bytes) -> None:

@@ -12,7 +12,6 @@ import gc
 import importlib
 import importlib.util
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -23,34 +22,32 @@ _LAZY_MODULES = ("httpx", "requests", "miniupnpc")
 
 
 class _LazyModule(ModuleType):
-    """A module that is executed when a name is looked up that it does not have yet."""
+    """Stands for a module that is imported when one of its names is first used."""
 
     def __getattr__(self, name: str) -> Any:
-        with _lock:
-            if type(self) is _LazyModule and not vars(self).get("_sparkle_executing"):
-                vars(self)["_sparkle_executing"] = True
-                spec = self.__spec__
-                if spec is not None and spec.loader is not None:
-                    spec.loader.exec_module(self)
-                del vars(self)["_sparkle_executing"]
-                self.__class__ = ModuleType  # type: ignore[assignment]
-        return ModuleType.__getattribute__(self, name)
+        _forget(self.__name__)
+        return getattr(importlib.import_module(self.__name__), name)
 
 
-_lock = threading.RLock()
+def _forget(name: str) -> None:
+    if isinstance(sys.modules.get(name), _LazyModule):
+        del sys.modules[name]
 
 
-def import_lazily(name: str) -> None:
-    """Have module ``name`` executed at its first use; nothing if it is loaded already, or absent."""
-    if name in sys.modules:
-        return
-    spec = importlib.util.find_spec(name)
-    if spec is None:
-        return
-    lazy = _LazyModule(name)
-    module = importlib.util.module_from_spec(spec)
-    vars(lazy).update(vars(module))
-    sys.modules[name] = lazy
+@contextmanager
+def imported_lazily(*names: str) -> Iterator[None]:
+    """Have modules imported at their first use where the block imports them; elsewhere they are as ever.
+
+    Modules that are loaded already, or absent, are left alone.
+    """
+    for name in names:
+        if name not in sys.modules and importlib.util.find_spec(name) is not None:
+            sys.modules[name] = _LazyModule(name)
+    try:
+        yield
+    finally:
+        for name in names:
+            _forget(name)
 
 
 @contextmanager
@@ -66,9 +63,6 @@ def _resting_collector() -> Iterator[None]:
 
 def import_libp2p() -> None:
     """Load the parts of py-libp2p that a fabric uses."""
-    if "libp2p" not in sys.modules:
-        for name in _LAZY_MODULES:
-            import_lazily(name)
-    with _resting_collector():
+    with imported_lazily(*_LAZY_MODULES), _resting_collector():
         importlib.import_module("sparkle_mesh.fabric.assembly")
         importlib.import_module("sparkle_mesh.fabric.gossip")

@@ -234,14 +234,15 @@ class Libp2pFabric:
         if peer_id == self._peer_id:
             raise UsageError(f"{peer_id} is this peer itself")
         reasons: dict[Address, str] = dict.fromkeys(addresses, "not tried yet")
-        with trio.move_on_after(timeout_s):
-            async with self._dialing.setdefault(peer_id, trio.Lock()), self._dial_limiter:
-                try:
+        turn = self._dialing.setdefault(peer_id, trio.Lock())
+        try:
+            with trio.move_on_after(timeout_s):
+                async with turn, self._dial_limiter:
                     if peer_id in self._connections or await self._dial_any(peer_id, reasons):
                         return
-                finally:
-                    if not self._dialing[peer_id].statistics().tasks_waiting:
-                        del self._dialing[peer_id]
+        finally:
+            if not turn.locked():
+                del self._dialing[peer_id]
         if peer_id in self._connections:
             return
         tried = "; ".join(f"{address}: {reason}" for address, reason in reasons.items())

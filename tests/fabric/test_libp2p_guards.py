@@ -136,6 +136,29 @@ async def test_a_peer_that_ignores_its_window_loses_the_connection(libp2p_pair, 
     await check_serving(one, other)
 
 
+async def test_small_reads_do_not_grow_a_window(libp2p_pair, echo):
+    one, other = libp2p_pair
+    other.handle("/echo", echo)
+    stream = await one.open_stream(other.peer_id, "/echo")
+    for _ in range(50):
+        await stream.write(b"x")
+        await stream.read(1)
+    assert stream._muxed.target_recv_window == 256 * 1024
+
+
+async def test_a_connection_that_takes_nothing_is_given_up(libp2p_pair, monkeypatch):
+    one, other = libp2p_pair
+    monkeypatch.setattr(limits, "FRAME_WRITE_TIMEOUT_S", 0.1)
+    muxed_conn = one._connections[other.peer_id][0].muxed_conn
+
+    async def clog(data: bytes) -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(muxed_conn.secured_conn, "write", clog)
+    with pytest.raises(UnreachableError, match=r"took nothing for 0.1 s"), trio.fail_after(10):
+        await one.open_stream(other.peer_id, "/echo")
+
+
 async def test_cancelled_writers_do_not_break_the_connection(libp2p_pair, echo, check_serving):
     one, other = libp2p_pair
     served = trio.open_memory_channel(10)
