@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from sparkle_mesh import limits
 from sparkle_mesh.cli.render import failed, one_line, peers_text, printable, status_text, to_json
 from sparkle_mesh.cli.signals import StopSignals
 from sparkle_mesh.environment import resolve_data_dir
@@ -73,6 +74,17 @@ def _data_dir_option(function: F) -> F:
 
 def _json_option(function: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(function)
+
+
+def _wait_option(function: F) -> F:
+    return click.option(
+        "--wait",
+        "wait_s",
+        type=click.IntRange(0, limits.CONTROL_WAIT_MAX_S),
+        metavar="SECONDS",
+        default=0,
+        help="If no node runs, wait this long for one to be started.",
+    )(function)
 
 
 def _show_version(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
@@ -245,12 +257,13 @@ def show_id(context: click.Context, data_dir: Path | None, as_json: bool) -> Non
 @sparkle_node.command("status", short_help="Print how the running node is doing.")
 @_data_dir_option
 @_json_option
+@_wait_option
 @click.pass_context
-def show_status(context: click.Context, data_dir: Path | None, as_json: bool) -> None:
+def show_status(context: click.Context, data_dir: Path | None, as_json: bool, wait_s: int) -> None:
     """Print what the running node is and knows: addresses, mesh, devices, view."""
     from sparkle_mesh.cli.control import ask
 
-    status = ask(_resolve_for(context, data_dir), "status").status
+    status = ask(_resolve_for(context, data_dir), "status", wait_s=wait_s).status
     assert status is not None
     click.echo(to_json(status) if as_json else status_text(status))
 
@@ -258,12 +271,13 @@ def show_status(context: click.Context, data_dir: Path | None, as_json: bool) ->
 @sparkle_node.command("peers", short_help="Print the running node's peers.")
 @_data_dir_option
 @_json_option
+@_wait_option
 @click.pass_context
-def show_peers(context: click.Context, data_dir: Path | None, as_json: bool) -> None:
+def show_peers(context: click.Context, data_dir: Path | None, as_json: bool, wait_s: int) -> None:
     """Print the peers that the running node has, one a line."""
     from sparkle_mesh.cli.control import ask
 
-    peers = ask(_resolve_for(context, data_dir), "peers").peers
+    peers = ask(_resolve_for(context, data_dir), "peers", wait_s=wait_s).peers
     assert peers is not None
     click.echo(to_json(peers) if as_json else peers_text(peers))
 
@@ -271,15 +285,16 @@ def show_peers(context: click.Context, data_dir: Path | None, as_json: bool) -> 
 @sparkle_node.command("invite", short_help="Print a line with which others can join.")
 @_data_dir_option
 @_json_option
+@_wait_option
 @click.pass_context
-def show_invite(context: click.Context, data_dir: Path | None, as_json: bool) -> None:
+def show_invite(context: click.Context, data_dir: Path | None, as_json: bool, wait_s: int) -> None:
     """Print one line with which others can join the running node's mesh.
 
     It holds the mesh's key, if there is one: whoever reads it can join.
     """
     from sparkle_mesh.cli.control import ask
 
-    invite = ask(_resolve_for(context, data_dir), "invite").invite
+    invite = ask(_resolve_for(context, data_dir), "invite", wait_s=wait_s).invite
     assert invite is not None
     click.echo(to_json({"invite": invite}) if as_json else printable(invite))
 

@@ -109,8 +109,19 @@ def make_run_dir(data_dir: Path) -> Path:
     return directory
 
 
-def ask(data_dir: Path, command: Command, *, timeout_s: float = limits.CONTROL_ASK_TIMEOUT_S) -> ControlReply:
+def ask(
+    data_dir: Path,
+    command: Command,
+    *,
+    timeout_s: float = limits.CONTROL_ASK_TIMEOUT_S,
+    wait_s: float = 0.0,
+) -> ControlReply:
     """Ask the node that runs on ``data_dir``; blocks. A node that is just starting is awaited.
+
+    Parameters
+    ----------
+    wait_s
+        For how long a node may be missing altogether; ``timeout_s`` comes on top of it.
 
     Raises
     ------
@@ -125,8 +136,9 @@ def ask(data_dir: Path, command: Command, *, timeout_s: float = limits.CONTROL_A
     """
     if not control_supported():  # pragma: no cover (Windows)
         raise NoNodeError("this platform has no Unix domain sockets, so a running node cannot be asked")
-    deadline = SYSTEM_CLOCK.now() + timeout_s
-    with _connect(data_dir, deadline, timeout_s) as connection:
+    patient_until = SYSTEM_CLOCK.now() + wait_s
+    deadline = patient_until + timeout_s
+    with _connect(data_dir, patient_until, deadline) as connection:
         request = wire.encode(ControlRequest(version=VERSION, command=command))
         try:
             # A node that refuses may do so before it has read: the reason is then still there to be read.
@@ -149,7 +161,8 @@ def ask(data_dir: Path, command: Command, *, timeout_s: float = limits.CONTROL_A
     return reply
 
 
-def _connect(data_dir: Path, deadline: float, timeout_s: float) -> socket.socket:
+def _connect(data_dir: Path, patient_until: float, deadline: float) -> socket.socket:
+    begun = SYSTEM_CLOCK.now()
     while True:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -160,11 +173,13 @@ def _connect(data_dir: Path, deadline: float, timeout_s: float) -> socket.socket
         except (FileNotFoundError, ConnectionRefusedError, BlockingIOError) as error:
             connection.close()
             pid = running_pid(data_dir)
-            if pid is None:
+            now = SYSTEM_CLOCK.now()
+            if pid is None and now >= patient_until:
                 raise NoNodeError(f"no node runs on {data_dir}; start one with `sparkle-node`") from error
-            if SYSTEM_CLOCK.now() >= deadline:
+            if now >= deadline:
                 raise NoNodeError(
-                    f"no node answers on {data_dir} within {timeout_s:g} s (process {pid} is starting, or stuck)"
+                    f"no node answers on {data_dir} within {deadline - begun:.3g} s "
+                    f"(process {pid} is starting, or stuck)"
                 ) from error
             time.sleep(limits.CONTROL_POLL_INTERVAL_S)
         except OSError as error:

@@ -298,6 +298,27 @@ async def test_a_node_that_is_just_starting_is_awaited(fake: ModuleType, data_di
     assert replies[0].status is not None
 
 
+async def test_a_node_that_is_not_there_yet_is_awaited_if_asked_to(fake: ModuleType, data_dir: Path) -> None:
+    replies: list[ControlReply] = []
+    answered = trio.Event()
+
+    async def ask_early() -> None:
+        replies.append(await trio.to_thread.run_sync(partial(ask, data_dir, "invite", wait_s=30)))
+        answered.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(ask_early)
+        await trio.testing.wait_all_tasks_blocked()
+        async with serving(fake.FakeNode(), data_dir):
+            await answered.wait()
+    assert replies[0].invite == "sparkle-invite-1:fake"
+
+
+def test_waiting_for_a_node_ends(data_dir: Path) -> None:
+    with pytest.raises(NoNodeError, match="no node runs on"):
+        ask(data_dir, "status", wait_s=0.1)
+
+
 def test_a_node_that_never_comes_up_is_named(data_dir: Path) -> None:
     (data_dir / LOCK_NAME).write_text(str(os.getpid()))
     with pytest.raises(NoNodeError, match=rf"process {os.getpid()} is starting, or stuck"):

@@ -62,6 +62,22 @@ def test_nodes_meet_by_invite_and_part(start: Start, ask_node: Ask, tmp_path: Pa
     assert ask_node("id", data_dir=second_dir)[1].strip() == second_id
 
 
+def test_nodes_meet_in_the_other_order_of_start(start: Start, ask_node: Ask, tmp_path: Path) -> None:
+    first_dir, second_dir = tmp_path / "first", tmp_path / "second"
+    first_id = ask_node("id", data_dir=first_dir)[1].strip()
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))  # held, and not listened on: dials are refused until the node has it
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        address = f"/ip4/127.0.0.1/tcp/{holder.getsockname()[1]}"
+        second = start(second_dir, "--join", f"{address}/p2p/{first_id}", *HERE, real=True)
+        second.wait_for_event("started")
+    first = start(first_dir, "--no-lan", "--log-format", "json", "--listen", address, real=True)
+    assert first.wait_for_event("started")["peer_id"] == first_id
+    assert second.wait_for_event("peer_joined")["peer"]["peer_id"] == first_id
+    end(second)
+    end(first)
+
+
 def test_the_wrong_key_is_told_and_is_no_peer(start: Start, ask_node: Ask, tmp_path: Path) -> None:
     nodes, directories = [], [tmp_path / "first", tmp_path / "second"]
     join: tuple[str, ...] = ()

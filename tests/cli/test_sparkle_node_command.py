@@ -60,6 +60,8 @@ WRONG = {
     ("--mesh", ""): "mesh name",
     ("--data-dir", "/dev/null"): "/dev/null",
     ("new-key",): "PATH",
+    ("status", "--wait", "-1"): "--wait",
+    ("status", "--wait", "nan"): "--wait",
 }
 
 
@@ -188,6 +190,12 @@ def test_commands_ask_the_running_node(call: Any, fake: ModuleType, start: Start
     assert json.loads(call("invite", "--json")[1]) == {"invite": "sparkle-invite-1:fake"}
     assert call("id")[1] == f"{fake.PEER_ID}\n"
     assert json.loads(call("id", "--json")[1]) == {"peer_id": fake.PEER_ID, "running": True}
+
+
+def test_a_command_may_wait_for_a_node_that_is_not_there_yet(start: Start, data_dir: Path, ask_node: Ask) -> None:
+    start(data_dir)
+    code, out, err = ask_node("invite", "--wait", "40")
+    assert (code, out, err) == (0, "sparkle-invite-1:fake\n", "")
 
 
 @pytest.mark.parametrize("after", [True, False])
