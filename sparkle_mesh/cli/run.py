@@ -33,6 +33,8 @@ class NodeRun:
     def __init__(self, settings: NodeSettings, reporter: Reporter, stop: StopSignals, launch: Launch) -> None:
         self._settings, self._reporter, self._stop, self._launch = settings, reporter, stop, launch
         self._token: trio.lowlevel.TrioToken | None = None
+        # What a signal cancels: the opening, but of an open node only what is done with it, because its own
+        # tasks are needed for the farewell.
         self._scope = trio.CancelScope()
         self._output_broken = False
 
@@ -53,7 +55,7 @@ class NodeRun:
         self._output_broken = True
         if self._token is not None:
             try:
-                self._token.run_sync_soon(self._scope.cancel)
+                self._token.run_sync_soon(self._end)
             except trio.RunFinishedError:
                 return
 
@@ -65,22 +67,32 @@ class NodeRun:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._await_signal)
                     await self._be_a_node()
+                    nursery.cancel_scope.cancel()
         self._reporter.say(render.stopped())
 
     async def _await_signal(self) -> None:
         received = await self._stop.wait()
         self._reporter.say(render.stopping(signal.Signals(received).name))
+        self._end()
+
+    def _end(self) -> None:
         self._scope.cancel()
 
     async def _be_a_node(self) -> None:
         async with AsyncExitStack() as stack:
             node = await self._open(stack)
-            async with trio.open_nursery() as nursery:
-                if control_supported():
-                    await nursery.start(partial(serve_control, node, self._settings.data_dir))
-                else:  # pragma: no cover (Windows)
-                    self._reporter.say(render.no_control_socket())
-                await self._tell(node)
+            await trio.lowlevel.checkpoint()  # a signal that came during the start ends it here
+            self._scope = trio.CancelScope()
+            with self._scope:
+                await self._serve(node)
+
+    async def _serve(self, node: RunningNode) -> None:
+        async with trio.open_nursery() as nursery:
+            if control_supported():
+                await nursery.start(partial(serve_control, node, self._settings.data_dir))
+            else:  # pragma: no cover (Windows)
+                self._reporter.say(render.no_control_socket())
+            await self._tell(node)
 
     async def _open(self, stack: AsyncExitStack) -> RunningNode:
         try:
@@ -95,7 +107,6 @@ class NodeRun:
 
     async def _tell(self, node: RunningNode) -> None:
         """Print what the node is, then what happens, without end."""
-        await trio.lowlevel.checkpoint()  # a signal that came during the start ends it here
         known: set[str] = set()
         first = True
         while True:

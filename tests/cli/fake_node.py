@@ -89,7 +89,7 @@ class FakeLaunch:
     def __init__(self, *feeds: list[Any], taken: tuple[str, ...] = ()) -> None:
         self.feeds, self.taken = feeds, taken
         self.opened: list[NodeSettings] = []
-        self.closed_count = 0
+        self.closed_count = self.farewell_count = 0
         self.on_open: Callable[[], None] = lambda: None
 
     def __call__(self, settings: NodeSettings) -> AbstractAsyncContextManager[FakeNode]:
@@ -108,6 +108,8 @@ class FakeLaunch:
                 yield FakeNode(settings, *self.feeds)
             finally:
                 self.closed_count += 1
+                await trio.lowlevel.checkpoint()  # the farewell to its peers, unless cancelled
+                self.farewell_count += 1
 
 
 @asynccontextmanager

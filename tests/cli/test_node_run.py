@@ -99,7 +99,7 @@ def test_from_start_to_ctrl_c(fake: ModuleType, run_node: Callable[..., int], ou
         "12D3KooWLate",
         "12D3KooWLate",
     ]
-    assert launch.closed_count == 1
+    assert (launch.closed_count, launch.farewell_count) == (1, 1)
     assert [path for path in data_dir.rglob("*") if path.is_file() or path.is_socket()] == []
 
 

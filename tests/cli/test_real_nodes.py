@@ -56,7 +56,8 @@ def test_nodes_meet_by_invite_and_part(start: Start, ask_node: Ask, tmp_path: Pa
     assert ask_node("id", data_dir=second_dir)[1].strip() == second_id
 
     end(second, signal.SIGINT)
-    assert first.wait_for_event("peer_left")["peer_id"] == second_id
+    left = first.wait_for_event("peer_left")
+    assert (left["peer_id"], left["reason"]) == (second_id, "it left the mesh")
     end(first)
     assert left_in(first_dir) == left_in(second_dir) == set()
     assert ask_node("id", data_dir=second_dir)[1].strip() == second_id
