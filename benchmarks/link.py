@@ -199,24 +199,17 @@ def describe(row: dict[str, Any]) -> list[str]:
 COLUMNS = ("what", "payload", "link", "ours", "plain tcp", "ratio", "CPU", "plain's")
 
 
-async def measure_all(sizes: Sequence[int], ciphers: Sequence[str], rounds: int) -> list[dict[str, Any]]:
-    """Start the second process and return the rows of all measurements."""
+async def measure_all(
+    child: subprocess.Popen[str], sizes: Sequence[int], ciphers: Sequence[str], rounds: int
+) -> list[dict[str, Any]]:
+    """Return the rows of all measurements."""
+    assert child.stdout is not None
+    port = json.loads(child.stdout.readline())["port"]
     rows = []
-    command = [sys.executable, str(Path(__file__).resolve()), "--serve"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdin is not None
-        assert child.stdout is not None
-        try:
-            port = json.loads(child.stdout.readline())["port"]
-            names = [*ciphers, "plain"]
-            for what, nbytes in [*((ONE_WAY, size) for size in sizes), (ROUND_TRIP, 0), (ROUND_TRIP, 65536)]:
-                measurement = Measurement(child, port, what, nbytes, names)
-                await measurement.run(rounds)
-                rows += measurement.rows()
-            child.stdin.close()
-        except BaseException:
-            child.kill()
-            raise
+    for what, nbytes in [*((ONE_WAY, size) for size in sizes), (ROUND_TRIP, 0), (ROUND_TRIP, 65536)]:
+        measurement = Measurement(child, port, what, nbytes, [*ciphers, "plain"])
+        await measurement.run(rounds)
+        rows += measurement.rows()
     return rows
 
 
@@ -242,7 +235,12 @@ def main() -> None:
     if arguments.serve:
         trio.run(serve)
         return
-    rows = trio.run(measure_all, arguments.sizes, arguments.ciphers, arguments.rounds)
+    command = [sys.executable, str(Path(__file__).resolve()), "--serve"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        try:
+            rows = trio.run(measure_all, child, arguments.sizes, arguments.ciphers, arguments.rounds)
+        finally:
+            child.terminate()
     print(make_table(COLUMNS, [describe(row) for row in rows]))
     print("ratio: of speeds, above 1 is ahead of plain TCP; CPU: of both processes together, per message")
     if arguments.json is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from sparkle_mesh.fabric.interface import RawHandler
 from sparkle_mesh.fabric.memory import MemoryFabric, MemoryFabricNetwork
@@ -42,10 +43,12 @@ def tcp_pair() -> Callable[..., AbstractAsyncContextManager[tuple[TcpLink, TcpLi
         async with _stream_pair() as (a, b):
             one = TcpLink(a, "b", RecordSealer(cipher, THERE), RecordOpener(cipher, BACK), latency_s=0.5)
             other = TcpLink(b, "a", RecordSealer(cipher, BACK), RecordOpener(cipher, THERE))
-            yield one, other
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(one.aclose)
-                nursery.start_soon(other.aclose)
+            try:
+                yield one, other
+            finally:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(one.aclose)
+                    nursery.start_soon(other.aclose)
 
     return make
 
@@ -58,9 +61,11 @@ def wire_pair() -> Callable[..., AbstractAsyncContextManager[tuple[trio.SocketSt
     async def make() -> AsyncIterator[tuple[trio.SocketStream, RecordSealer, TcpLink]]:
         async with _stream_pair() as (raw, stream):
             link = TcpLink(stream, "mallory", RecordSealer(AES_256_GCM, BACK), RecordOpener(AES_256_GCM, THERE))
-            yield raw, RecordSealer(AES_256_GCM, THERE), link
-            await raw.aclose()
-            await link.aclose()
+            try:
+                yield raw, RecordSealer(AES_256_GCM, THERE), link
+            finally:
+                await raw.aclose()
+                await link.aclose()
 
     return make
 

@@ -151,7 +151,7 @@ def test_refusals() -> None:
     entropy = FixedEntropy()
     with pytest.raises(LinkRefusedError, match="different meshes"):
         party("B", mesh_id=b"x" * 32).answer(OFFER, "A", (), entropy)
-    with pytest.raises(LinkRefusedError, match="rot13.*aes-256-gcm"):
+    with pytest.raises(LinkRefusedError, match=r"rot13.*aes-256-gcm"):
         party("B").answer(msgspec.structs.replace(OFFER, ciphers=("rot13",)), "A", (), entropy)
     with pytest.raises(LinkRefusedError, match="the peer is closing"):
         decode_reply(wire.encode(REFUSAL))
