@@ -24,7 +24,17 @@ _CGROUP_MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup
 
 # What numerical code chooses its instructions by, in the order shown.
 _X86_FEATURES: tuple[str, ...] = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl")
-_X86_FEATURES += ("avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_int8", "amx_bf16", "aes", "vaes", "sha_ni")
+_X86_FEATURES += (
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_int8",
+    "amx_bf16",
+    "aes",
+    "vaes",
+    "sha_ni",
+)
 _ARM_FEATURES = ("asimd", "asimdhp", "asimddp", "fphp", "sve", "sve2", "bf16", "i8mm", "sha2")
 
 FeatureList = Annotated[tuple[wire.NameText, ...], msgspec.Meta(max_length=limits.DEVICE_FEATURES_MAX_COUNT)]
