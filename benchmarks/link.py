@@ -22,7 +22,8 @@ from typing import Any, Protocol
 import trio
 from _figures import UNITS, format_seconds, format_size, make_table, spread
 
-from sparkle_mesh.transport.records import AES_256_GCM, CHACHA20_POLY1305, RecordOpener, RecordSealer
+from sparkle_mesh.transport.ciphers import AES_256_GCM, CHACHA20_POLY1305
+from sparkle_mesh.transport.records import RecordOpener, RecordSealer
 from sparkle_mesh.transport.tcp import TcpLink
 
 HEADER = b"h" * 64

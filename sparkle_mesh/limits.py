@@ -53,7 +53,7 @@ GOSSIP_OUTBOX_MAX_COUNT = 128
 
 # --- Links ---------------------------------------------------------------------------------------
 RECORD_MAX_BYTES = 1 * MIB
-RECORD_TAG_BYTES = 16
+RECORD_TAG_MAX_BYTES = 32
 REKEY_INTERVAL_RECORDS = 2**16
 LINK_HEADER_MAX_BYTES = 16 * KIB
 LINK_PAYLOAD_MAX_BYTES = 2**40

@@ -34,6 +34,7 @@ from sparkle_mesh.errors import (
 from sparkle_mesh.fabric.framing import receive_message, send_message
 from sparkle_mesh.fabric.interface import Fabric, FabricStream, PeerId
 from sparkle_mesh.transport.addresses import IpAddress, dial_order, host_id
+from sparkle_mesh.transport.ciphers import preferred_ciphers
 from sparkle_mesh.transport.handshake import (
     LINK_VERSION,
     MAGIC,
@@ -50,7 +51,7 @@ from sparkle_mesh.transport.handshake import (
     decode_reply,
 )
 from sparkle_mesh.transport.link import Link
-from sparkle_mesh.transport.records import RecordOpener, RecordSealer, preferred_ciphers
+from sparkle_mesh.transport.records import RecordOpener, RecordSealer
 from sparkle_mesh.transport.tcp import TcpLink
 
 LINK_PROTOCOL: Final = "/sparkle/link/1"

@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from sparkle_mesh import limits, wire
 from sparkle_mesh.clock import Entropy
 from sparkle_mesh.errors import AuthenticationError, LinkRefusedError, ProtocolError, VersionError
-from sparkle_mesh.transport.records import KEY_BYTES, choose_cipher
+from sparkle_mesh.transport.ciphers import KEY_BYTES, choose_cipher
 
 LINK_VERSION: Final = 1
 MAGIC: Final = b"SPRKLNK1"

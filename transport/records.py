@@ -1,8 +1,9 @@
 """Authenticated, encrypted records: what an encrypted link puts on the wire.
 
-A record is a 4-byte *prefix*, the ciphertext, and a 16-byte tag. The prefix is the record's kind (one byte) and the
-length of its plaintext (three bytes, big-endian), and is authenticated with it (AEAD associated data). The nonce is
-the number of the record in its direction, so that a record that is replayed, reordered or left out does not open.
+A record is a 4-byte *prefix*, the ciphertext, and a tag (16 or 32 bytes, by cipher). The prefix is the record's kind
+(one byte) and the length of its plaintext (three bytes, big-endian), and is authenticated with it (AEAD associated
+data). The nonce is the number of the record in its direction, so that a record that is replayed, reordered or left
+out does not open.
 Each direction of each stream has a key of its own, so that a record sent back to its sender does not open either.
 
 Every ``limits.REKEY_INTERVAL_RECORDS`` records the key is replaced by HKDF-Expand of itself and the old one dropped:
@@ -15,64 +16,22 @@ section 5) and RFC 5116.
 
 from __future__ import annotations
 
-import platform
-from pathlib import Path
 from typing import Final, final
 
 from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from sparkle_mesh import limits
 from sparkle_mesh.errors import AuthenticationError, ProtocolError
+from sparkle_mesh.transport.ciphers import KEY_BYTES, NONCE_BYTES, make_cipher
 
-AES_256_GCM: Final = "aes-256-gcm"
-CHACHA20_POLY1305: Final = "chacha20-poly1305"
-_CIPHERS: Final[dict[str, type[AESGCM] | type[ChaCha20Poly1305]]] = {
-    AES_256_GCM: AESGCM,
-    CHACHA20_POLY1305: ChaCha20Poly1305,
-}
-
-KEY_BYTES: Final = 32
 PREFIX_BYTES: Final = 4
-#: What a record takes beside its plaintext.
-RECORD_OVERHEAD_BYTES: Final = PREFIX_BYTES + limits.RECORD_TAG_BYTES
+#: What a record takes beside its plaintext, at most; ``overhead_bytes`` of a sealer or opener is what it takes.
+RECORD_OVERHEAD_MAX_BYTES: Final = PREFIX_BYTES + limits.RECORD_TAG_MAX_BYTES
 
-_NONCE_BYTES: Final = 12
 _REKEY_INFO: Final = b"sparkle link 1 rekey"
 _LENGTH_MASK: Final = 0xFFFFFF
-_CPUINFO = Path("/proc/cpuinfo")
-
-
-def preferred_ciphers() -> tuple[str, ...]:
-    """Return the ciphers of this machine, the faster first: AES where the processor has instructions for it."""
-    if _has_aes():
-        return (AES_256_GCM, CHACHA20_POLY1305)
-    return (CHACHA20_POLY1305, AES_256_GCM)
-
-
-def _has_aes() -> bool:
-    try:
-        text = _CPUINFO.read_text(encoding="ascii", errors="replace")
-    except OSError:
-        # No Linux. Every 64-bit x86 and Arm machine that macOS and Windows run on today has them.
-        return platform.machine().lower() in ("x86_64", "amd64", "arm64", "aarch64")
-    lines = (line.partition(":") for line in text.splitlines())
-    return any("aes" in value.split() for name, _, value in lines if name.strip().lower() in ("flags", "features"))
-
-
-def choose_cipher(mine: tuple[str, ...], theirs: tuple[str, ...]) -> str | None:
-    """Return the cipher for a link: the favourite of both, else the one that is bearable without AES instructions.
-
-    Which side is asked makes no difference. None if there is none in common.
-    """
-    common = [name for name in mine if name in theirs and name in _CIPHERS]
-    if not common:
-        return None
-    if CHACHA20_POLY1305 in common and CHACHA20_POLY1305 in (mine[0], theirs[0]):
-        return CHACHA20_POLY1305
-    return AES_256_GCM if AES_256_GCM in common else common[0]
 
 
 class _Ratchet:
@@ -81,18 +40,16 @@ class _Ratchet:
     __slots__ = ("_cipher_name", "_key", "aead", "number", "rekey_at")
 
     def __init__(self, cipher_name: str, key: bytes) -> None:
-        if len(key) != KEY_BYTES:
-            raise ValueError(f"a record key has {KEY_BYTES} bytes, not {len(key)}")
         self._cipher_name = cipher_name
         self._key = key
-        self.aead: AESGCM | ChaCha20Poly1305 = _CIPHERS[cipher_name](key)
+        self.aead = make_cipher(cipher_name, key)
         self.number = 0
         self.rekey_at = limits.REKEY_INTERVAL_RECORDS
 
     def rekey(self) -> None:
         # Rebinding drops the last references to the old key and to the cipher's state made of it.
         self._key = HKDFExpand(SHA256(), KEY_BYTES, _REKEY_INFO).derive(self._key)
-        self.aead = _CIPHERS[self._cipher_name](self._key)
+        self.aead = make_cipher(self._cipher_name, self._key)
         self.rekey_at += limits.REKEY_INTERVAL_RECORDS
 
 
@@ -108,10 +65,11 @@ class RecordSealer:
         32 bytes that no other sealer has ever had.
     """
 
-    __slots__ = ("_ratchet",)
+    __slots__ = ("_ratchet", "overhead_bytes")
 
     def __init__(self, cipher_name: str, key: bytes) -> None:
         self._ratchet = _Ratchet(cipher_name, key)
+        self.overhead_bytes = PREFIX_BYTES + self._ratchet.aead.tag_bytes
 
     def seal_into(self, kind: int, plaintext: memoryview | bytes, out: memoryview) -> int:
         """Write the next record to the start of ``out``.
@@ -123,7 +81,7 @@ class RecordSealer:
         plaintext
             At most ``limits.RECORD_MAX_BYTES`` bytes; may lie in ``out``, exactly where its ciphertext goes.
         out
-            Writable, at least ``len(plaintext) + RECORD_OVERHEAD_BYTES`` bytes.
+            Writable, at least ``len(plaintext) + overhead_bytes`` bytes.
 
         Returns
         -------
@@ -137,9 +95,9 @@ class RecordSealer:
         if ratchet.number == ratchet.rekey_at:
             ratchet.rekey()
         prefix = (kind << 24 | length).to_bytes(PREFIX_BYTES, "big")
-        end = length + RECORD_OVERHEAD_BYTES
+        end = length + self.overhead_bytes
         out[:PREFIX_BYTES] = prefix
-        nonce = ratchet.number.to_bytes(_NONCE_BYTES, "big")
+        nonce = ratchet.number.to_bytes(NONCE_BYTES, "big")
         ratchet.number += 1
         ratchet.aead.encrypt_into(nonce, plaintext, prefix, out[PREFIX_BYTES:end])
         return end
@@ -164,10 +122,12 @@ def parse_prefix(prefix: memoryview | bytes) -> tuple[int, int]:
 class RecordOpener:
     """Opens the records of one direction, in order. After an error it opens none."""
 
-    __slots__ = ("_ratchet",)
+    __slots__ = ("_ratchet", "overhead_bytes")
 
     def __init__(self, cipher_name: str, key: bytes) -> None:
-        self._ratchet: _Ratchet | None = _Ratchet(cipher_name, key)
+        ratchet = _Ratchet(cipher_name, key)
+        self._ratchet: _Ratchet | None = ratchet
+        self.overhead_bytes = PREFIX_BYTES + ratchet.aead.tag_bytes
 
     def open_into(self, record: memoryview, out: memoryview) -> None:
         """Authenticate and decrypt the next record.
@@ -191,9 +151,9 @@ class RecordOpener:
             raise AuthenticationError("a record did not verify before; nothing after it can be trusted")
         if ratchet.number == ratchet.rekey_at:
             ratchet.rekey()
-        nonce = ratchet.number.to_bytes(_NONCE_BYTES, "big")
+        nonce = ratchet.number.to_bytes(NONCE_BYTES, "big")
         try:
-            if len(record) != len(out) + RECORD_OVERHEAD_BYTES:
+            if len(record) != len(out) + self.overhead_bytes:
                 raise InvalidTag
             ratchet.aead.decrypt_into(nonce, record[PREFIX_BYTES:], record[:PREFIX_BYTES], out)
         except InvalidTag:

@@ -32,7 +32,13 @@ from sparkle_mesh import limits
 from sparkle_mesh.errors import LinkClosedError, ProtocolError, UsageError
 from sparkle_mesh.transport.buffers import byte_views, check_header, check_sizes
 from sparkle_mesh.transport.link import Buffer, Link, LinkStats
-from sparkle_mesh.transport.records import PREFIX_BYTES, RECORD_OVERHEAD_BYTES, RecordOpener, RecordSealer, parse_prefix
+from sparkle_mesh.transport.records import (
+    PREFIX_BYTES,
+    RECORD_OVERHEAD_MAX_BYTES,
+    RecordOpener,
+    RecordSealer,
+    parse_prefix,
+)
 
 MESSAGE: Final = 1
 PAYLOAD: Final = 2
@@ -112,7 +118,7 @@ class TcpLink(Link):
         self._closed_because: str | None = None
         self._sends_fail_because: str | None = None
         # Sending.
-        self._tx = memoryview(bytearray(_MESSAGE_RECORD_MAX_BYTES + RECORD_OVERHEAD_BYTES))
+        self._tx = memoryview(bytearray(_MESSAGE_RECORD_MAX_BYTES + RECORD_OVERHEAD_MAX_BYTES))
         self._sending = False
         self._turns = trio.lowlevel.ParkingLot()
         self._send_budget = limits.LINK_TURN_BYTES
@@ -165,7 +171,7 @@ class TcpLink(Link):
             else:
                 length = self._sealer.seal_into(MESSAGE, head, self._tx)
                 for plaintext in _payload_records(views):
-                    end = length + len(plaintext) + RECORD_OVERHEAD_BYTES
+                    end = length + len(plaintext) + self._sealer.overhead_bytes
                     if end > len(self._tx):
                         self._tx = _grown(self._tx, end, length)
                     self._sealer.seal_into(PAYLOAD, plaintext, self._tx[length:])
@@ -313,7 +319,7 @@ class TcpLink(Link):
             await self._fill(PREFIX_BYTES, limits.LINK_READ_AHEAD_BYTES)
         got, length = parse_prefix(self._rx[self._start : self._start + PREFIX_BYTES])
         if got == GOODBYE and kind == MESSAGE and not length:
-            await self._fill(RECORD_OVERHEAD_BYTES, 0)
+            await self._fill(self._opener.overhead_bytes, 0)
             self._open(0, self._message[:0])
             self._abort(f"peer {self.peer_id} closed the link")
             self._end_of_link()
@@ -323,7 +329,7 @@ class TcpLink(Link):
                 f"a record of kind {got} and {length} bytes came where one of kind {kind} and "
                 f"{least_bytes} to {most_bytes} bytes belongs"
             )
-        need = length + RECORD_OVERHEAD_BYTES
+        need = length + self._opener.overhead_bytes
         if self._end - self._start < need:
             await self._fill(need, _PAYLOAD_READ_AHEAD_BYTES)
         return length
@@ -331,7 +337,7 @@ class TcpLink(Link):
     def _open(self, length: int, out: memoryview) -> None:
         """Decrypt the record at the front of the buffer and take it off."""
         start = self._start
-        end = start + length + RECORD_OVERHEAD_BYTES
+        end = start + length + self._opener.overhead_bytes
         self._opener.open_into(self._rx[start:end], out)
         self.stats.bytes_received += end - start
         self._start = end

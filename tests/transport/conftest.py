@@ -12,7 +12,8 @@ import trio.testing
 
 from sparkle_mesh.fabric.interface import RawHandler
 from sparkle_mesh.fabric.memory import MemoryFabric, MemoryFabricNetwork
-from sparkle_mesh.transport.records import AES_256_GCM, RecordOpener, RecordSealer
+from sparkle_mesh.transport.ciphers import AES_256_GCM
+from sparkle_mesh.transport.records import RecordOpener, RecordSealer
 from sparkle_mesh.transport.tcp import TcpLink
 
 THERE, BACK = b"t" * 32, b"b" * 32

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from sparkle_mesh import limits, wire
 from sparkle_mesh.errors import AuthenticationError, LinkRefusedError, ProtocolError, VersionError
+from sparkle_mesh.transport.ciphers import AES_256_GCM, CHACHA20_POLY1305
 from sparkle_mesh.transport.handshake import (
     MAGIC,
     LinkAnswer,
@@ -28,7 +29,6 @@ from sparkle_mesh.transport.handshake import (
     decode_reply,
     derive_keys,
 )
-from sparkle_mesh.transport.records import AES_256_GCM, CHACHA20_POLY1305
 
 GOLDEN = Path(__file__).parent / "golden"
 OFFER = LinkOffer(

@@ -6,27 +6,31 @@ import platform
 from pathlib import Path
 
 import pytest
+from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sparkle_mesh import limits
 from sparkle_mesh.errors import AuthenticationError, ProtocolError
-from sparkle_mesh.transport import records
-from sparkle_mesh.transport.records import (
+from sparkle_mesh.transport import ciphers
+from sparkle_mesh.transport.ciphers import (
+    AEGIS_256,
     AES_256_GCM,
     CHACHA20_POLY1305,
-    RECORD_OVERHEAD_BYTES,
-    RecordOpener,
-    RecordSealer,
     choose_cipher,
-    parse_prefix,
     preferred_ciphers,
 )
+from sparkle_mesh.transport.records import RecordOpener, RecordSealer, parse_prefix
 
 KEY = bytes(range(32))
-CIPHERS = [AES_256_GCM, CHACHA20_POLY1305]
+CIPHERS = [AEGIS_256, AES_256_GCM, CHACHA20_POLY1305]
 VECTORS = {
+    AEGIS_256: [
+        "0200000051d7d4ecd0879d85bff30b236e2df14ffa782688ea102a4e4495973aadc3b4b9",
+        "020000079f151f3e2a4054964d126122e22b4e44cceed3ebe1f49319687b5c58fb1c803637d86e818bfa66",
+        "020000094ca7ea1c33baf4e095185a76c014887e4980afbb8b37b7560c8667ab364326cabacf826eeb957de04c",
+    ],
     AES_256_GCM: [
         "02000000ac1f21917d4362ab5dfced12cd38ec4b",
         "0200000766a6de8e2f9855cf244001ae39ce2e4c80b55afc820c7b",
@@ -41,13 +45,13 @@ VECTORS = {
 
 
 def seal(sealer: RecordSealer, plaintext: bytes, kind: int = 2) -> bytes:
-    out = bytearray(len(plaintext) + RECORD_OVERHEAD_BYTES)
+    out = bytearray(len(plaintext) + sealer.overhead_bytes)
     assert sealer.seal_into(kind, plaintext, memoryview(out)) == len(out)
     return bytes(out)
 
 
 def open_record(opener: RecordOpener, record: bytes) -> bytes:
-    out = bytearray(max(0, len(record) - RECORD_OVERHEAD_BYTES))
+    out = bytearray(max(0, len(record) - opener.overhead_bytes))
     opener.open_into(memoryview(record), memoryview(out))
     return bytes(out)
 
@@ -110,7 +114,7 @@ def test_truncated() -> None:
     refuses(opener, seal(sealer, b"x" * 20)[:-1])
 
 
-@pytest.mark.parametrize("length", [0, 3, RECORD_OVERHEAD_BYTES - 1])
+@pytest.mark.parametrize("length", [0, 3, 19])
 def test_shorter_than_a_record(length: int) -> None:
     refuses(pair()[1], bytes(length))
 
@@ -167,7 +171,7 @@ def test_keys_change_and_old_ones_do_not_open_new_records(monkeypatch: pytest.Mo
 def test_keys_change_at_the_documented_interval() -> None:
     assert limits.REKEY_INTERVAL_RECORDS == 2**16
     sealer = RecordSealer(AES_256_GCM, KEY)
-    out = memoryview(bytearray(RECORD_OVERHEAD_BYTES))
+    out = memoryview(bytearray(sealer.overhead_bytes))
     for number in range(2**16 + 1):
         sealer.seal_into(1, b"", out)
         if number >= 2**16 - 1:
@@ -195,7 +199,13 @@ def test_mutations_never_open(start: int, new: bytes, count: int) -> None:
 
 
 def test_the_cipher_is_the_same_from_both_sides() -> None:
-    lists = [(AES_256_GCM, CHACHA20_POLY1305), (CHACHA20_POLY1305, AES_256_GCM), (AES_256_GCM,), (CHACHA20_POLY1305,)]
+    lists = [
+        (AES_256_GCM, CHACHA20_POLY1305),
+        (CHACHA20_POLY1305, AES_256_GCM),
+        (AES_256_GCM,),
+        (CHACHA20_POLY1305,),
+        (AEGIS_256, AES_256_GCM, CHACHA20_POLY1305),
+    ]
     for mine in lists:
         for theirs in lists:
             assert choose_cipher(mine, theirs) == choose_cipher(theirs, mine)
@@ -203,14 +213,17 @@ def test_the_cipher_is_the_same_from_both_sides() -> None:
     assert choose_cipher(lists[0], lists[1]) == CHACHA20_POLY1305
     assert choose_cipher(lists[1], lists[2]) == AES_256_GCM
     assert choose_cipher(lists[2], lists[3]) is None
+    assert choose_cipher(lists[4], lists[4]) == AEGIS_256
+    assert choose_cipher(lists[4], lists[0]) == AES_256_GCM
+    assert choose_cipher(lists[4], lists[1]) == CHACHA20_POLY1305
     assert choose_cipher(("rot13", AES_256_GCM), ("rot13", AES_256_GCM)) == AES_256_GCM
 
 
 @pytest.mark.parametrize(
     ("cpuinfo", "expected"),
     [
-        ("flags\t\t: fpu aes vaes\n", AES_256_GCM),
-        ("Features\t: fp asimd aes sha2\n", AES_256_GCM),
+        ("flags\t\t: fpu aes vaes\n", AEGIS_256),
+        ("Features\t: fp asimd aes sha2\n", AEGIS_256),
         ("flags\t\t: fpu sse2\nmodel name : aes aes\n", CHACHA20_POLY1305),
     ],
 )
@@ -219,15 +232,40 @@ def test_preference_follows_the_processor(
 ) -> None:
     path = tmp_path / "cpuinfo"
     path.write_text(cpuinfo, encoding="ascii")
-    monkeypatch.setattr(records, "_CPUINFO", path)
+    monkeypatch.setattr(ciphers, "_CPUINFO", path)
     assert preferred_ciphers()[0] == expected
-    assert set(preferred_ciphers()) == set(CIPHERS)
+    assert {AES_256_GCM, CHACHA20_POLY1305} <= set(preferred_ciphers())
 
 
-@pytest.mark.parametrize(("machine", "expected"), [("AMD64", AES_256_GCM), ("riscv64", CHACHA20_POLY1305)])
+def test_without_libsodium_there_is_no_aegis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "cpuinfo"
+    path.write_text("flags : aes\n", encoding="ascii")
+    monkeypatch.setattr(ciphers, "_CPUINFO", path)
+    monkeypatch.setattr(ciphers, "find_spec", lambda name: None)
+    assert preferred_ciphers() == (AES_256_GCM, CHACHA20_POLY1305)
+
+
+def test_aegis_is_libsodiums() -> None:
+    from nacl.bindings import crypto_aead_aegis256_encrypt
+
+    nonce = (7).to_bytes(12, "big")
+    out = bytearray(5 + 32)
+    ciphers.make_cipher(AEGIS_256, KEY).encrypt_into(nonce, b"plain", b"data", out)
+    assert bytes(out) == crypto_aead_aegis256_encrypt(b"plain", b"data", nonce.rjust(32, b"\0"), KEY)
+
+
+def test_aegis_checks_the_sizes_of_buffers() -> None:
+    cipher = ciphers.make_cipher(AEGIS_256, KEY)
+    with pytest.raises(ValueError, match="37 bytes"):
+        cipher.encrypt_into(bytes(12), b"plain", b"", bytearray(36))
+    with pytest.raises(InvalidTag):
+        cipher.decrypt_into(bytes(12), bytes(31), b"", bytearray(0))
+
+
+@pytest.mark.parametrize(("machine", "expected"), [("AMD64", AEGIS_256), ("riscv64", CHACHA20_POLY1305)])
 def test_preference_without_cpuinfo(
     machine: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(records, "_CPUINFO", tmp_path / "none")
+    monkeypatch.setattr(ciphers, "_CPUINFO", tmp_path / "none")
     monkeypatch.setattr(platform, "machine", lambda: machine)
     assert preferred_ciphers()[0] == expected

@@ -17,14 +17,9 @@ from trio.testing import wait_all_tasks_blocked
 
 from sparkle_mesh import limits
 from sparkle_mesh.errors import AuthenticationError, LinkClosedError, ProtocolError, UsageError
+from sparkle_mesh.transport.ciphers import AES_256_GCM, CHACHA20_POLY1305
 from sparkle_mesh.transport.link import Link
-from sparkle_mesh.transport.records import (
-    AES_256_GCM,
-    CHACHA20_POLY1305,
-    RECORD_OVERHEAD_BYTES,
-    RecordOpener,
-    RecordSealer,
-)
+from sparkle_mesh.transport.records import RecordOpener, RecordSealer
 from sparkle_mesh.transport.tcp import GOODBYE, HEAD, MESSAGE, PAYLOAD, TcpLink
 from sparkle_mesh.transport.testing import LINK_CHECKS, Check, run_check
 
@@ -42,7 +37,7 @@ async def test_conformance(check: Check, tcp_pair: Callable[..., Any]) -> None:
 
 
 def seal(sealer: RecordSealer, kind: int, plaintext: bytes) -> bytes:
-    out = bytearray(len(plaintext) + RECORD_OVERHEAD_BYTES)
+    out = bytearray(len(plaintext) + sealer.overhead_bytes)
     sealer.seal_into(kind, plaintext, memoryview(out))
     return bytes(out)
 
@@ -90,9 +85,9 @@ async def test_nothing_is_readable_on_the_wire(wire_pair: Callable[..., Any]) ->
 async def test_a_small_message_is_one_record(wire_pair: Callable[..., Any]) -> None:
     async with wire_pair() as (_, _, link):
         await link.send(b"h" * 64)
-        assert link.stats.bytes_sent == 64 + HEAD.size + RECORD_OVERHEAD_BYTES
+        assert link.stats.bytes_sent == 64 + HEAD.size + 20
         await link.send(b"h" * 64, (bytes(1000),))
-        assert link.stats.bytes_sent == 2 * (64 + HEAD.size + RECORD_OVERHEAD_BYTES) + 1000
+        assert link.stats.bytes_sent == 2 * (64 + HEAD.size + 20) + 1000
 
 
 async def test_records_may_come_byte_by_byte(wire_pair: Callable[..., Any]) -> None:
