@@ -101,7 +101,10 @@ async def upgrade_outbound(swarm: GuardedSwarm, stream: trio.SocketStream, peer_
 
 
 async def upgrade_inbound(swarm: GuardedSwarm, connection: TcpConnection) -> None:
-    """Take an accepted connection through its handshakes; it stands when this returns. Raises anything."""
+    """Take an accepted connection through its handshakes; it stands when this returns. Raises anything.
+
+    py-libp2p's own handler of inbound connections holds a task and a place for each until the whole swarm ends.
+    """
     address = tcp_address(*connection.remote)
     await swarm.upgrade_inbound_raw_conn(RawConnection(connection, False), Multiaddr(address))
 

@@ -38,17 +38,15 @@ logger = logging.getLogger("sparkle_mesh.fabric")
 
 
 def quiet_libp2p_logging() -> None:
-    """Keep py-libp2p's log silent unless its user asked for it.
+    """Keep py-libp2p's log off standard error unless its user asked for it by ``LIBP2P_DEBUG``.
 
-    It logs what any passing stranger can cause as errors. Its connections also log through the root logger's
-    functions, which install a handler on standard error that the program never asked for.
+    It logs as errors what any passing stranger can cause, and leaves them to Python's handler of last resort.
+    Its connections also log through the root logger's functions, which install a handler on standard error that
+    the program never asked for.
     """
     library = logging.getLogger("libp2p")
-    if not any(isinstance(handler, logging.NullHandler) for handler in library.handlers):
+    if not library.handlers:
         library.addHandler(logging.NullHandler())
-    # The level it sets by itself where neither LIBP2P_DEBUG nor the program chose one.
-    if library.level in (logging.NOTSET, logging.WARNING):
-        library.setLevel(logging.CRITICAL)
     vars(swarm_connection)["logging"] = logging.getLogger("libp2p.network.connection")
 
 
@@ -191,18 +189,19 @@ class GuardedYamux(Yamux):
 
 
 class _NoAutoConnector:
-    """In place of py-libp2p's, which dials every address anybody told it about; discovery decides whom to dial."""
-
-    _is_connecting = False
+    """In place of py-libp2p's, which dials all it knows and remembers everybody who left; discovery decides here."""
 
     def record_disconnect(self, peer_id: ID) -> None:
         """Keep no record."""
 
+    async def maybe_connect(self) -> None:
+        """Dial nobody."""
+
 
 class GuardedSwarm(Swarm):
-    """A swarm that dials nobody by itself, prunes nothing, and reports connections as they come and go.
+    """A swarm that dials nobody by itself and reports connections as they come and go.
 
-    The original holds an inbound connection's task and place until the whole swarm ends.
+    Its ``run`` is never called: that would start the pruner and the auto-connector, and end with errors of either.
     """
 
     def __init__(
@@ -219,12 +218,6 @@ class GuardedSwarm(Swarm):
         super().__init__(peer_id, peerstore, upgrader, [], connection_config=_connection_config())
         # Assigned as attributes of another type than declared: both have what is called of the originals.
         vars(self).update(auto_connector=_NoAutoConnector(), _manager=tasks)
-
-    def _schedule_auto_connect(self) -> None:
-        """Discovery decides whom to dial."""
-
-    def _schedule_prune(self) -> None:
-        """The owner of the fabric decides whom to leave."""
 
     async def notify_connected(self, conn: INetConn) -> None:
         self._on_connected(conn)

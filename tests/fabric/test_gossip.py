@@ -60,9 +60,30 @@ async def test_large_messages_at_once_arrive_whole(gossiping):
     assert other.counters.handler_failures == 0
 
 
+async def test_concurrent_writers_to_one_peer_do_not_mix(gossiping):
+    one, other, messages = gossiping
+    pubsub = one._gossip._pubsub
+    (stream,) = pubsub.peers.values()
+    rpcs = [forged(one, data=bytes([number]) * 200_000) for number in range(4)]
+    async with trio.open_nursery() as nursery:
+        for rpc in rpcs:
+            nursery.start_soon(pubsub.write_msg, stream, rpc)
+    await one.publish("topic", b"honest")
+    with trio.fail_after(10):
+        assert (await messages.receive()).data == b"honest"
+    assert other.counters.handler_failures == 0
+
+
+async def test_a_message_that_was_cut_short_ends_its_stream(gossiping):
+    one, _other, _messages = gossiping
+    pubsub = one._gossip._pubsub
+    (stream,) = pubsub.peers.values()
+    await stream.reset()
+    assert not await pubsub.write_msg(stream, forged(one))
+
+
 async def test_forged_and_oversize_messages_are_dropped(gossiping):
     one, other, messages = gossiping
-    stranger = Identity.generate()
     rpcs = [
         forged(one),
         forged(one, signature=bytes(64)),
@@ -80,7 +101,6 @@ async def test_forged_and_oversize_messages_are_dropped(gossiping):
     with pytest.raises(trio.WouldBlock):
         messages.receive_nowait()
     assert other.counters.publications_malformed == 3
-    del stranger
     await one.publish("topic", b"honest")
     with trio.fail_after(10):
         assert (await messages.receive()).data == b"honest"

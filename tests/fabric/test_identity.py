@@ -211,6 +211,16 @@ def test_a_file_that_cannot_be_made_is_said_to(tmp_path):
         load_or_create_identity(tmp_path / "file" / "identity.key")
 
 
+def test_a_write_that_fails_leaves_nothing(path, monkeypatch):
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(IdentityError, match=r"cannot be made: .*No space left"):
+        load_or_create_identity(path)
+    assert list(path.parent.iterdir()) == []
+
+
 def test_every_cut_of_the_file_is_refused(stored):
     content = stored.read_bytes()
     for length in range(len(content)):
