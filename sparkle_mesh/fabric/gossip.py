@@ -96,9 +96,9 @@ class Gossip:
         self._topics = TopicHub(counters)
         self._router = GossipSub(
             PROTOCOLS,
-            degree=8,
-            degree_low=6,
-            degree_high=12,
+            degree=5,
+            degree_low=4,
+            degree_high=8,
             heartbeat_interval=1,
             # The defaults drop ordinary use: ten messages a second, and any mesh whose peers share an address.
             max_messages_per_topic_per_second=limits.GOSSIP_MESSAGES_PER_S_MAX,

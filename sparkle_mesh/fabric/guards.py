@@ -26,8 +26,8 @@ from libp2p.peer.peerstore import PeerStore
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_PROTOCOL
 from libp2p.security.noise.transport import Transport as Noise
+from libp2p.stream_muxer.yamux.yamux import DEFAULT_WINDOW_SIZE, Yamux, YamuxStream
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_PROTOCOL
-from libp2p.stream_muxer.yamux.yamux import Yamux, YamuxStream
 from libp2p.transport.upgrader import TransportUpgrader
 
 from sparkle_mesh import limits
@@ -122,19 +122,24 @@ class _BoundedBuffers(dict[int, bytearray]):
 
 
 class _FixedWindowStreams(dict[int, YamuxStream]):
-    """A connection's streams, whose receive windows stay as they begin.
+    """A connection's streams, whose receive windows stay as they begin and are refilled by the half.
 
     The original doubles a window at every read that follows another closely, however small: the negotiation of
-    a protocol alone takes it to megabytes for a stream that nobody reads.
+    a protocol alone takes it to megabytes for a stream that nobody reads. And it answers most reads, of one
+    byte too, with a frame of its own.
     """
 
     def __setitem__(self, stream_id: int, stream: YamuxStream) -> None:
-        vars(stream)["_apply_autotune_epoch"] = _grow_by_nothing
+        vars(stream)["_auto_tune_and_send_window_update"] = partial(_refill_window, stream)
         super().__setitem__(stream_id, stream)
 
 
-def _grow_by_nothing(buffered: int) -> int:
-    return 0
+async def _refill_window(stream: YamuxStream, *, bytes_read: int = 0) -> None:
+    stream._pending_recv_release += bytes_read
+    if stream._pending_recv_release >= DEFAULT_WINDOW_SIZE // 2:
+        increment, stream._pending_recv_release = stream._pending_recv_release, 0
+        stream.recv_window += increment
+        await stream.send_window_update(increment)
 
 
 class GuardedUpgrader(TransportUpgrader):

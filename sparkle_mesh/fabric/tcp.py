@@ -144,18 +144,28 @@ def _tune(sock: trio.socket.SocketType) -> None:
 
 
 class TcpConnection(ReadWriteCloser):
-    """A TCP stream as libp2p wants it. libp2p's own cannot tell the remote address of IPv6 connections."""
+    """A TCP stream as libp2p wants it.
+
+    libp2p's own cannot tell the remote address of IPv6 connections, and asks the system twice for every message.
+    """
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self._stream = stream
+        self._received = b""
+        self._taken_count = 0
         host, port = stream.socket.getpeername()[:2]
         self.remote = (str(host).partition("%")[0], int(port))
 
     async def read(self, n: int | None = None) -> bytes:
         try:
-            return bytes(await self._stream.receive_some(n))
+            if self._taken_count == len(self._received):
+                self._received = bytes(await self._stream.receive_some(limits.STREAM_READ_MAX_BYTES))
+                self._taken_count = 0
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise ConnectionClosedError(f"the connection is closed: {error}", transport="tcp") from error
+        start = self._taken_count
+        self._taken_count = len(self._received) if n is None else min(start + n, len(self._received))
+        return self._received[start : self._taken_count]
 
     async def write(self, data: bytes) -> None:
         try:

@@ -137,14 +137,21 @@ async def test_a_peer_that_ignores_its_window_loses_the_connection(libp2p_pair, 
     await check_serving(one, other)
 
 
-async def test_small_reads_do_not_grow_a_window(libp2p_pair, echo):
+async def test_small_reads_neither_grow_a_window_nor_are_answered(libp2p_pair, echo, monkeypatch):
     one, other = libp2p_pair
     other.handle("/echo", echo)
     stream = await one.open_stream(other.peer_id, "/echo")
+    updates = []
+
+    async def count(increment: int) -> None:
+        updates.append(increment)
+
+    monkeypatch.setattr(stream._muxed, "send_window_update", count)
     for _ in range(50):
         await stream.write(b"x")
         await stream.read(1)
     assert stream._muxed.target_recv_window == 256 * 1024
+    assert updates == []
 
 
 async def test_a_connection_that_takes_nothing_is_given_up(libp2p_pair, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from functools import partial
 
 import psutil
 import pytest
@@ -206,6 +207,21 @@ async def test_a_closed_connection_says_so(libp2p_pair):
         await connection.read(1)
     with pytest.raises(ConnectionClosedError):
         await connection.write(b"x")
+
+
+async def test_a_connection_gives_what_was_asked_for():
+    async def say_digits(stream: trio.SocketStream) -> None:
+        await stream.send_all(b"0123456789")
+
+    async with trio.open_nursery() as nursery:
+        (listener,) = await nursery.start(partial(trio.serve_tcp, say_digits, 0, host="127.0.0.1"))
+        stream = await trio.open_tcp_stream("127.0.0.1", listener.socket.getsockname()[1])
+        connection = tcp.TcpConnection(stream)
+        assert [await connection.read(count) for count in (1, 3, 4)] == [b"0", b"123", b"4567"]
+        assert await connection.read() == b"89"
+        assert await connection.read(5) == b""
+        await connection.close()
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_failed_dial_leaves_no_socket():
