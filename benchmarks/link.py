@@ -122,7 +122,7 @@ class Measurement:
     """One kind and size of message, over every side in turns."""
 
     def __init__(self, child: subprocess.Popen[str], port: int, what: str, nbytes: int, names: Sequence[str]) -> None:
-        self.child, self.what, self.nbytes, self.names = child, what, nbytes, names
+        self.child, self.what, self.nbytes, self.names = child, what, nbytes, list(names)
         self.sides: dict[str, Side] = {}
         self.seconds: dict[str, list[float]] = {name: [] for name in names}
         self.cpu_seconds: dict[str, list[float]] = {name: [] for name in names}

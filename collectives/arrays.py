@@ -26,8 +26,6 @@ from sparkle_mesh.errors import UsageError
 
 # Gives a staging vector: (elements, dtype).
 Allocate = Callable[[int, np.dtype[Any]], Array]
-# An exact test of two strided arrays for shared memory is exponential; beyond this much work, assume that they do.
-_SHARING_MAX_WORK = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +227,6 @@ def _byte_bounds(array: Array) -> tuple[int, int]:
 
 def _may_share(one: Array, other: Array) -> bool:
     try:
-        return bool(np.shares_memory(one, other, max_work=_SHARING_MAX_WORK))  # type: ignore[arg-type]
+        return bool(np.shares_memory(one, other, max_work=limits.ARRAYS_SHARING_MAX_WORK_COUNT))  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True

@@ -54,6 +54,10 @@ GOSSIP_OUTBOX_MAX_COUNT = 128
 # --- Links ---------------------------------------------------------------------------------------
 RECORD_MAX_BYTES = 1 * MIB
 RECORD_TAG_MAX_BYTES = 32
+# Payload buffers smaller than this are gathered into common records.
+LINK_GATHER_MAX_BYTES = 64 * KIB
+# Beyond this, waiting for the whole rest of a record costs less than being woken for parts of it.
+LINK_LOW_WATER_MIN_BYTES = 64 * KIB
 REKEY_INTERVAL_RECORDS = 2**16
 LINK_HEADER_MAX_BYTES = 16 * KIB
 LINK_PAYLOAD_MAX_BYTES = 2**40
@@ -182,6 +186,8 @@ PEER_CACHE_WRITE_DELAY_S = 5.0
 
 # --- Collectives ---------------------------------------------------------------------------------
 COLLECTIVE_TIMEOUT_S = 600.0
+# An exact test of two strided arrays for shared memory is exponential: beyond this much work assume that they share.
+ARRAYS_SHARING_MAX_WORK_COUNT = 10_000
 # What one message carries. Smaller ones cost more system calls and turns of the scheduler per byte, larger
 # ones no longer fit a core's cache between being received and being reduced. With its header one fits a record.
 COLLECTIVE_SEGMENT_BYTES = RECORD_MAX_BYTES - 4 * KIB

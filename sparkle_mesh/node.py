@@ -23,6 +23,7 @@ from sparkle_mesh.environment import host_id
 from sparkle_mesh.fabric.identity import Identity
 from sparkle_mesh.fabric.interface import Fabric, PeerId
 from sparkle_mesh.fabric.libp2p_fabric import open_libp2p_fabric
+from sparkle_mesh.membership.channel import PeerChannel
 from sparkle_mesh.membership.invite import Invite, is_invite
 from sparkle_mesh.membership.keys import MeshKey, MeshSecrets
 from sparkle_mesh.membership.messages import Role
@@ -31,7 +32,6 @@ from sparkle_mesh.membership.service import (
     MembershipEvent,
     MembershipService,
     PeerAdmitted,
-    PeerChannel,
     PeerGone,
     PeerRefused,
     ViewChanged,

@@ -39,6 +39,7 @@ from sparkle_mesh.transport.records import (
     RecordSealer,
     parse_prefix,
 )
+from sparkle_mesh.transport.sockets import tune_socket
 
 MESSAGE: Final = 1
 PAYLOAD: Final = 2
@@ -48,44 +49,9 @@ GOODBYE: Final = 3
 HEAD: Final = struct.Struct(">HQ")
 _MESSAGE_RECORD_MAX_BYTES: Final = HEAD.size + limits.LINK_HEADER_MAX_BYTES + limits.LINK_INLINE_PAYLOAD_MAX_BYTES
 _RX_INITIAL_BYTES: Final = limits.LINK_READ_AHEAD_BYTES + _MESSAGE_RECORD_MAX_BYTES
-# Payload buffers smaller than this are gathered into common records.
-_GATHER_MAX_BYTES: Final = 64 * limits.KIB
-# Beyond this, waiting for the whole rest of a record costs less than being woken for parts of it.
-_LOW_WATER_MIN_BYTES: Final = 64 * limits.KIB
 _PAYLOAD_READ_AHEAD_BYTES: Final = 4 * limits.KIB
 _LINGER_POLL_S: Final = 0.01
 _NO_SIGNAL: Final = getattr(socket, "MSG_NOSIGNAL", 0)
-
-
-def tune_socket(sock: socket.socket) -> None:
-    """Set the options of a data connection.
-
-    Small messages must leave at once (no Nagle). A host that was switched off is noticed by keepalives, though
-    nothing is sent to it. ``TCP_USER_TIMEOUT`` ends a connection that takes no data; as Linux counts the time of a
-    full window too, it must be longer than any member may be slow, which is the deadline of a collective.
-    """
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (
-        ("TCP_KEEPIDLE", limits.SOCKET_KEEPALIVE_IDLE_S),
-        ("TCP_KEEPINTVL", limits.SOCKET_KEEPALIVE_INTERVAL_S),
-        ("TCP_KEEPCNT", limits.SOCKET_KEEPALIVE_PROBES_COUNT),
-        ("TCP_USER_TIMEOUT", int(limits.COLLECTIVE_TIMEOUT_S * 1000)),
-    ):
-        option = getattr(socket, name, None)
-        if option is not None:
-            sock.setsockopt(socket.IPPROTO_TCP, option, value)
-    if sys.platform == "linux" and _is_within_this_host(sock):
-        # Many hosts default to BBR, which paces by timers: within a host that is a wake-up for every few segments, and
-        # took 20 to 40% longer (64 MiB all_reduce of 2 ranks: 130 ms, with Reno 90 to 110). Nothing is lost there, so
-        # the plainest will do; it is the one that every kernel lets everybody choose.
-        with suppress(OSError):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
-
-
-def _is_within_this_host(sock: socket.socket) -> bool:
-    here, there = sock.getsockname()[0], sock.getpeername()[0]
-    return bool(here == there)
 
 
 class TcpLink(Link):
@@ -381,7 +347,7 @@ class TcpLink(Link):
             self._end += count
 
     async def _wait_readable(self, missing: int) -> None:
-        low_water = missing if missing >= _LOW_WATER_MIN_BYTES else 1
+        low_water = missing if missing >= limits.LINK_LOW_WATER_MIN_BYTES else 1
         if low_water != self._low_water:
             self._low_water = low_water
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, low_water)
@@ -462,10 +428,10 @@ def _payload_records(views: list[memoryview]) -> Iterator[memoryview | bytes]:
     small: list[memoryview] = []
     small_bytes = 0
     for view in views:
-        if len(view) < _GATHER_MAX_BYTES and len(views) > 1:
+        if len(view) < limits.LINK_GATHER_MAX_BYTES and len(views) > 1:
             small.append(view)
             small_bytes += len(view)
-            if small_bytes >= _GATHER_MAX_BYTES:
+            if small_bytes >= limits.LINK_GATHER_MAX_BYTES:
                 yield b"".join(small)
                 small, small_bytes = [], 0
             continue

@@ -30,7 +30,13 @@ BELOW_THE_NODE = (
 # The longest matching name decides; every module may import its own package.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # The front door: it loads on demand what it names.
-    "sparkle_mesh": ("sparkle_mesh.errors", "sparkle_mesh.version", "sparkle_mesh.mesh", "sparkle_mesh.membership"),
+    "sparkle_mesh": (
+        "sparkle_mesh.errors",
+        "sparkle_mesh.version",
+        "sparkle_mesh.async_mesh",
+        "sparkle_mesh.mesh",
+        "sparkle_mesh.membership",
+    ),
     "sparkle_mesh.errors": (),
     "sparkle_mesh.limits": (),
     "sparkle_mesh.clock": (),
@@ -50,7 +56,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # What a node tells about itself: plain records.
     "sparkle_mesh.status": (*LEAVES, "sparkle_mesh.devices"),
     "sparkle_mesh.node": BELOW_THE_NODE,
-    "sparkle_mesh.mesh": (*BELOW_THE_NODE, "sparkle_mesh.node"),
+    "sparkle_mesh.async_mesh": (*BELOW_THE_NODE, "sparkle_mesh.node"),
+    "sparkle_mesh.mesh": (*BELOW_THE_NODE, "sparkle_mesh.node", "sparkle_mesh.async_mesh"),
     "sparkle_mesh.cli": (*BELOW_THE_NODE, "sparkle_mesh.node", "sparkle_mesh.mesh"),
 }
 # Where a package of others may be imported, and nowhere else.

@@ -14,7 +14,7 @@ FILE_MAX_LINES = 500
 FUNCTION_MAX_LINES = 80
 LIMITS = "sparkle_mesh.limits"
 # Conformance suites, which only tests run: their figures bound nothing that a user runs.
-SUITES = {"sparkle_mesh.transport.testing"}
+SUITES = {"sparkle_mesh.transport.testing", "sparkle_mesh.transport.link_checks"}
 # What a constant is called that bounds something.
 BOUND = re.compile(r"(^|_)(MAX|MIN|LIMIT|TIMEOUT|DEADLINE|INTERVAL|CAPACITY|BACKLOG)(_|$)")
 

@@ -1,0 +1,79 @@
+"""One admitted peer: its stream, what waits to be sent to it, and when it was last heard."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import trio
+
+from sparkle_mesh import limits
+from sparkle_mesh.fabric.framing import receive_message, send_message
+from sparkle_mesh.fabric.interface import FabricStream
+from sparkle_mesh.membership.messages import Introduction, MeshMessage, Ping
+
+logger = logging.getLogger(__name__)
+
+
+class PeerChannel:
+    """An admitted peer: its stream, what waits to be sent, and when it was last heard."""
+
+    def __init__(self, stream: FabricStream, introduction: Introduction, *, now: float) -> None:
+        self.peer_id = stream.peer_id
+        self.introduction = introduction
+        self.admitted_at = now
+        self.last_heard = now
+        self.latency_s: float | None = None
+        self.gone_reason: str | None = None
+        self.graceful = False
+        self.scope = trio.CancelScope()
+        self._stream = stream
+        self._outbox, self._to_send = trio.open_memory_channel[MeshMessage](limits.MESH_OUTBOX_MAX_COUNT)
+        self._written = trio.Event()
+        self._pings: dict[int, float] = {}
+
+    def send(self, message: MeshMessage) -> None:
+        """Queue ``message``; a peer that lets the queue run full is let go."""
+        try:
+            self._outbox.send_nowait(message)
+        except trio.WouldBlock:
+            self.drop(f"it does not read: {limits.MESH_OUTBOX_MAX_COUNT} messages wait")
+        except (trio.ClosedResourceError, trio.BrokenResourceError):
+            logger.debug("%s is going; %s not sent", self.peer_id, type(message).__name__)
+
+    def drop(self, reason: str) -> None:
+        """End the channel."""
+        self.gone_reason = self.gone_reason or reason
+        self.scope.cancel()
+
+    def ping(self, probe: int, *, now: float) -> None:
+        """Send a ping and remember when."""
+        self._pings = {old: sent for old, sent in self._pings.items() if now - sent < limits.SILENCE_TIMEOUT_S}
+        self._pings[probe] = now
+        self.send(Ping(probe=probe))
+
+    def ponged(self, probe: int, *, now: float) -> None:
+        """Take the answer to a ping."""
+        sent = self._pings.pop(probe, None)
+        if sent is not None:
+            self.latency_s = (now - sent) / 2
+
+    async def write_all(self) -> None:
+        """Send what is queued until the queue is closed."""
+        try:
+            async for message in self._to_send:
+                await send_message(self._stream, message)
+        finally:
+            self._written.set()
+
+    async def read(self) -> Any:
+        """Return the next message of the peer (a ``MeshMessage``)."""
+        return await receive_message(self._stream, MeshMessage)
+
+    async def finish(self) -> None:
+        """Write what is still queued and close the stream, within ``limits.CLOSE_TIMEOUT_S``."""
+        self._outbox.close()
+        with trio.move_on_after(limits.CLOSE_TIMEOUT_S) as scope:
+            scope.shield = True
+            await self._written.wait()
+            await self._stream.aclose()
