@@ -117,6 +117,7 @@ class MeshNode:
         self.discovery = DiscoveryService(
             fabric,
             mesh_tag=self.secrets.tag,
+            name_tag=self.secrets.name_tag,
             role=config.role,
             data_dir=config.data_dir,
             join=join_addresses(config.join),

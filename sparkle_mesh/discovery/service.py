@@ -50,6 +50,9 @@ class DiscoveryService:
     ----------
     mesh_tag
         32 bytes that stand for the mesh; the same in all its processes.
+    name_tag
+        32 bytes that stand for the mesh's name alone. They are seen in this host's registry and nowhere else: so processes of
+        one user that mean the same mesh and hold different keys meet, and are told.
     role
         What this process tells the others on this host.
     data_dir
@@ -75,6 +78,7 @@ class DiscoveryService:
         fabric: Fabric,
         *,
         mesh_tag: bytes,
+        name_tag: bytes | None = None,
         role: Role,
         data_dir: Path,
         join: Sequence[str] = (),
@@ -88,6 +92,7 @@ class DiscoveryService:
     ) -> None:
         self._fabric = fabric
         self._mesh_tag = mesh_tag
+        self._host_tags = (mesh_tag,) if name_tag is None or name_tag == mesh_tag else (mesh_tag, name_tag)
         self._role: Role = role
         self._any_node = any_node
         self._clock = clock
@@ -283,7 +288,7 @@ class DiscoveryService:
         addresses = tuple(self._fabric.addresses)
         try:
             self._registry.announce(
-                self._fabric.peer_id, addresses=addresses, mesh_tags=(self._mesh_tag,), role=self._role
+                self._fabric.peer_id, addresses=addresses, mesh_tags=self._host_tags, role=self._role
             )
         except OSError as error:
             self._registry_failed(error)
@@ -327,7 +332,8 @@ class DiscoveryService:
             ours = self._mesh_tag in entry.mesh_tags
             if ours:
                 present.add(entry.peer_id)
-            if ours or (self._any_node and entry.role == "node"):
+            known = any(tag in entry.mesh_tags for tag in self._host_tags)
+            if known or (self._any_node and entry.role == "node"):
                 fresh = entry.peer_id not in self._on_host
                 self._take(Hint(entry.peer_id, entry.addresses, HOST, same_host=True, fresh=fresh))
         self._on_host = present

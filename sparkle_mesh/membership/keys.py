@@ -147,6 +147,8 @@ class MeshSecrets:
         Whether a key guards the mesh.
     mesh_id, tag
         32 bytes each: the mesh in link handshakes and views; the mesh in discovery.
+    name_tag
+        32 bytes that stand for the name alone; never to leave this host.
     topic
         Its GossipSub topic.
     """
@@ -159,6 +161,7 @@ class MeshSecrets:
         self._root = key.secret if key is not None else sha256(b"sparkle open mesh\0" + name.encode()).digest()
         self.mesh_id = self._derive("mesh id")
         self.tag = self._derive("discovery tag")
+        self.name_tag = MeshSecrets(name, None).tag if key is not None else self.tag
         self.topic = "/sparkle/mesh/1/" + self._derive("topic").hex()
         self._proof_key = self._derive("proof")
         self._seal = AESGCM(self._derive("gossip seal"))

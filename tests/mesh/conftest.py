@@ -25,6 +25,7 @@ class Worker:
         environment = {**os.environ, "SPARKLE_DATA_DIR": str(data_dir), "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
             [sys.executable, str(WORKER), mesh, scenario, *arguments],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -54,6 +55,11 @@ class Worker:
             if line.startswith(prefix):
                 return line.removeprefix(prefix).strip()
 
+    def go_on(self) -> None:
+        """Let a scenario that waits for its input to end go on."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
@@ -68,7 +74,9 @@ class Worker:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
+        assert self.process.stdin is not None
         assert self.process.stdout is not None
+        self.process.stdin.close()
         self._reader.join(5)
         self.process.stdout.close()
 

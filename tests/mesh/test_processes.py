@@ -75,11 +75,16 @@ def test_a_mismatch_is_named_on_every_rank_and_the_mesh_goes_on(start_worker: St
     assert {worker.wait_for("result") for worker in workers} == {"3.0"}
 
 
-def test_the_right_key_admits_and_a_wrong_one_is_told(start_worker: Start) -> None:
+def test_the_right_key_admits_and_a_wrong_one_is_told_on_both_sides(start_worker: Start) -> None:
     right, wrong = MeshKey.generate().to_text(), MeshKey.generate().to_text()
     members = [start_worker("keyed", "2", right, "40") for _ in range(2)]
-    stranger = start_worker("keyed", "2", wrong, "4")
     assert [member.wait_for("joined") for member in members] == ["2", "2"]
+    stranger = start_worker("keyed", "2", wrong, "4")
     error = stranger.wait_for("error")
     assert error.startswith("JoinTimeoutError")
     assert "1 of 2 peers" in error
+    assert "the key is wrong" in error
+    for member in members:
+        assert "the key is wrong" in member.wait_for("not admitted")
+        member.go_on()
+    assert [worker.end() for worker in (*members, stranger)] == [0, 0, 0]

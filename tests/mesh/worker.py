@@ -87,6 +87,7 @@ def keyed(mesh: str, size: str, key: str, timeout_s: str, *addresses: str) -> No
             mesh, key=key, min_peers=int(size), timeout_s=float(timeout_s), lan=False, join=addresses
         ) as m:
             print("joined", m.size, flush=True)
+            sys.stdin.readline()
             m.barrier()
     except SparkleError as error:
         print("error", type(error).__name__, error, flush=True)
