@@ -106,7 +106,11 @@ class Mesh:
 
     def invite(self) -> str:
         """Return one line of text with which others can join this mesh; it holds the key if there is one."""
-        return self._mesh.invite()
+
+        async def invite() -> str:
+            return self._mesh.invite()
+
+        return self._call(invite)
 
     def all_reduce(self, data: D, op: str = "sum", *, algorithm: str = "auto", timeout_s: float | None = None) -> D:
         """Reduce arrays over all ranks in place and return them; see :meth:`AsyncMesh.all_reduce`."""

@@ -51,8 +51,8 @@ class DiscoveryService:
     mesh_tag
         32 bytes that stand for the mesh; the same in all its processes.
     name_tag
-        32 bytes that stand for the mesh's name alone. They are seen in this host's registry and nowhere else: so processes of
-        one user that mean the same mesh and hold different keys meet, and are told.
+        32 bytes that stand for the mesh's name alone. They are seen in this host's registry and nowhere else: so
+        processes of one user that mean the same mesh and hold different keys meet, and are told.
     role
         What this process tells the others on this host.
     data_dir
