@@ -31,6 +31,8 @@ INBOUND_STREAMS_PER_CONNECTION_MAX_COUNT = 512
 DIALS_AT_ONCE_MAX_COUNT = 32
 # How long one address is tried before the next one is tried beside it.
 DIAL_STAGGER_S = 0.25
+# How long an address that was connected to has for its handshakes before the next address is tried as well.
+DIAL_HANDSHAKE_PATIENCE_S = 2.0
 DNS_RESULTS_MAX_COUNT = 8
 # Accepted sockets that have not shown yet who they are; the oldest makes way for one more.
 UNPROVEN_SOCKETS_MAX_COUNT = 128

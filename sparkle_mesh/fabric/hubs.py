@@ -29,9 +29,16 @@ class FabricCounters:
 
 
 async def run_guarded(
-    what: str, handler: Callable[[], Awaitable[None]], abort: Callable[[], Awaitable[None]], counters: FabricCounters
+    what: str,
+    handler: Callable[[], Awaitable[None]],
+    abort: Callable[[], Awaitable[None]],
+    counters: FabricCounters,
+    *,
+    expected: bool = False,
 ) -> None:
     """Run a peer's handler; what it raises is logged and counted, and ends with ``abort`` called.
+
+    ``expected`` failures (whoever scans a port causes them) are told in one line and without alarm.
 
     This is the one place where any exception is caught: a handler runs on bytes of a peer, and nothing a
     peer sends may end the process.
@@ -43,9 +50,13 @@ async def run_guarded(
     except SparkleError as error:
         counters.handler_failures += 1
         logger.info("%s ended: %s", what, error)
-    except Exception:
+    except Exception as error:
         counters.handler_failures += 1
-        logger.warning("%s failed", what, exc_info=True)
+        if expected:
+            logger.info("%s failed: %s", what, str(error) or type(error).__name__)
+            logger.debug("%s failed", what, exc_info=True)
+        else:
+            logger.warning("%s failed", what, exc_info=True)
     finally:
         if not finished:
             with trio.move_on_after(limits.CLOSE_TIMEOUT_S) as scope:

@@ -249,16 +249,21 @@ class Libp2pFabric:
         raise UnreachableError(f"peer {peer_id} could not be reached: {tried or 'no address is known'}")
 
     async def _dial_any(self, peer_id: PeerId, reasons: dict[Address, str]) -> bool:
-        """Dial every address, the next one when the one before fails or takes long; True once one led there."""
+        """Dial every address, the next one when the one before fails or takes long; True once one led there.
+
+        One that is connected to is waited for longer: its handshakes take long only when both ends are busy, and would take
+        longer if they were done twice.
+        """
         reached = False
 
-        async def dial(address: Address, failed: trio.Event) -> None:
+        async def dial(address: Address, connected: trio.Event, failed: trio.Event) -> None:
             nonlocal reached
             reasons[address] = "no answer in time"
             try:
-                await self._dial(peer_id, address)
+                await self._dial(peer_id, address, connected)
             except (UnreachableError, ProtocolError, UsageError) as error:
                 reasons[address] = str(error)
+                connected.set()
                 failed.set()
             else:
                 reached = True
@@ -266,13 +271,16 @@ class Libp2pFabric:
 
         async with trio.open_nursery() as nursery:
             for address in list(reasons):
-                failed = trio.Event()
-                nursery.start_soon(dial, address, failed)
+                connected, failed = trio.Event(), trio.Event()
+                nursery.start_soon(dial, address, connected, failed)
                 with trio.move_on_after(limits.DIAL_STAGGER_S):
-                    await failed.wait()
+                    await connected.wait()
+                if connected.is_set():
+                    with trio.move_on_after(limits.DIAL_HANDSHAKE_PATIENCE_S):
+                        await failed.wait()
         return reached
 
-    async def _dial(self, peer_id: PeerId, address: Address) -> None:
+    async def _dial(self, peer_id: PeerId, address: Address, connected: trio.Event) -> None:
         from sparkle_mesh.fabric import assembly
 
         public_key_of_peer_id(peer_id)
@@ -280,6 +288,7 @@ class Libp2pFabric:
         if tail and tail != peer_id:
             raise UnreachableError(f"it is the address of {tail}")
         stream = await assembly.open_tcp(address, self._sockets)
+        connected.set()
         await assembly.upgrade_outbound(self._swarm, stream, peer_id)
 
     async def disconnect(self, peer_id: PeerId) -> None:

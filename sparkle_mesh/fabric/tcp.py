@@ -340,7 +340,8 @@ class PortListener:
             await self._upgrade(TcpConnection(stream))
             upgraded = True
 
-        await run_guarded("an inbound handshake", upgrade, partial(trio.aclose_forcefully, stream), self._counters)
+        abort = partial(trio.aclose_forcefully, stream)
+        await run_guarded("an inbound handshake", upgrade, abort, self._counters, expected=True)
         return upgraded
 
     async def _classify(self, stream: trio.SocketStream) -> RawHandler | None:

@@ -7,6 +7,7 @@ import pytest
 import trio
 from multiaddr import Multiaddr
 
+from sparkle_mesh import limits
 from sparkle_mesh.errors import UnreachableError
 from sparkle_mesh.fabric import assembly, importing
 from sparkle_mesh.fabric.identity import Identity
@@ -64,7 +65,7 @@ async def test_a_silent_address_does_not_hold_the_next_one_back(two):
     one, other = two
     silent = await trio.open_tcp_listeners(0, host="127.0.0.1")
     address = f"/ip4/127.0.0.1/tcp/{silent[0].socket.getsockname()[1]}"
-    with trio.fail_after(3):
+    with trio.fail_after(2 * limits.DIAL_HANDSHAKE_PATIENCE_S):
         await one.connect(other.peer_id, [address, *other.addresses])
     await one.disconnect(other.peer_id)
     with pytest.raises(UnreachableError, match=f"{address}: no answer in time"):
