@@ -223,10 +223,14 @@ def open_mesh(
     lan: bool = True,
 ) -> AbstractAsyncContextManager[AsyncMesh]:
     """Join a mesh from a trio program; parameters and errors as :func:`join`."""
+    if not isinstance(min_peers, int) or not isinstance(timeout_s, (int, float)) or not isinstance(name, str):
+        raise UsageError(
+            f"name {name!r} must be text, min_peers {min_peers!r} a whole number and timeout_s {timeout_s!r} a number"
+        )
     if not 1 <= min_peers <= limits.MESH_MEMBERS_MAX_COUNT:
         raise UsageError(f"min_peers is {min_peers}; it must be from 1 to {limits.MESH_MEMBERS_MAX_COUNT}")
-    if timeout_s <= 0:
-        raise UsageError(f"timeout_s is {timeout_s}; it must be positive")
+    if not 0 < timeout_s <= limits.TIMEOUT_MAX_S:
+        raise UsageError(f"timeout_s is {timeout_s}; it must be positive and at most {limits.TIMEOUT_MAX_S:g}")
     mesh_name, mesh_key, join = _resolve_invites(name, MeshKey.coerce(key), join)
     config = NodeConfig(
         mesh=mesh_name,
@@ -339,8 +343,10 @@ async def _connect_members(
 def _deadline(timeout_s: float | None) -> float:
     if timeout_s is None:
         return limits.COLLECTIVE_TIMEOUT_S
-    if timeout_s <= 0:
-        raise UsageError(f"timeout_s is {timeout_s}; it must be positive")
+    if not isinstance(timeout_s, (int, float)) or not 0 < timeout_s <= limits.TIMEOUT_MAX_S:
+        raise UsageError(
+            f"timeout_s is {timeout_s!r}; it must be positive and at most {limits.TIMEOUT_MAX_S:g} seconds"
+        )
     return timeout_s
 
 

@@ -93,6 +93,7 @@ JOIN_TIMEOUT_S = 60.0
 MESH_CLOSE_TIMEOUT_S = 15.0
 MESH_PROOF_TIMEOUT_S = 10.0
 INVITE_ADDRESSES_MAX_COUNT = 16
+KEY_FILE_MAX_BYTES = 4 * KIB
 # Tries to open a mesh stream, and the pause after the first; each later one is twice as long.
 MESH_STREAM_ATTEMPTS_COUNT = 4
 MESH_STREAM_RETRY_S = 0.25
@@ -188,6 +189,7 @@ PEER_CACHE_WRITE_DELAY_S = 5.0
 
 # --- Collectives ---------------------------------------------------------------------------------
 COLLECTIVE_TIMEOUT_S = 600.0
+TIMEOUT_MAX_S = 1e9
 # An exact test of two strided arrays for shared memory is exponential: beyond this much work assume that they share.
 ARRAYS_SHARING_MAX_WORK_COUNT = 10_000
 # What one message carries. Smaller ones cost more system calls and turns of the scheduler per byte, larger

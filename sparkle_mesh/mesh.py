@@ -38,8 +38,12 @@ class Mesh:
     def __init__(self, opening: AbstractAsyncContextManager[AsyncMesh], name: str) -> None:
         self._portal = Portal(f"sparkle-mesh {name}")
         self._process = os.getpid()
-        self._mesh = self._portal.open(lambda: opening)
-        _meshes.add(self)
+        try:
+            self._mesh = self._portal.open(lambda: opening)
+            _meshes.add(self)
+        except BaseException:
+            self._portal.close(hurry=True)
+            raise
 
     def __repr__(self) -> str:
         return repr(self._mesh).replace("AsyncMesh", "Mesh", 1)

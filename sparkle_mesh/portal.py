@@ -43,6 +43,7 @@ class Portal:
         self._finished: Future[None] = Future()
         self._stop = trio.Event()
         self._failure: BaseException | None = None
+        self._begun = False
 
     def open(self, manager: Callable[[], AbstractAsyncContextManager[T]]) -> T:
         """Start the thread, enter ``manager()`` in it, and return what it yields.
@@ -53,8 +54,10 @@ class Portal:
             What entering raised; the thread has ended then.
         """
         self._manager = manager
-        self._thread.start()
+        self._begun = True
         try:
+            # Ctrl-C may come out of start() with the thread on its way all the same.
+            self._thread.start()
             opened: T = self._opened.result()
         except BaseException:
             self.close(hurry=True)
@@ -90,12 +93,12 @@ class Portal:
             else:
                 self._nursery.start_soon(task)
 
-        self._soon(start)
         try:
+            self._soon(start)
             return future.result()
         except BaseException:
             if not future.done():  # interrupted here, not failed there
-                self._soon(scope.cancel)
+                self._soon(scope.cancel, quietly=True)
                 _wait(future, limits.CLOSE_TIMEOUT_S)
             raise
 
@@ -104,11 +107,11 @@ class Portal:
 
         A first Ctrl-C meanwhile turns a graceful close into a hurried one and is raised again at the end.
         """
-        if self._thread.ident is None:
+        if not self._begun:
             return
         interrupt: BaseException | None = None
         try:
-            self._started.result()
+            _wait(self._started, limits.CLOSE_TIMEOUT_S)
             self._soon(self._scope.cancel if hurry else self._stop.set, quietly=True)
             _wait(self._finished, limits.MESH_CLOSE_TIMEOUT_S)
         except KeyboardInterrupt as error:
@@ -116,7 +119,8 @@ class Portal:
         if not self._finished.done():
             self._soon(self._scope.cancel, quietly=True)
             _wait(self._finished, limits.MESH_CLOSE_TIMEOUT_S)
-        self._thread.join(limits.CLOSE_TIMEOUT_S)
+        if self._thread.ident is not None:
+            self._thread.join(limits.CLOSE_TIMEOUT_S)
         if interrupt is not None:
             raise interrupt
 

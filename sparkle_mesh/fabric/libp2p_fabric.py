@@ -251,8 +251,8 @@ class Libp2pFabric:
     async def _dial_any(self, peer_id: PeerId, reasons: dict[Address, str]) -> bool:
         """Dial every address, the next one when the one before fails or takes long; True once one led there.
 
-        One that is connected to is waited for longer: its handshakes take long only when both ends are busy, and would take
-        longer if they were done twice.
+        One that is connected to is waited for longer: its handshakes take long only when both ends are busy, and
+        would take longer if they were done twice.
         """
         reached = False
 

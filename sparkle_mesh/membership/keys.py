@@ -103,6 +103,10 @@ class MeshKey:
         file = Path(path)
         try:
             mode = file.stat().st_mode
+            if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) or file.stat().st_size > limits.KEY_FILE_MAX_BYTES:
+                raise UsageError(
+                    f"key file {file} is not a key file: no regular file, or too large; {_HOW_TO_MAKE_ONE}"
+                )
             text = file.read_text(encoding="ascii")
         except FileNotFoundError as error:
             raise UsageError(f"key file {file} does not exist; {_HOW_TO_MAKE_ONE}") from error

@@ -148,6 +148,21 @@ def test_ctrl_c_while_opening_closes_again() -> None:
     assert not any(other.name == "slow portal" for other in threading.enumerate())
 
 
+def test_ctrl_c_while_the_thread_starts_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def interrupted_start(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    resource = Resource()
+    portal = Portal("ghost portal")
+    monkeypatch.setattr(threading.Thread, "start", interrupted_start)
+    with pytest.raises(KeyboardInterrupt):
+        portal.open(resource.open)
+    assert not any(thread.name == "ghost portal" for thread in threading.enumerate())
+
+
 def test_ctrl_c_while_closing_hurries_and_is_raised() -> None:
     leaving, cancelled = threading.Event(), threading.Event()
 

@@ -69,6 +69,10 @@ def test_key_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     binary.write_bytes(os.urandom(16) + b"\xff")
     with pytest.raises(UsageError, match="text form"):
         MeshKey.load(binary)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe, 0o600)
+    with pytest.raises(UsageError, match="not a key file"):
+        MeshKey.load(pipe)
     phrase = tmp_path / "phrase"
     phrase.touch(mode=0o600)
     phrase.write_text("let me in")
