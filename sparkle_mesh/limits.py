@@ -91,6 +91,8 @@ MEMORY_LINK_CAPACITY_BYTES = 1 * MIB
 MESH_MEMBERS_MAX_COUNT = 1024
 JOIN_TIMEOUT_S = 60.0
 MESH_CLOSE_TIMEOUT_S = 15.0
+# How often a thread that waits for the mesh looks for a Ctrl-C that came the moment before it began to wait.
+SIGNAL_LOOK_INTERVAL_S = 0.25
 MESH_PROOF_TIMEOUT_S = 10.0
 INVITE_ADDRESSES_MAX_COUNT = 16
 KEY_FILE_MAX_BYTES = 4 * KIB

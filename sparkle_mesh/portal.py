@@ -6,16 +6,18 @@ end is awaited for a bounded time, and KeyboardInterrupt goes on to the caller.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any, TypeVar, TypeVarTuple
 
 import trio
 
 from sparkle_mesh import limits
+from sparkle_mesh.clock import SYSTEM_CLOCK
 from sparkle_mesh.errors import MeshClosedError
 from sparkle_mesh.nurseries import bare_errors
 
@@ -58,6 +60,7 @@ class Portal:
         try:
             # Ctrl-C may come out of start() with the thread on its way all the same.
             self._thread.start()
+            _wait(self._opened)
             opened: T = self._opened.result()
         except BaseException:
             self.close(hurry=True)
@@ -95,6 +98,7 @@ class Portal:
 
         try:
             self._soon(start)
+            _wait(future)
             return future.result()
         except BaseException:
             if not future.done():  # interrupted here, not failed there
@@ -166,9 +170,13 @@ class Portal:
                     nursery.cancel_scope.cancel()
 
 
-def _wait(future: Future[Any], timeout_s: float) -> None:
-    """Wait for ``future`` to be done, whatever it holds, no longer than ``timeout_s``."""
-    try:
-        future.exception(timeout_s)
-    except FutureTimeoutError:
-        return
+def _wait(future: Future[Any], timeout_s: float = math.inf) -> None:
+    """Wait for ``future`` to be done, whatever it holds, no longer than ``timeout_s``.
+
+    In slices: a Ctrl-C that comes just before the thread begins to wait interrupts nothing (and on Windows none
+    interrupts a wait), so that Python has to be given the chance to look for one now and then.
+    """
+    deadline = SYSTEM_CLOCK.now() + timeout_s
+    while not future.done() and (left_s := deadline - SYSTEM_CLOCK.now()) > 0:
+        with suppress(FutureTimeoutError, CancelledError):
+            future.exception(min(left_s, limits.SIGNAL_LOOK_INTERVAL_S))

@@ -148,6 +148,31 @@ def test_ctrl_c_while_opening_closes_again() -> None:
     assert not any(other.name == "slow portal" for other in threading.enumerate())
 
 
+def test_ctrl_c_the_moment_before_the_wait_is_not_lost() -> None:
+    """A signal handler runs between bytecodes: what it does then must be seen though it woke no wait."""
+    portal, resource = opened()
+    interrupted = False
+
+    def handler(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    async def wait_for_ever() -> None:
+        # The handler is due from here on, and no system call of the main thread is interrupted.
+        signal.raise_signal(signal.SIGINT)
+        await resource.wait_for_ever()
+
+    previous = signal.signal(signal.SIGINT, handler)
+    try:
+        portal.call(wait_for_ever)
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        portal.close()
+    assert interrupted
+    assert resource.cancelled.is_set()
+
+
 def test_ctrl_c_while_the_thread_starts_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
     start = threading.Thread.start
 

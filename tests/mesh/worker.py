@@ -20,6 +20,11 @@ def scenario(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
+def say(*words: object) -> None:
+    """Write one line, at once and whole: forked children write to the same pipe."""
+    os.write(1, (" ".join(map(str, words)) + "\n").encode())
+
+
 def join(mesh: str, size: str, **options: object) -> sparkle.Mesh:
     return sparkle.join(mesh, min_peers=int(size), timeout_s=40, lan=False, **options)  # type: ignore[arg-type]
 
@@ -29,8 +34,8 @@ def reduce_once(mesh: str, size: str) -> None:
     with join(mesh, size) as m:
         data = np.full(1000, float(m.rank + 1))
         m.all_reduce(data)
-        print("view", m.view.lineage.hex(), m.size, flush=True)
-        print("result", data[0], data[-1], flush=True)
+        say("view", m.view.lineage.hex(), m.size)
+        say("result", data[0], data[-1])
         m.barrier()
 
 
@@ -43,20 +48,20 @@ def reduce_for_ever(mesh: str, size: str, workers: str = "0") -> None:
                 try:
                     m.barrier()
                 except SparkleError as error:
-                    print("child", type(error).__name__, os.getpid(), flush=True)
+                    say("child", type(error).__name__, os.getpid())
                 os.dup2(os.open(os.devnull, os.O_RDWR), 1)
                 os.dup2(1, 2)
                 time.sleep(60)
                 os._exit(0)
         data = np.ones(4_000_000, dtype=np.float32)
         m.all_reduce(data)
-        print("started", m.rank, flush=True)
+        say("started", m.rank)
         try:
             while True:
                 data[:] = 1
                 m.all_reduce(data, timeout_s=20)
         except SparkleError as error:
-            print("error", type(error).__name__, error, flush=True)
+            say("error", type(error).__name__, error)
 
 
 @scenario
@@ -65,19 +70,19 @@ def interrupted(mesh: str, size: str) -> None:
     try:
         with join(mesh, size) as m:
             m.barrier()
-            print("waiting", m.rank, flush=True)
+            say("waiting", m.rank)
             m.all_reduce(np.ones(3), timeout_s=30)
     except KeyboardInterrupt:
-        print("interrupted", flush=True)
+        say("interrupted")
     except SparkleError as error:
-        print("error", type(error).__name__, error, flush=True)
+        say("error", type(error).__name__, error)
 
 
 @scenario
 def never_closes(mesh: str, size: str) -> None:
     """Leave by the end of the program alone."""
     m = join(mesh, size)
-    print("result", m.all_reduce(np.ones(3))[0], flush=True)
+    say("result", m.all_reduce(np.ones(3))[0])
 
 
 @scenario
@@ -86,11 +91,11 @@ def keyed(mesh: str, size: str, key: str, timeout_s: str, *addresses: str) -> No
         with sparkle.join(
             mesh, key=key, min_peers=int(size), timeout_s=float(timeout_s), lan=False, join=addresses
         ) as m:
-            print("joined", m.size, flush=True)
+            say("joined", m.size)
             sys.stdin.readline()
             m.barrier()
     except SparkleError as error:
-        print("error", type(error).__name__, error, flush=True)
+        say("error", type(error).__name__, error)
 
 
 @scenario
@@ -99,8 +104,8 @@ def mismatched(mesh: str, size: str) -> None:
         try:
             m.all_reduce(np.ones(3 + (m.rank == 1)))
         except SparkleError as error:
-            print("error", type(error).__name__, error, flush=True)
-        print("result", m.all_reduce(np.ones(3))[0], flush=True)
+            say("error", type(error).__name__, error)
+        say("result", m.all_reduce(np.ones(3))[0])
         m.barrier()
 
 
