@@ -83,7 +83,7 @@ LINK_INLINE_PAYLOAD_MAX_BYTES = 16 * KIB
 # What is received ahead of what is asked for, so that small messages cost one system call for many.
 LINK_READ_AHEAD_BYTES = 64 * KIB
 # What a link moves without waiting before it lets other tasks run; an operation counts as so many bytes at least.
-LINK_TURN_BYTES = 1 * MIB
+LINK_TURN_BYTES = 8 * MIB
 LINK_TURN_OPERATION_BYTES = 64 * KIB
 MEMORY_LINK_CAPACITY_BYTES = 1 * MIB
 
@@ -196,7 +196,7 @@ TIMEOUT_MAX_S = 1e9
 ARRAYS_SHARING_MAX_WORK_COUNT = 10_000
 # What one message carries. Smaller ones cost more system calls and turns of the scheduler per byte, larger
 # ones no longer fit a core's cache between being received and being reduced. With its header one fits a record.
-COLLECTIVE_SEGMENT_BYTES = RECORD_MAX_BYTES - 4 * KIB
+COLLECTIVE_SEGMENT_BYTES = 2 * RECORD_MAX_BYTES
 COLLECTIVE_SEGMENT_MIN_BYTES = 16 * KIB
 # Data that may be sent to a peer before it has begun the same operation; the peer holds it until then.
 COLLECTIVE_EAGER_MAX_BYTES = 64 * KIB

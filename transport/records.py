@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from sparkle_mesh import limits
 from sparkle_mesh.errors import AuthenticationError, ProtocolError
-from sparkle_mesh.transport.ciphers import KEY_BYTES, NONCE_BYTES, make_cipher
+from sparkle_mesh.transport.ciphers import KEY_BYTES, make_cipher
 
 PREFIX_BYTES: Final = 4
 #: What a record takes beside its plaintext, at most; ``overhead_bytes`` of a sealer or opener is what it takes.
@@ -97,9 +97,9 @@ class RecordSealer:
         prefix = (kind << 24 | length).to_bytes(PREFIX_BYTES, "big")
         end = length + self.overhead_bytes
         out[:PREFIX_BYTES] = prefix
-        nonce = ratchet.number.to_bytes(NONCE_BYTES, "big")
+        number = ratchet.number
         ratchet.number += 1
-        ratchet.aead.encrypt_into(nonce, plaintext, prefix, out[PREFIX_BYTES:end])
+        ratchet.aead.encrypt_into(number, plaintext, prefix, out[PREFIX_BYTES:end])
         return end
 
 
@@ -151,11 +151,10 @@ class RecordOpener:
             raise AuthenticationError("a record did not verify before; nothing after it can be trusted")
         if ratchet.number == ratchet.rekey_at:
             ratchet.rekey()
-        nonce = ratchet.number.to_bytes(NONCE_BYTES, "big")
         try:
             if len(record) != len(out) + self.overhead_bytes:
                 raise InvalidTag
-            ratchet.aead.decrypt_into(nonce, record[PREFIX_BYTES:], record[:PREFIX_BYTES], out)
+            ratchet.aead.decrypt_into(ratchet.number, record[PREFIX_BYTES:], bytes(record[:PREFIX_BYTES]), out)
         except InvalidTag:
             self._ratchet = None
             raise AuthenticationError(
