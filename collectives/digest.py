@@ -5,19 +5,22 @@ buffer reused too early, a flipped bit. It does not defend against a member that
 numbers to begin with), so it need not be a cryptographic hash of every byte, which would cost as much
 as the whole reduction (measured: GMAC 5 GB/s, the fastest of the cryptographic ones at hand; this, about 20).
 
-Per segment: the sums, modulo 2**64, of every column of the segment laid out in rows of 4 KiB. Any change
-within one column shows unless its words' changes cancel to exactly zero, and a single changed word always
-shows. The sums are hashed (SHA-256 over key, length, sums and tail), and the digest of the whole hashes the segments'
-hashes in the order of their ranges, not of their arrival. (Merely XOR-ing the segments' hashes would be cheaper to
+Per part of a segment (``limits.COLLECTIVE_PART_BYTES``): the sums, modulo 2**64, of every column of the part laid out
+in rows of 4 KiB. Any change within one column shows unless its words' changes cancel to exactly zero, and a single
+changed word always shows. The sums are hashed (SHA-256 over key, and of each part length, sums and tail), and the digest
+of the whole hashes the segments' hashes in the order of their ranges, not of their arrival. (Merely XOR-ing the segments' hashes would be cheaper to
 keep, but with linear ones such as GMAC's equal changes in two segments cancel, and constant arrays have just those.)
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from hashlib import sha256
 from typing import Any
 
 import numpy as np
+
+from sparkle_mesh import limits
 
 _ROW_BYTES = 4096
 DIGEST_BYTES = 16
@@ -25,20 +28,46 @@ DIGEST_BYTES = 16
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
+class SegmentDigest:
+    """The digest of one segment, taken part by part in order."""
+
+    __slots__ = ("_state",)
+
+    def __init__(self, key: bytes) -> None:
+        self._state = sha256(key)
+
+    def update(self, part: Array) -> None:
+        """Take the next part, a contiguous flat array: ``limits.COLLECTIVE_PART_BYTES``, the last one shorter."""
+        data = part.view(np.uint8)
+        rows = data.size // _ROW_BYTES
+        state = self._state
+        state.update(data.size.to_bytes(8, "little"))
+        # Few rows are hashed faster than summed.
+        if rows >= 4:
+            whole = rows * _ROW_BYTES
+            state.update(np.add.reduce(data[:whole].view(np.uint64).reshape(rows, -1), axis=0).data)
+            state.update(data[whole:].data)
+        else:
+            state.update(data.data)
+
+    def digest(self) -> bytes:
+        """Return ``DIGEST_BYTES`` bytes."""
+        return self._state.digest()[:DIGEST_BYTES]
+
+
 def segment_digest(key: bytes, segment: Array) -> bytes:
-    """Return 16 bytes for a contiguous flat array."""
-    data = segment.view(np.uint8)
-    rows = data.size // _ROW_BYTES
-    state = sha256(key + data.size.to_bytes(8, "little"))
-    # Few rows are hashed faster than summed.
-    if rows >= 4:
-        whole = rows * _ROW_BYTES
-        sums = np.add.reduce(data[:whole].view(np.uint64).reshape(rows, -1), axis=0)
-        state.update(sums.data)
-        state.update(data[whole:].data)
-    else:
-        state.update(data.data)
-    return state.digest()[:DIGEST_BYTES]
+    """Return the digest of a contiguous flat array as a whole."""
+    digest = SegmentDigest(key)
+    for part in parts(segment):
+        digest.update(part)
+    return digest.digest()
+
+
+def parts(segment: Array) -> Iterator[Array]:
+    """Cut a contiguous flat array into its parts; an empty one has none."""
+    step = limits.COLLECTIVE_PART_BYTES // segment.itemsize
+    for start in range(0, segment.size, step):
+        yield segment[start : start + step]
 
 
 def whole_digest(key: bytes, segments: list[bytes]) -> bytes:

@@ -25,6 +25,7 @@ from sparkle_mesh.collectives.messages import (
     decode_control,
     is_data,
 )
+from sparkle_mesh.collectives.reduction import Array
 from sparkle_mesh.errors import LinkClosedError, ProtocolError
 from sparkle_mesh.transport.link import Link
 
@@ -224,30 +225,47 @@ class Exchange:
         await self._take(operation, expected, len(payload), payload)
 
     async def _take(self, operation: Operation, expected: Incoming, nbytes: int, held: bytearray | None) -> None:
-        """Receive one segment to where it belongs, and reduce it."""
+        """Receive one segment to where it belongs; reduce and digest it part by part, while each is in the cache."""
         if nbytes != expected.nbytes:
             raise ProtocolError(f"{nbytes} bytes came in operation {operation.number} where {expected.nbytes} belong")
-        execution, lane, step = operation.execution, expected.lane, expected.step
+        execution, lane, reduction = operation.execution, expected.lane, expected.reduction
         if lane.waiting[expected.index] and not await execution.ready(lane, expected.index):
+            await self._drop(held)
+            return
+        last = expected.index if reduction is None else reduction
+        digest = lane.digest_of(last)
+        target = lane.target(expected) if reduction is None else self._scratch_for(lane.dtype, nbytes)
+        step = limits.COLLECTIVE_PART_BYTES // lane.dtype.itemsize
+        count = nbytes // lane.dtype.itemsize
+        for offset in range(0, count, step):
+            size = min(step, count - offset)
+            part = target[offset : offset + size] if reduction is None else target[:size]
             if held is None:
-                await self.link.discard_payload()
-            return
-        if expected.reduction is None:
-            target = lane.work[step.start : step.stop]
-        else:
-            if self._scratch.size < nbytes:
-                self._scratch = np.empty(nbytes, np.uint8)
-            target = self._scratch[:nbytes].view(lane.dtype)
-        if held is None:
-            await self.link.receive_into((target,))
-        else:
-            target.view(np.uint8)[:] = held
-        if execution.stopped:
-            return
-        lane.done(expected.index)
-        if expected.reduction is not None:
-            if lane.waiting[expected.reduction] and not await execution.ready(lane, expected.reduction):
+                await self.link.receive_into((part,))
+            else:
+                part.view(np.uint8)[:] = memoryview(held)[offset * part.itemsize :][: part.nbytes]
+            if reduction is not None:
+                if not offset:
+                    lane.done(expected.index)
+                    if lane.waiting[reduction]:
+                        await execution.ready(lane, reduction)
+                if not execution.stopped:
+                    part = lane.reduce_part(reduction, offset, part)
+            if execution.stopped:
+                await self._drop(held)
                 return
-            lane.reduce(expected.reduction, target)
+            if digest is not None:
+                digest.update(part)
+        lane.done(last, digest)
         execution.received(self.rank, expected)
         self._group.progress(operation)
+
+    async def _drop(self, held: bytearray | None) -> None:
+        if held is None:
+            await self.link.discard_payload()
+
+    def _scratch_for(self, dtype: np.dtype[Any], nbytes: int) -> Array:
+        nbytes = min(nbytes, limits.COLLECTIVE_PART_BYTES)
+        if self._scratch.size < nbytes:
+            self._scratch = np.empty(nbytes, np.uint8)
+        return self._scratch[:nbytes].view(dtype)

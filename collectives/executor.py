@@ -14,7 +14,7 @@ import numpy as np
 import trio
 
 from sparkle_mesh import limits
-from sparkle_mesh.collectives.digest import segment_digest, whole_digest
+from sparkle_mesh.collectives.digest import SegmentDigest, segment_digest, whole_digest
 from sparkle_mesh.collectives.messages import encode_data
 from sparkle_mesh.collectives.plan import Plan
 from sparkle_mesh.collectives.reduction import Array, Reduction
@@ -63,23 +63,38 @@ class Lane:
         space = self.source if step.source is Space.INPUT else self.work
         return space[step.start : step.stop]
 
-    def reduce(self, index: int, received: Array) -> None:
-        """Do the reduction ``index`` with what came into scratch."""
+    def target(self, message: Incoming) -> Array:
+        """Return where ``message`` belongs if it is received into WORK."""
+        return self.work[message.step.start : message.step.stop]
+
+    def digest_of(self, index: int) -> SegmentDigest | None:
+        """Return a new digest for the range of step ``index``, if its values are final after it."""
+        return SegmentDigest(self._key) if index in self.plan.digests else None
+
+    def reduce_part(self, index: int, offset: int, received: Array) -> Array:
+        """Do the reduction ``index`` for the elements from ``offset`` of its range on; return the result's."""
         step = self.plan.schedule.steps[index]
         assert isinstance(step, Reduce)
-        part = slice(step.start, step.stop)
+        part = slice(step.start + offset, step.start + offset + received.size)
         operand = self.source if step.operand is Space.INPUT else self.work
-        self._reduction.combine(received, operand[part], self.work[part], step.finish)
-        self.done(index)
+        out = self.work[part]
+        self._reduction.combine(received, operand[part], out, step.finish)
+        return out
 
-    def done(self, index: int) -> None:
-        """Step ``index`` is done: take its digest if it is final, and let those go on that waited for it."""
+    def done(self, index: int, digest: SegmentDigest | None = None) -> None:
+        """Step ``index`` is done: note its digest if it is final, and let those go on that waited for it.
+
+        ``digest`` is the digest of its range if it was taken along the way.
+        """
         plan = self.plan
         order = plan.digests.get(index)
         if order is not None:
-            step = plan.schedule.steps[index]
-            result = self.source if plan.schedule.result is Space.INPUT else self.work
-            self.digests[order] = segment_digest(self._key, result[step.start : step.stop])
+            if digest is not None:
+                self.digests[order] = digest.digest()
+            else:
+                step = plan.schedule.steps[index]
+                result = self.source if plan.schedule.result is Space.INPUT else self.work
+                self.digests[order] = segment_digest(self._key, result[step.start : step.stop])
             self.undigested -= 1
         waiting = self.waiting
         for later in plan.dependents[index]:

@@ -84,7 +84,7 @@ LINK_INLINE_PAYLOAD_MAX_BYTES = 16 * KIB
 LINK_READ_AHEAD_BYTES = 64 * KIB
 # What a link moves without waiting before it lets other tasks run; an operation counts as so many bytes at least.
 LINK_TURN_BYTES = 8 * MIB
-LINK_TURN_OPERATION_BYTES = 64 * KIB
+LINK_TURN_OPERATION_BYTES = 128 * KIB
 MEMORY_LINK_CAPACITY_BYTES = 1 * MIB
 
 # --- Membership ----------------------------------------------------------------------------------
@@ -194,9 +194,11 @@ COLLECTIVE_TIMEOUT_S = 600.0
 TIMEOUT_MAX_S = 1e9
 # An exact test of two strided arrays for shared memory is exponential: beyond this much work assume that they share.
 ARRAYS_SHARING_MAX_WORK_COUNT = 10_000
-# What one message carries. Smaller ones cost more system calls and turns of the scheduler per byte, larger
-# ones no longer fit a core's cache between being received and being reduced. With its header one fits a record.
-COLLECTIVE_SEGMENT_BYTES = 2 * RECORD_MAX_BYTES
+# What is received, reduced and digested at a time, one record: larger ones no longer fit a core's cache in between.
+COLLECTIVE_PART_BYTES = RECORD_MAX_BYTES
+# What one message carries. Smaller ones cost more turns of the scheduler per byte; larger ones are out of the caches
+# by the time they are passed on.
+COLLECTIVE_SEGMENT_BYTES = 4 * COLLECTIVE_PART_BYTES
 COLLECTIVE_SEGMENT_MIN_BYTES = 16 * KIB
 # Data that may be sent to a peer before it has begun the same operation; the peer holds it until then.
 COLLECTIVE_EAGER_MAX_BYTES = 64 * KIB
@@ -240,6 +242,8 @@ assert MESH_MEMBERS_MAX_COUNT < LINK_PENDING_MAX_COUNT
 assert MEMORY_LINK_CAPACITY_BYTES > LINK_HEADER_MAX_BYTES
 assert CONNECTIONS_MAX_COUNT < FABRIC_EVENTS_MAX_COUNT
 assert UPGRADE_TIMEOUT_S < DIAL_TIMEOUT_S
+assert COLLECTIVE_PART_BYTES <= RECORD_MAX_BYTES
+assert COLLECTIVE_PART_BYTES % 64 == 0
 assert COLLECTIVE_SEGMENT_MIN_BYTES <= COLLECTIVE_EAGER_MAX_BYTES <= COLLECTIVE_SEGMENT_BYTES
 assert COLLECTIVE_DESCRIPTION_MAX_CHARS * 3 < LINK_HEADER_MAX_BYTES
 assert CONTROL_REQUEST_MAX_BYTES < CONTROL_REPLY_MAX_BYTES

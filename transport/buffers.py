@@ -62,12 +62,12 @@ def check_header(header: bytes) -> None:
         )
 
 
-def check_sizes(total: int, announced: int) -> None:
-    """Refuse to receive ``announced`` bytes into buffers of ``total``.
+def check_sizes(total: int, left: int) -> None:
+    """Refuse to receive into buffers of ``total`` bytes when ``left`` bytes of payload are still to come.
 
     Raises
     ------
     UsageError
     """
-    if total != announced:
-        raise UsageError(f"the buffers hold {total} bytes and the announced payload {announced}; they must be equal")
+    if total > left:
+        raise UsageError(f"the buffers hold {total} bytes and only {left} bytes of the announced payload are left")

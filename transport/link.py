@@ -76,7 +76,10 @@ class Link(ABC):
 
     @abstractmethod
     async def receive_into(self, buffers: Sequence[Buffer]) -> None:
-        """Receive the announced payload into writable C-contiguous buffers of exactly its size in total.
+        """Receive the announced payload, or the next part of it, into writable C-contiguous buffers; fills them all.
+
+        Parts of ``limits.RECORD_MAX_BYTES`` (the last one shorter) are how large payloads are sent, and are
+        received with no copy.
 
         What the buffers hold when this raises is undefined (forged bytes may have been decrypted into
         them): never pass a user's array. A cancelled call leaves the link closed.
@@ -84,7 +87,7 @@ class Link(ABC):
         Raises
         ------
         UsageError
-            If the sizes do not add up to the announced payload.
+            If the buffers are larger than what is left of the announced payload.
         LinkClosedError, ProtocolError
             As for :meth:`receive_header`.
         """

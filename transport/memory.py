@@ -127,6 +127,8 @@ class MemoryLink(Link):
         self._turn = trio.Lock()
         self._receiving = False
         self._payload_left = 0
+        # Payload that was taken from the pipe and not asked for yet.
+        self._taken = memoryview(b"")
         self._peer_closed = False
         self._closed_because: str | None = None
 
@@ -194,21 +196,25 @@ class MemoryLink(Link):
         views, total = byte_views(buffers, writable=True)
         self._check_open()
         check_sizes(total, self._payload_left)
-        await self._receive_payload(deque(views))
+        await self._receive_payload(deque(views), total)
 
     async def discard_payload(self) -> None:
-        await self._receive_payload(None)
+        await self._receive_payload(None, self._payload_left)
 
-    async def _receive_payload(self, views: deque[memoryview] | None) -> None:
+    async def _receive_payload(self, views: deque[memoryview] | None, wanted: int) -> None:
         self._begin_receiving()
         try:
             await trio.lowlevel.checkpoint()
-            while self._payload_left:
-                data = (await self._wait_piece()).data
-                self._incoming.take()
+            while wanted:
+                if not self._taken:
+                    self._taken = memoryview((await self._wait_piece()).data)
+                    self._incoming.take()
+                data = self._taken[:wanted]
+                self._taken = self._taken[len(data) :]
                 self._payload_left -= len(data)
+                wanted -= len(data)
                 if views is not None:
-                    _scatter(memoryview(data), views)
+                    _scatter(data, views)
         except trio.Cancelled:
             self._close("receiving a payload was cancelled halfway")
             raise

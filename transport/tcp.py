@@ -107,7 +107,8 @@ class TcpLink(Link):
         self._receiving = False
         self._receive_budget = limits.LINK_TURN_BYTES
         self._message = memoryview(bytearray(_MESSAGE_RECORD_MAX_BYTES))
-        self._inline = self._message[:0]
+        # Payload that is decrypted and not taken yet.
+        self._opened = self._message[:0]
         self._payload_left = 0
         self._scratch = memoryview(bytearray())
 
@@ -221,7 +222,7 @@ class TcpLink(Link):
             self._fail(error)
         finally:
             self._receiving = False
-        self._inline = inline
+        self._opened = inline
         self._payload_left = payload_bytes
         self.stats.messages_received += 1
         return message[HEAD.size : header_end], payload_bytes
@@ -231,49 +232,48 @@ class TcpLink(Link):
         self._begin_receiving()
         try:
             check_sizes(total, self._payload_left)
-            if self._inline:
-                self._payload_left = 0
-                inline, self._inline = self._inline, self._message[:0]
-                _scatter(inline, views, 0, 0)
-            else:
-                await self._receive_payload(views)
+            await self._receive_payload(views, total)
         finally:
             self._receiving = False
 
     async def discard_payload(self) -> None:
         self._begin_receiving()
         try:
-            if self._inline:
-                self._payload_left = 0
-                self._inline = self._message[:0]
-            else:
-                await self._receive_payload(None)
+            await self._receive_payload(None, self._payload_left)
         finally:
             self._receiving = False
 
-    async def _receive_payload(self, views: list[memoryview] | None) -> None:
-        """Receive payload records into ``views``, or to nowhere."""
+    async def _receive_payload(self, views: list[memoryview] | None, wanted: int) -> None:
+        """Receive ``wanted`` bytes of payload into ``views``, or to nowhere."""
         index = offset = 0
         try:
-            while self._payload_left:
-                if self._receive_budget < 0:
-                    self._receive_budget = limits.LINK_TURN_BYTES
-                    await trio.lowlevel.checkpoint()
-                length = await self._await_record(PAYLOAD, 1, min(self._payload_left, limits.RECORD_MAX_BYTES))
-                self._receive_budget -= length
-                if views is not None and length <= len(views[index]) - offset:
-                    self._open(length, views[index][offset : offset + length])
-                    offset += length
-                    if offset == len(views[index]):
-                        index, offset = index + 1, 0
-                else:
+            while wanted:
+                data = self._opened[:wanted]
+                if not data:
+                    if self._receive_budget < 0:
+                        self._receive_budget = limits.LINK_TURN_BYTES
+                        await trio.lowlevel.checkpoint()
+                    length = await self._await_record(PAYLOAD, 1, min(self._payload_left, limits.RECORD_MAX_BYTES))
+                    self._receive_budget -= length
+                    if views is not None and length <= len(views[index]) - offset:
+                        # The way that large payloads take: straight to where they belong.
+                        self._open(length, views[index][offset : offset + length])
+                        offset += length
+                        if offset == len(views[index]):
+                            index, offset = index + 1, 0
+                        self._payload_left -= length
+                        wanted -= length
+                        continue
                     if length > len(self._scratch):
                         self._scratch = memoryview(bytearray(length))
-                    plaintext = self._scratch[:length]
-                    self._open(length, plaintext)
-                    if views is not None:
-                        index, offset = _scatter(plaintext, views, index, offset)
-                self._payload_left -= length
+                    self._opened = self._scratch[:length]
+                    self._open(length, self._opened)
+                    data = self._opened[:wanted]
+                if views is not None:
+                    index, offset = _scatter(data, views, index, offset)
+                self._opened = self._opened[len(data) :]
+                self._payload_left -= len(data)
+                wanted -= len(data)
         except trio.Cancelled:
             self._abort("receiving a payload was cancelled halfway")
             raise

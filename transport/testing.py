@@ -27,6 +27,7 @@ LINK_CHECKS: Final[tuple[Check, ...]] = (
     link_checks.messages_arrive_in_order_both_ways,
     link_checks.payloads_of_any_size,
     link_checks.buffers_may_be_split_anyhow,
+    link_checks.payloads_in_parts,
     link_checks.buffers_of_any_type,
     link_checks.a_payload_can_be_discarded,
     link_checks.senders_take_turns,

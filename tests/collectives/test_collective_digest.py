@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sparkle_mesh.collectives.digest import digest_key, segment_digest, whole_digest
+from sparkle_mesh import limits
+from sparkle_mesh.collectives.digest import SegmentDigest, digest_key, segment_digest, whole_digest
 
 KEY = digest_key(b"L" * 32)
 
@@ -27,6 +28,17 @@ def test_equal_changes_in_two_segments_do_not_cancel() -> None:
     a, b = segment_digest(KEY, zeros), segment_digest(KEY, ones)
     assert whole_digest(KEY, [a, a]) != whole_digest(KEY, [b, b])
     assert whole_digest(KEY, [a, b]) != whole_digest(KEY, [b, a])
+
+
+def test_parts_that_change_places_show() -> None:
+    data = np.arange(3 * limits.COLLECTIVE_PART_BYTES, dtype=np.uint64).view(np.uint8)
+    one, two, three = (data[n * limits.COLLECTIVE_PART_BYTES :][: limits.COLLECTIVE_PART_BYTES] for n in range(3))
+    whole = np.concatenate([one, two, three])
+    assert segment_digest(KEY, whole) != segment_digest(KEY, np.concatenate([two, one, three]))
+    digest = SegmentDigest(KEY)
+    for part in (one, two, three):
+        digest.update(part)
+    assert digest.digest() == segment_digest(KEY, whole)
 
 
 def test_lengths_and_lineages_differ() -> None:
