@@ -5,11 +5,12 @@ buffer reused too early, a flipped bit. It does not defend against a member that
 numbers to begin with), so it need not be a cryptographic hash of every byte, which would cost as much
 as the whole reduction (measured: GMAC 5 GB/s, the fastest of the cryptographic ones at hand; this, about 20).
 
-Per part of a segment (``limits.COLLECTIVE_PART_BYTES``): the sums, modulo 2**64, of every column of the part laid out
-in rows of 4 KiB. Any change within one column shows unless its words' changes cancel to exactly zero, and a single
-changed word always shows. The sums are hashed (SHA-256 over key, and of each part length, sums and tail), and the digest
-of the whole hashes the segments' hashes in the order of their ranges, not of their arrival. (Merely XOR-ing the segments' hashes would be cheaper to
-keep, but with linear ones such as GMAC's equal changes in two segments cancel, and constant arrays have just those.)
+Per part of a segment (``limits.COLLECTIVE_PART_BYTES``): the sums, modulo 2**64, of every column of the part laid
+out in rows of 4 KiB. Any change within one column shows unless its words' changes cancel to exactly zero, and a
+single changed word always shows. The sums are hashed (SHA-256 over key, and of each part length, sums and tail), and
+the digest of the whole hashes the segments' hashes in the order of their ranges, not of their arrival. (Merely
+XOR-ing the segments' hashes would be cheaper to keep, but with linear ones such as GMAC's equal changes in two
+segments cancel, and constant arrays have just those.)
 """
 
 from __future__ import annotations
