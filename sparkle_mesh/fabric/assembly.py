@@ -19,7 +19,6 @@ from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStore
 from libp2p.security.noise.transport import Transport as Noise
-from libp2p.utils.dns_utils import resolve_multiaddr_with_retry
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 from sparkle_mesh import limits
@@ -76,6 +75,9 @@ async def open_tcp(address: Address, register: SocketRegister) -> trio.SocketStr
 
 
 async def _resolve(address: Address) -> list[tuple[str, int]]:
+    # Loads a DNS client; most addresses have no name.
+    from libp2p.utils.dns_utils import resolve_multiaddr_with_retry
+
     with translated("its name could not be resolved", UnreachableError):
         resolved = await resolve_multiaddr_with_retry(Multiaddr(address), max_retries=1)
     return [parse_tcp_address(str(found))[1:] for found in (resolved or [])[: limits.DNS_RESULTS_MAX_COUNT]]

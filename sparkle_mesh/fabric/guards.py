@@ -17,6 +17,7 @@ from libp2p.abc import INetConn, INetStream, ISecureConn
 from libp2p.custom_types import TProtocol
 from libp2p.host.basic_host import BasicHost
 from libp2p.io.exceptions import ConnectionClosedError
+from libp2p.network import swarm
 from libp2p.network.config import ConnectionConfig
 from libp2p.network.connection import swarm_connection
 from libp2p.network.connection.swarm_connection import SwarmConn
@@ -220,7 +221,8 @@ class GuardedSwarm(Swarm):
     ) -> None:
         self._on_connected = on_connected
         self._on_disconnected = on_disconnected
-        super().__init__(peer_id, peerstore, upgrader, [], connection_config=_connection_config())
+        with _without_resolver():
+            super().__init__(peer_id, peerstore, upgrader, [], connection_config=_connection_config())
         # Assigned as attributes of another type than declared: both have what is called of the originals.
         vars(self).update(auto_connector=_NoAutoConnector(), _manager=tasks)
 
@@ -231,6 +233,17 @@ class GuardedSwarm(Swarm):
     def remove_conn(self, swarm_conn: SwarmConn) -> None:
         super().remove_conn(swarm_conn)
         self._on_disconnected(swarm_conn)
+
+
+@contextmanager
+def _without_resolver() -> Iterator[None]:
+    """Keep a swarm that is made meanwhile from making a DNS resolver: loading one takes long, and none is needed."""
+    names = vars(swarm)
+    original, names["DNSResolver"] = names["DNSResolver"], lambda: None
+    try:
+        yield
+    finally:
+        names["DNSResolver"] = original
 
 
 def _connection_config() -> ConnectionConfig:

@@ -5,11 +5,12 @@ import sys
 
 import pytest
 import trio
+from libp2p.utils import dns_utils
 from multiaddr import Multiaddr
 
 from sparkle_mesh import limits
 from sparkle_mesh.errors import UnreachableError
-from sparkle_mesh.fabric import assembly, importing
+from sparkle_mesh.fabric import importing
 from sparkle_mesh.fabric.identity import Identity
 from sparkle_mesh.fabric.libp2p_fabric import open_libp2p_fabric
 
@@ -28,7 +29,7 @@ async def test_names_are_resolved(two, monkeypatch):
         assert str(address) == f"/dns4/peer.example/tcp/{port}"
         return [Multiaddr("/ip4/127.0.0.1/tcp/1"), Multiaddr(other.addresses[0])]
 
-    monkeypatch.setattr(assembly, "resolve_multiaddr_with_retry", resolve)
+    monkeypatch.setattr(dns_utils, "resolve_multiaddr_with_retry", resolve)
     await one.connect(other.peer_id, [f"/dns4/peer.example/tcp/{port}"])
     assert one.connected_peers() == {other.peer_id}
 
@@ -42,7 +43,7 @@ async def test_names_that_do_not_resolve(two, monkeypatch, found, match):
             raise found
         return found
 
-    monkeypatch.setattr(assembly, "resolve_multiaddr_with_retry", resolve)
+    monkeypatch.setattr(dns_utils, "resolve_multiaddr_with_retry", resolve)
     with pytest.raises(UnreachableError, match=match):
         await one.connect(other.peer_id, ["/dns/peer.example/tcp/1"])
 
@@ -97,38 +98,102 @@ def test_importing_the_fabric_loads_no_libp2p():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_http_clients_are_not_executed_until_they_are_used():
-    code = """
-import gc, sys
-from sparkle_mesh.fabric.importing import import_libp2p
-gc.disable()
-import_libp2p()
-assert not gc.isenabled()
-gc.enable()
-import_libp2p()
-assert gc.isenabled()
+def run_python(code: str) -> None:
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_what_a_fabric_does_not_use_is_not_loaded_for_it() -> None:
+    run_python("""
+import gc, sys, trio
+from sparkle_mesh.fabric.identity import Identity
+from sparkle_mesh.fabric.libp2p_fabric import open_libp2p_fabric
+
+async def main():
+    gc.disable()
+    async with open_libp2p_fabric(Identity.generate()):
+        assert not gc.isenabled()
+    gc.enable()
+    async with open_libp2p_fabric(Identity.generate()):
+        assert gc.isenabled()
+
+trio.run(main)
 assert "libp2p.host.basic_host" in sys.modules
-assert "urllib3" not in sys.modules and "httpx._client" not in sys.modules
+unwanted = ("aioquic", "dns", "Crypto", "zeroconf", "prometheus_client", "urllib3", "httpx", "requests", "asyncio")
+loaded = sorted(name for name in unwanted if name in sys.modules)
+assert not loaded, loaded
+""")
+
+
+def test_what_was_postponed_is_there_when_it_is_asked_for() -> None:
+    run_python("""
+import sys
+from sparkle_mesh.fabric.importing import import_libp2p
+import_libp2p()
+
+# Stand-ins in libp2p's own modules: called, compared with, asked for names.
+from libp2p.crypto import serialization
+from libp2p.host import basic_host
+from libp2p.network import swarm
+assert not isinstance(swarm, swarm.DNSResolver) and "dns" not in sys.modules
+assert isinstance(swarm.DNSResolver(), swarm.DNSResolver) and "dns" in sys.modules
+assert not isinstance(1, swarm.DNSResolver)
+assert basic_host.MDNSDiscovery.start.__name__ == "start" and "zeroconf" in sys.modules
+import libp2p.crypto.rsa as rsa
+key = rsa.create_new_key_pair(1024).public_key
+assert serialization.deserialize_public_key(key.serialize()) == key
+
+# Other code gets the real modules, whole.
 import requests.adapters
 from requests import Session
-import httpx
-assert httpx.Client and issubclass(requests.HTTPError, OSError) and Session
-assert "urllib3" in sys.modules and "httpx._client" in sys.modules
-try:
-    httpx.nonsense
-except AttributeError as error:
-    assert "nonsense" in str(error)
-else:
-    sys.exit("a name that is not there was found")
-from libp2p.security.tls.autotls import acme
-assert acme.requests.Session is Session and acme.httpx.Client is httpx.Client
+import httpx, prometheus_client, aioquic.quic.connection
+assert httpx.Client and issubclass(requests.HTTPError, OSError) and Session and prometheus_client.Counter
+assert isinstance(aioquic.quic.connection.QuicConnectionError, type(Exception))
 import libp2p
-assert libp2p.new_host
-"""
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+assert libp2p.new_host and libp2p.network.swarm is swarm
+for module in (libp2p, httpx):
+    try:
+        module.nonsense
+    except AttributeError as error:
+        assert "nonsense" in str(error)
+    else:
+        sys.exit("a name that is not there was found")
+from libp2p.kad_dht import KadDHT
+from libp2p.relay.circuit_v2 import CircuitV2Protocol
+from libp2p.transport.quic.transport import QUICTransport
+assert libp2p.new_host(enable_quic=True)
+""")
 
 
-def test_modules_that_are_absent_or_loaded_are_left_alone():
-    with importing.imported_lazily("no_such_module_anywhere", "subprocess"):
+def test_another_thread_that_imports_meanwhile_gets_the_real_modules() -> None:
+    run_python("""
+import sys, threading
+from sparkle_mesh.fabric import importing
+
+got = []
+
+def other():
+    import requests.adapters
+    from httpx import Client
+    class Mine(requests.Session, Client): pass
+    got.append(Mine)
+
+with importing.postponed("requests", "httpx"):
+    import requests as postponed
+    from httpx import Client as stand_in
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+import httpx
+assert got and issubclass(got[0], httpx.Client) and postponed.Session in got[0].__mro__
+assert stand_in is not httpx.Client and not isinstance(1, stand_in)
+""")
+
+
+def test_packages_of_others_and_loaded_modules_are_left_alone() -> None:
+    with importing.postponed("no_such_module_anywhere", "subprocess"):
+        import libp2p.network.swarm as loaded
+
         assert "no_such_module_anywhere" not in sys.modules
         assert sys.modules["subprocess"] is subprocess
+    assert "dial_peer" in dir(loaded.Swarm)

@@ -299,7 +299,7 @@ async def test_close_leaks_no_socket_and_no_thread(echo):
         gc.collect()
     await trio.testing.wait_all_tasks_blocked()
     assert socket_count() == sockets
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads
 
 
 async def test_a_cancelled_block_closes_too(echo):
