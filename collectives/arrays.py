@@ -123,6 +123,14 @@ class Arrays:
         return made
 
 
+def _can_be_sent(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _shorten(name: str) -> str:
     return name if len(name) <= 80 else name[:77] + "…"
 
@@ -167,6 +175,9 @@ def _collect(data: object) -> Arrays:
         wrong = next((key for key in data if not isinstance(key, str)), None)
         if wrong is not None:
             raise UsageError(f"key {wrong!r} is not text; ranks agree on a dict's order by its sorted text keys")
+        broken = next((key for key in data if not _can_be_sent(key)), None)
+        if broken is not None:
+            raise UsageError(f"key {broken!r} holds half a character (a lone surrogate), which cannot be sent")
         return Arrays("dict", tuple(Named(key, _array(data[key], f"the value of {key!r}")) for key in sorted(data)))
     if isinstance(data, list | tuple):
         return Arrays("list", tuple(Named(str(i), _array(value, f"item {i}")) for i, value in enumerate(data)))

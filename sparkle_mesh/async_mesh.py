@@ -147,6 +147,9 @@ class AsyncMesh:
             If a member died or left; the mesh is of no more use then.
         CollectiveTimeoutError
             If the deadline passed; the message names the absent ranks.
+        OutcomeUnknownError
+            If it was given up (deadline, cancellation, Ctrl-C) when others may have returned with the result already;
+            this process has left the mesh then.
         DivergenceError, CollectiveAbortedError, MeshClosedError
             If the results differ between ranks, another rank gave up, or the mesh was closed.
         """
@@ -231,6 +234,7 @@ def open_mesh(
         raise UsageError(f"min_peers is {min_peers}; it must be from 1 to {limits.MESH_MEMBERS_MAX_COUNT}")
     if not 0 < timeout_s <= limits.TIMEOUT_MAX_S:
         raise UsageError(f"timeout_s is {timeout_s}; it must be positive and at most {limits.TIMEOUT_MAX_S:g}")
+    join, listen = _texts("join", join), _texts("listen", listen if listen is not None else _DEFAULT_LISTEN)
     mesh_name, mesh_key, join = _resolve_invites(name, MeshKey.coerce(key), join)
     config = NodeConfig(
         mesh=mesh_name,
@@ -238,7 +242,7 @@ def open_mesh(
         public=public,
         role="trainer",
         identity=Identity.generate(),
-        listen=tuple(listen) if listen is not None else _DEFAULT_LISTEN,
+        listen=tuple(listen),
         join=tuple(join),
         data_dir=resolve_data_dir(data_dir),
         lan=lan,
@@ -268,10 +272,15 @@ async def _open(config: NodeConfig, timeout_s: float) -> AsyncIterator[AsyncMesh
                         await node.membership.leave()
 
 
+def _texts(what: str, given: object) -> Sequence[str]:
+    """Return ``given`` if it is a list or tuple of texts. Its contents are not shown: an invite is a secret."""
+    if not isinstance(given, (list, tuple)) or not all(isinstance(item, str) for item in given):
+        raise UsageError(f"{what} is a {type(given).__name__}; give a list of texts, of one item if there is one")
+    return given
+
+
 def _resolve_invites(name: str, key: MeshKey | None, join: Sequence[str]) -> tuple[str, MeshKey | None, Sequence[str]]:
     """Take name and key from an invite where one stands in their place; refuse invites to another mesh."""
-    if isinstance(join, str):
-        raise UsageError(f"join is the text {join!r}; give a list of addresses or invites")
     if is_invite(name):
         join, name = [name, *join], Invite.decode(name).name
     for item in join:

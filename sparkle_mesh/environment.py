@@ -6,6 +6,7 @@ The only library file that reads the environment.
 from __future__ import annotations
 
 import os
+import stat
 import uuid
 from hashlib import sha256
 from pathlib import Path
@@ -25,21 +26,26 @@ def resolve_data_dir(data_dir: str | os.PathLike[str] | None = None) -> Path:
     Raises
     ------
     UsageError
-        If it cannot be created, is not a folder, or belongs to somebody else.
+        If it is no path, cannot be created, is not a folder, belongs to somebody else, or anybody may write to it.
     """
     chosen = data_dir or os.environ.get(DATA_DIR_VARIABLE)
-    path = Path(chosen).expanduser() if chosen else platformdirs.user_data_path("sparkle-mesh", appauthor=False)
     try:
+        path = Path(chosen).expanduser() if chosen else platformdirs.user_data_path("sparkle-mesh", appauthor=False)
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        owner = path.stat().st_uid
+        status = path.stat()
     except OSError as error:
         raise UsageError(
-            f"data directory {path} cannot be used: {error.strerror}; choose another by data_dir"
+            f"data directory {chosen} cannot be used: {error.strerror}; choose another by data_dir"
         ) from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"data_dir is {chosen!r}, which is no path: {error}") from error
+    owner = status.st_uid
     if hasattr(os, "getuid") and owner != os.getuid():
         raise UsageError(
             f"data directory {path} belongs to user id {owner}, not to this one; choose another by data_dir"
         )
+    if os.name == "posix" and status.st_mode & stat.S_IWOTH:
+        raise UsageError(f"anybody may write to data directory {path}; run `chmod o-w {path}`, or choose another")
     return path
 
 

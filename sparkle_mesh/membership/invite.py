@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from hashlib import sha256
 from typing import Annotated
 
 import msgspec
@@ -12,7 +13,9 @@ from sparkle_mesh import limits, wire
 from sparkle_mesh.errors import ProtocolError, UsageError
 from sparkle_mesh.membership.keys import MeshKey
 
-_PREFIX = "sparkle-invite-1:"
+_SCHEME = "sparkle-invite-"
+_PREFIX = f"{_SCHEME}1:"
+_CHECKSUM_BYTES = 4
 
 
 class _InviteBody(wire.Message, frozen=True):
@@ -35,7 +38,7 @@ class Invite(msgspec.Struct, frozen=True):
         """Return the invite as one line of text."""
         secret = self.key.secret if self.key is not None else None
         body = wire.encode(_InviteBody(name=self.name, key=secret, addresses=self.addresses))
-        return _PREFIX + base64.urlsafe_b64encode(body).decode().rstrip("=")
+        return _PREFIX + base64.urlsafe_b64encode(body + _checksum(body)).decode().rstrip("=")
 
     @classmethod
     def decode(cls, text: str) -> Invite:
@@ -44,21 +47,36 @@ class Invite(msgspec.Struct, frozen=True):
         Raises
         ------
         UsageError
-            If ``text`` is not a whole invite.
+            If ``text`` is not a whole invite. The message holds nothing of it: it may be a secret.
         """
         stripped = text.strip()
         if not is_invite(stripped):
-            raise UsageError(f"{stripped[:40]!r} is not an invite: those begin with {_PREFIX!r}")
+            raise UsageError(f"this is not an invite: those begin with {_PREFIX!r}")
+        if not stripped.startswith(_PREFIX):
+            version = stripped.removeprefix(_SCHEME).partition(":")[0][:20]
+            raise UsageError(f"the invite is of version {version!r} and this program reads version 1; update it")
         encoded = stripped.removeprefix(_PREFIX)
+        damaged = UsageError(f"the invite ({len(stripped)} characters) is cut or mistyped; copy the whole line again")
         try:
             raw = base64.b64decode(encoded + "=" * (-len(encoded) % 4), altchars=b"-_", validate=True)
-            body = wire.decode(raw, _InviteBody)
-        except (binascii.Error, ValueError, ProtocolError) as error:
-            raise UsageError(f"the invite is damaged ({error}); copy the whole line again") from error
-        key = MeshKey(body.key) if body.key is not None else None
-        return cls(name=body.name, key=key, addresses=body.addresses)
+        except (binascii.Error, ValueError) as error:
+            raise damaged from error
+        body, checksum = raw[:-_CHECKSUM_BYTES], raw[-_CHECKSUM_BYTES:]
+        if checksum != _checksum(body):
+            raise damaged
+        try:
+            invite = wire.decode(body, _InviteBody)
+        except ProtocolError as error:
+            raise UsageError("the invite holds what no version of this program writes; ask for a new one") from error
+        key = MeshKey(invite.key) if invite.key is not None else None
+        return cls(name=invite.name, key=key, addresses=invite.addresses)
+
+
+def _checksum(body: bytes) -> bytes:
+    """Return what tells a mistyped character; it proves nothing."""
+    return sha256(b"sparkle invite 1\0" + body).digest()[:_CHECKSUM_BYTES]
 
 
 def is_invite(text: str) -> bool:
     """Whether ``text`` looks like an invite rather than an address."""
-    return text.strip().startswith(_PREFIX)
+    return text.strip().startswith(_SCHEME)

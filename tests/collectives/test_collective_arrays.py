@@ -137,6 +137,7 @@ BASE = np.zeros(100)
         ([[np.ones(2)]], "item 0 is a list inside a container"),
         ({"layer": {"w": np.ones(2)}}, "the value of 'layer' is a dict inside"),
         ({1: np.ones(2)}, "key 1 is not text"),
+        ({"w": np.ones(2), "\ud800": np.ones(2)}, "half a character"),
         (Foreign(), r"is a .*Foreign; pass a NumPy array"),
         ("text", "is a builtins.str"),
         (None, "is a builtins.NoneType"),

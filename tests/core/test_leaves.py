@@ -84,6 +84,13 @@ def test_a_data_dir_that_cannot_be_is_refused(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="cannot be used"):
         environment.resolve_data_dir(tmp_path / "file")
+    for nonsense in (5, "a\0b", "~nobody-of-this-name/x"):
+        with pytest.raises(UsageError, match="no path"):
+            environment.resolve_data_dir(nonsense)  # type: ignore[arg-type]
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    with pytest.raises(UsageError, match="run `chmod o-w"):
+        environment.resolve_data_dir(tmp_path / "open")
     monkeypatch.setattr(os, "getuid", lambda: 123456)
     with pytest.raises(UsageError, match="belongs to user id"):
         environment.resolve_data_dir(tmp_path)

@@ -76,13 +76,20 @@ def test_commands_know_the_options_that_are_shown(processes, blocks):
     for language, code in blocks:
         if language == "sh":
             for line in code.splitlines():
-                if match := re.match(r"(?:python (\S+\.py)|(sparkle-node))", line):
-                    options = re.findall(r"(?<!\S)(--[\w-]+)", line)
+                for match in re.finditer(
+                    r"(?:^|[(;] ?)(?:python (\S+\.py)|(sparkle-node(?: [a-z]\S*)?))([^;)]*)", line
+                ):
+                    options = re.findall(r"(?<!\S)(--[\w-]+)", match[3])
                     shown.setdefault(match[1] or match[2], set()).update(options)
-    assert set(shown) == {"examples/train_digits.py", "benchmarks/all_reduce.py", "sparkle-node"}
-    node = ["-c", "from sparkle_mesh.cli.node import main; main()", "--help"]
+    node = {"sparkle-node", "sparkle-node new-key", "sparkle-node invite"}
+    assert set(shown) == {"examples/train_digits.py", "benchmarks/all_reduce.py", *node}
     for command, options in shown.items():
-        ended = processes.run(*(node if command == "sparkle-node" else [command, "--help"]))
+        program, *subcommand = command.split()
+        ended = processes.run(
+            *(["-c", "from sparkle_mesh.cli.node import main; main()"] if command in node else [program]),
+            *subcommand,
+            "--help",
+        )
         assert ended.code == 0, ended.err
         assert options <= set(re.findall(r"--[\w-]+", ended.out)), command
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparkle_mesh.errors import AuthenticationError, UsageError
+from sparkle_mesh.membership import invite
 from sparkle_mesh.membership.invite import Invite, is_invite
 from sparkle_mesh.membership.keys import MeshKey, MeshSecrets
 
@@ -123,18 +125,33 @@ def test_gossip_unseals_only_under_the_same_key() -> None:
     addresses=st.lists(st.text(min_size=1, max_size=60), max_size=5),
 )
 def test_invites_round_trip(name: str, keyed: bool, addresses: list[str]) -> None:
-    invite = Invite(name=name, key=KEY if keyed else None, addresses=tuple(addresses))
-    text = invite.encode()
+    made = Invite(name=name, key=KEY if keyed else None, addresses=tuple(addresses))
+    text = made.encode()
     assert "\n" not in text
     assert is_invite(text)
-    assert Invite.decode(text + "\n") == invite
+    assert Invite.decode(text + "\n") == made
 
 
-def test_damaged_invites_are_refused() -> None:
+def test_damaged_invites_are_refused_and_never_shown() -> None:
     text = Invite(name="run", key=KEY, addresses=()).encode()
-    for damaged in (text[:-4], text.replace("sparkle-invite-1:", "sparkle-invite-1:*"), "sparkle-invite-1:"):
-        with pytest.raises(UsageError, match="damaged"):
+    swapped = [text[:at] + ("A" if text[at] != "A" else "B") + text[at + 1 :] for at in range(17, len(text))]
+    for damaged in (text[:-4], text.replace("invite-1:", "invite-1:*"), "sparkle-invite-1:", text + "A", *swapped):
+        with pytest.raises(UsageError, match="cut or mistyped") as caught:
             Invite.decode(damaged)
+        assert damaged[20:] not in str(caught.value) or not damaged[20:]
     with pytest.raises(UsageError, match="not an invite"):
         Invite.decode("/ip4/127.0.0.1/tcp/1")
     assert not is_invite("/ip4/127.0.0.1/tcp/1")
+
+
+def test_an_invite_of_another_version_is_told_from_a_name() -> None:
+    assert is_invite("sparkle-invite-2:abc")
+    with pytest.raises(UsageError, match="version '2' and this program reads version 1"):
+        Invite.decode("sparkle-invite-2:abc")
+
+
+def test_an_invite_that_holds_nonsense_is_refused() -> None:
+    body = b"\x81\xa4name\x07"
+    text = "sparkle-invite-1:" + base64.urlsafe_b64encode(body + invite._checksum(body)).decode().rstrip("=")
+    with pytest.raises(UsageError, match="ask for a new one"):
+        Invite.decode(text)
