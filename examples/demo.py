@@ -319,9 +319,15 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     """Run the demo; exit code 1 and the reason if something does not work."""
     options = parse_options()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        # As if by Ctrl-C, so that the children are ended on the way out.
-        signal.signal(number, lambda *_: signal.raise_signal(signal.SIGINT))
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    # All as if by Ctrl-C, so that the children are ended on the way out; also where a shell that starts this in the
+    # background ignores that one. What is ignored under nohup stays ignored.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
     try:
         run(options)
     except DemoError as error:

@@ -80,9 +80,18 @@ def test_deadline_ends_everything(processes, short_folder, tmp_path):
     assert list(short_folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_demo_ends_its_processes(processes, short_folder, tmp_path, number):
-    process = processes.start(DEMO, "--steps", "1000000", "--ranks", "2", "--out", tmp_path, TMPDIR=str(short_folder))
+@pytest.mark.parametrize(
+    ("number", "in_background"), [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGTERM, True)]
+)
+def test_interrupted_demo_ends_its_processes(processes, short_folder, tmp_path, number, in_background):
+    # A shell has what it starts in the background ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if in_background else signal.default_int_handler)
+    try:
+        process = processes.start(
+            DEMO, "--steps", "1000000", "--ranks", "2", "--out", tmp_path, TMPDIR=str(short_folder)
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert process.stdout is not None
     assert process.stdout.readline().startswith("sparkle demo:")
     children = processes_of(short_folder)
