@@ -106,7 +106,8 @@ PROPOSER_STAGGER_S = 2.0
 PROPOSAL_TIMEOUT_S = 5.0
 PROPOSAL_RETRY_S = 0.2
 PING_INTERVAL_S = 2.0
-SILENCE_TIMEOUT_S = 15.0
+# A member that compiles or loads may hold the interpreter for long; one that died is noticed by its closed connection.
+SILENCE_TIMEOUT_S = 30.0
 PRESENCE_INTERVAL_S = 10.0
 MESH_PEERS_MAX_COUNT = 2048
 MESH_OUTBOX_MAX_COUNT = 4096

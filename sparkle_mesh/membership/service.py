@@ -213,11 +213,18 @@ class MembershipService:
 
     async def _keep_pinging(self) -> None:
         probe = 0
+        before = trio.current_time()
         while True:
             await trio.sleep(limits.PING_INTERVAL_S * self._entropy.uniform(0.9, 1.1))
             now = trio.current_time()
+            held_up = now - before > 2 * limits.PING_INTERVAL_S
+            before = now
             probe += 1
             for channel in list(self._channels.values()):
+                if held_up:
+                    # This process did not run (a stop, a suspended laptop, the interpreter held by somebody's C code):
+                    # what the others said meanwhile is not read yet.
+                    channel.last_heard = now
                 silence = now - channel.last_heard
                 if silence > limits.SILENCE_TIMEOUT_S:
                     channel.drop(f"it was silent for {silence:.1f} s")

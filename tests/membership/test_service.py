@@ -225,6 +225,17 @@ async def test_silence_is_noticed_within_its_deadline(autojump_clock: trio.testi
         assert trio.current_time() - before < limits.SILENCE_TIMEOUT_S + 2 * limits.PING_INTERVAL_S
 
 
+async def test_who_did_not_run_itself_blames_nobody(autojump_clock: trio.testing.MockClock) -> None:
+    async with open_mesh() as mesh:
+        a, b = await mesh.start("a"), await mesh.start("b")
+        await join(a, b)
+        await a.until(ViewChanged)
+        autojump_clock.jump(10 * limits.SILENCE_TIMEOUT_S)
+        await trio.sleep(limits.SILENCE_TIMEOUT_S)
+        assert a.service.is_admitted("b")
+        assert b.service.is_admitted("a")
+
+
 async def test_a_peer_that_comes_again_replaces_its_old_stream(autojump_clock: trio.testing.MockClock) -> None:
     async with open_mesh() as mesh:
         b = await mesh.start("b")
