@@ -98,7 +98,7 @@ def test_invites_that_contradict_are_refused(key_file: Path) -> None:
 
 
 def test_a_damaged_invite_is_refused() -> None:
-    with pytest.raises(UsageError, match="damaged"):
+    with pytest.raises(UsageError, match="cut or mistyped"):
         resolve(join=(Invite("ours", KEY, ()).encode()[:-3],))
 
 
