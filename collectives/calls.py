@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from sparkle_mesh import limits
-from sparkle_mesh.collectives.arrays import Arrays
+from sparkle_mesh.collectives.arrays import Arrays, check_arrays
 from sparkle_mesh.collectives.broadcast import chain_broadcast, tree_broadcast
-from sparkle_mesh.collectives.cost import segment_bytes
+from sparkle_mesh.collectives.cost import choose_algorithm, segment_bytes
 from sparkle_mesh.collectives.plan import Plan, cached_plan
+from sparkle_mesh.collectives.reduction import check_dtype, check_op
 from sparkle_mesh.collectives.ring import ring_all_reduce
 from sparkle_mesh.collectives.schedule import Schedule
 from sparkle_mesh.collectives.tree import tree_all_reduce
+from sparkle_mesh.errors import UsageError
 
 # Into how many streams an algorithm divides a vector, for choosing the size of segments.
 _STREAMS: dict[str, Callable[[int], int]] = {"ring": lambda size: size, "tree": lambda _: 2}
@@ -56,3 +61,39 @@ class Call:
         segment = max(segment_bytes(count * item_bytes, streams) // item_bytes, 1)
         root = () if self.root is None else (self.root,)
         return cached_plan(_ALGORITHMS[self.algorithm], rank, size, count, segment, *root)
+
+
+def all_reduce_call(data: object, op: str, algorithm: str, size: int) -> Call:
+    """Check the arguments of an all-reduce among ``size`` ranks. Raises UsageError."""
+
+    def check(dtype: np.dtype[Any], label: str) -> None:
+        check_dtype(dtype, label)
+        check_op(op, dtype, label)
+
+    check_op(op, np.dtype(np.float32), "the data")
+    arrays = check_arrays(data, check)
+    return Call("all_reduce", choose_algorithm(arrays.nbytes, size, asked=algorithm), arrays, op)
+
+
+def broadcast_call(data: object, root: object, rank: int, size: int) -> Call:
+    """Check the arguments that ``rank`` gives a broadcast among ``size`` ranks. Raises UsageError."""
+    if isinstance(root, bool) or not isinstance(root, int) or not 0 <= root < size:
+        raise UsageError(f"root {root!r} is not a rank: there are ranks 0 to {size - 1}")
+    arrays = check_arrays(data, check_dtype, written=rank != root)
+    return Call("broadcast", choose_algorithm(arrays.nbytes, size, kind="broadcast"), arrays, root=root)
+
+
+def barrier_call() -> Call:
+    """Return the call of a barrier: an operation without data."""
+    return Call("barrier", "direct", Arrays("list", ()))
+
+
+def check_timeout(timeout_s: object) -> float:
+    """Return the seconds that a call may take, ``limits.COLLECTIVE_TIMEOUT_S`` for None. Raises UsageError."""
+    if timeout_s is None:
+        return limits.COLLECTIVE_TIMEOUT_S
+    if not isinstance(timeout_s, (int, float)) or not 0 < timeout_s <= limits.TIMEOUT_MAX_S:
+        raise UsageError(
+            f"timeout_s is {timeout_s!r}; it must be positive and at most {limits.TIMEOUT_MAX_S:g} seconds"
+        )
+    return timeout_s

@@ -23,23 +23,21 @@ Calls from several tasks take turns in the order in which they were made.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
-import numpy as np
 import trio
 
 from sparkle_mesh import limits, wire
 from sparkle_mesh.collectives.agreement import Agreement, name_ranks
-from sparkle_mesh.collectives.arrays import Arrays, check_arrays
-from sparkle_mesh.collectives.calls import Call
-from sparkle_mesh.collectives.cost import choose_algorithm
+from sparkle_mesh.collectives.calls import Call, all_reduce_call, barrier_call, broadcast_call, check_timeout
 from sparkle_mesh.collectives.digest import digest_key
 from sparkle_mesh.collectives.exchange import Exchange
 from sparkle_mesh.collectives.executor import BufferPool, Execution, Lane
 from sparkle_mesh.collectives.messages import Abort, Begin, Control, Prepared, call_digest
 from sparkle_mesh.collectives.operation import Operation, Outcome
-from sparkle_mesh.collectives.reduction import Reduction, check_dtype, check_op
+from sparkle_mesh.collectives.reduction import Reduction
 from sparkle_mesh.errors import (
     CollectiveAbortedError,
     CollectiveTimeoutError,
@@ -130,60 +128,50 @@ class CollectiveGroup:
         op: str = "sum",
         *,
         algorithm: str = "auto",
-        timeout_s: float = limits.COLLECTIVE_TIMEOUT_S,
+        timeout_s: float | None = None,
     ) -> T:
-        """Combine the arrays of all ranks, element by element; every rank ends with the same bits.
+        """Combine the arrays of all ranks, element by element; every rank ends with the same bits. Returns ``data``.
 
         Parameters
         ----------
         data
-            An array, or a list, tuple or dict of arrays (:mod:`sparkle_mesh.collectives.arrays`), float32, float64 or
-            integer; the same shapes, dtypes and keys on every rank. Reduced in place.
+            What :mod:`.arrays` accepts; the same shapes, dtypes and keys on every rank. Reduced in place.
         op
             ``"sum"`` or ``"mean"``.
         algorithm
             ``"auto"``, ``"ring"`` or ``"tree"``.
         timeout_s
-            How long to wait for the other ranks.
-
-        Returns
-        -------
-        The very object that was passed.
+            How long to wait for the other ranks; ``limits.COLLECTIVE_TIMEOUT_S`` if None.
 
         Raises
         ------
         UsageError
-            For data, an op or an algorithm that cannot be; nothing was sent.
+            For data, an op, an algorithm or a timeout that cannot be. The call counts all the same: on ranks where it
+            can be made it raises CollectiveAbortedError, so that the next call is the same one everywhere.
         MismatchError, DivergenceError, CollectiveTimeoutError, CollectiveAbortedError, PeerLostError,
         OutcomeUnknownError, MeshClosedError
             See the module's text. The arrays are as they were.
         """
-
-        def check(dtype: np.dtype[Any], label: str) -> None:
-            check_dtype(dtype, label)
-            check_op(op, dtype, label)
-
-        check_op(op, np.dtype(np.float32), "the data")
-        arrays = check_arrays(data, check)
-        name = choose_algorithm(arrays.nbytes, self.size, asked=algorithm)
-        await self._perform(Call("all_reduce", name, arrays, op), timeout_s)
+        async with self._refusals("all_reduce"):
+            call, deadline_s = all_reduce_call(data, op, algorithm, self.size), check_timeout(timeout_s)
+        await self._perform(call, deadline_s)
         return data
 
-    async def broadcast(self, data: T, root: int = 0, *, timeout_s: float = limits.COLLECTIVE_TIMEOUT_S) -> T:
+    async def broadcast(self, data: T, root: int = 0, *, timeout_s: float | None = None) -> T:
         """Overwrite the arrays of all ranks with those of ``root``.
 
         Parameters and errors are as for :meth:`all_reduce`; the root's own arrays may be read-only.
         """
-        if isinstance(root, bool) or not isinstance(root, int) or not 0 <= root < self.size:
-            raise UsageError(f"root {root!r} is not a rank: there are ranks 0 to {self.size - 1}")
-        arrays = check_arrays(data, check_dtype, written=self.rank != root)
-        name = choose_algorithm(arrays.nbytes, self.size, kind="broadcast")
-        await self._perform(Call("broadcast", name, arrays, root=root), timeout_s)
+        async with self._refusals("broadcast"):
+            call, deadline_s = broadcast_call(data, root, self.rank, self.size), check_timeout(timeout_s)
+        await self._perform(call, deadline_s)
         return data
 
-    async def barrier(self, *, timeout_s: float = limits.COLLECTIVE_TIMEOUT_S) -> None:
+    async def barrier(self, *, timeout_s: float | None = None) -> None:
         """Return once every rank has called it. Errors are as for :meth:`all_reduce`."""
-        await self._perform(Call("barrier", "direct", Arrays("list", ())), timeout_s)
+        async with self._refusals("barrier"):
+            deadline_s = check_timeout(timeout_s)
+        await self._perform(barrier_call(), deadline_s)
 
     # --- What the owner uses ---------------------------------------------------------------------
 
@@ -291,8 +279,6 @@ class CollectiveGroup:
     # --- One operation ---------------------------------------------------------------------------
 
     async def _perform(self, call: Call, timeout_s: float) -> None:
-        if not timeout_s > 0:
-            raise UsageError(f"timeout_s is {timeout_s!r}; it must be above 0")
         started = trio.current_time()
         operation: Operation | None = None
         with trio.move_on_after(timeout_s) as scope:
@@ -313,24 +299,19 @@ class CollectiveGroup:
             )
         if operation.failure is not None:
             raise operation.failure
-        self.last_outcome = Outcome(
-            kind=call.kind,
-            algorithm=call.algorithm,
-            contributors=(call.root,) if call.root is not None else tuple(range(self.size)),
-            epoch=self.epoch,
-            operation=operation.number,
-            bytes=call.arrays.nbytes,
-            bytes_sent=operation.execution.bytes_sent,
-            seconds=trio.current_time() - started,
-        )
+        self.last_outcome = operation.outcome(call, self.size, trio.current_time() - started)
 
     def _start(self, call: Call) -> Operation:
         if self._ended is not None:
             raise type(self._ended)(str(self._ended))
         if self._nursery is None and self.size > 1:
             raise UsageError("run() of the collective group must be running before its collectives are called")
-        # First whatever may fail on this rank alone: once it has a number, the others wait for it.
-        buckets, lanes = self._lanes(call)
+        # First whatever may fail on this rank alone, such as memory: once it has begun, the others wait for it.
+        try:
+            buckets, lanes = self._lanes(call)
+        except BaseException as error:
+            self._skip(f"its call failed with {type(error).__name__}: {error}")
+            raise
         self.number += 1
         begin = Begin(
             epoch=self.epoch,
@@ -390,6 +371,27 @@ class CollectiveGroup:
                 self._pool.give(bucket.data)
 
     # --- Failure ---------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _refusals(self, kind: str) -> AsyncIterator[None]:
+        """Let a call that is refused within the block count in its turn, here and on all other ranks."""
+        try:
+            yield
+        except UsageError as error:
+            async with self._turn:
+                self._skip(f"its {kind} was refused: {error}")
+            raise
+
+    def _skip(self, reason: str) -> None:
+        """The next operation is none on this rank: tell the others, who may have begun it or will."""
+        if self._ended is not None or self._lost or self._nursery is None:
+            return
+        self.number += 1
+        for exchange in self._exchanges.values():
+            exchange.ahead.pop(self.number, None)
+        began, self.next_operation = self.next_operation, trio.Event()
+        began.set()
+        self._post(self._abort_message("refused", reason=reason))
 
     def _give_up(self, operation: Operation, timed_out: str | None) -> None:
         """The caller stops waiting: because it was cancelled, or because time ran out."""

@@ -8,6 +8,7 @@ import trio
 
 from sparkle_mesh.collectives.agreement import Agreement
 from sparkle_mesh.collectives.arrays import Bucket
+from sparkle_mesh.collectives.calls import Call
 from sparkle_mesh.collectives.executor import Execution, Lane
 from sparkle_mesh.collectives.messages import Begin
 from sparkle_mesh.collectives.schedule import Space
@@ -76,3 +77,16 @@ class Operation:
         for bucket, lane in zip(self.buckets, self.lanes, strict=True):
             if lane.plan.schedule.result is Space.WORK:
                 bucket.commit(lane.work)
+
+    def outcome(self, call: Call, size: int, seconds: float) -> Outcome:
+        """Return how ``call`` among ``size`` ranks went."""
+        return Outcome(
+            kind=call.kind,
+            algorithm=call.algorithm,
+            contributors=(call.root,) if call.root is not None else tuple(range(size)),
+            epoch=self.begin.epoch,
+            operation=self.number,
+            bytes=call.arrays.nbytes,
+            bytes_sent=self.execution.bytes_sent,
+            seconds=seconds,
+        )

@@ -140,7 +140,8 @@ class AsyncMesh:
         Raises
         ------
         UsageError
-            If an array cannot be reduced in place (read-only, overlapping, a dtype that is not supported).
+            If an array cannot be reduced in place (read-only, overlapping, a dtype that is not supported). Ranks where
+            it can be get a CollectiveAbortedError, so that the next call is the same one everywhere.
         MismatchError
             On every rank, if ranks called different collectives or gave other shapes, dtypes or ops.
         PeerLostError
@@ -154,17 +155,17 @@ class AsyncMesh:
             If the results differ between ranks, another rank gave up, or the mesh was closed.
         """
         self._check_process()
-        return await self._group.all_reduce(data, op, algorithm=algorithm, timeout_s=_deadline(timeout_s))
+        return await self._group.all_reduce(data, op, algorithm=algorithm, timeout_s=timeout_s)
 
     async def broadcast(self, data: D, root: int = 0, *, timeout_s: float | None = None) -> D:
         """Copy ``data`` of rank ``root`` into ``data`` of every rank; returns it. Errors as :meth:`all_reduce`."""
         self._check_process()
-        return await self._group.broadcast(data, root, timeout_s=_deadline(timeout_s))
+        return await self._group.broadcast(data, root, timeout_s=timeout_s)
 
     async def barrier(self, *, timeout_s: float | None = None) -> None:
         """Wait until every rank has called it. Errors as :meth:`all_reduce`."""
         self._check_process()
-        await self._group.barrier(timeout_s=_deadline(timeout_s))
+        await self._group.barrier(timeout_s=timeout_s)
 
     # --- Inside ---------------------------------------------------------------------------------
 
@@ -347,16 +348,6 @@ async def _connect_members(
                         connecting.start_soon(connect, rank, member.peer_id)
             watching.cancel_scope.cancel()
     return links
-
-
-def _deadline(timeout_s: float | None) -> float:
-    if timeout_s is None:
-        return limits.COLLECTIVE_TIMEOUT_S
-    if not isinstance(timeout_s, (int, float)) or not 0 < timeout_s <= limits.TIMEOUT_MAX_S:
-        raise UsageError(
-            f"timeout_s is {timeout_s!r}; it must be positive and at most {limits.TIMEOUT_MAX_S:g} seconds"
-        )
-    return timeout_s
 
 
 def _close_in_child() -> None:

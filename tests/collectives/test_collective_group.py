@@ -89,7 +89,7 @@ async def test_broadcast_from_every_root(size: int, count: int, make_world: Any)
 
 
 async def test_a_long_broadcast_down_the_tree(make_world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparkle_mesh.collectives.group.choose_algorithm", lambda *_, **__: "binary_tree")
+    monkeypatch.setattr("sparkle_mesh.collectives.calls.choose_algorithm", lambda *_, **__: "binary_tree")
     async with make_world(7).running() as world:
         data = [{"a": numbers("f4", 300_000, rank), "b": numbers("f4", 5, rank)[::2]} for rank in range(7)]
         expected = {name: array.copy() for name, array in data[3].items()}
