@@ -121,7 +121,7 @@ class Progress:
         line = (
             f"rank {state['rank']}/{self.mesh.size}  step {step}/{self.steps}  loss {loss:.4f}  "
             f"accuracy {test_accuracy:.1%}  {state['step_ms']:.1f} ms/step  {state['bytes'] / 1e6:.1f} MB  "
-            f"{state['peers']} peers"
+            f"peers {state['peers']}"
         )
         if self.as_json:
             print(json.dumps(state), flush=True)
@@ -202,7 +202,7 @@ def main() -> None:
     options = parse_options()
     print(f"waiting for {options.min_peers} ranks in the mesh {options.mesh!r} ...", file=sys.stderr, flush=True)
     try:
-        key = options.key_file.read_text() if options.key_file else None
+        key = sparkle.MeshKey.load(options.key_file) if options.key_file else None
         with sparkle.join(  # mesh: find the others
             options.mesh, key=key, min_peers=options.min_peers, timeout_s=options.timeout, join=options.join
         ) as mesh:

@@ -236,6 +236,8 @@ def open_mesh(
     if not 0 < timeout_s <= limits.TIMEOUT_MAX_S:
         raise UsageError(f"timeout_s is {timeout_s}; it must be positive and at most {limits.TIMEOUT_MAX_S:g}")
     join, listen = _texts("join", join), _texts("listen", listen if listen is not None else _DEFAULT_LISTEN)
+    if not listen:
+        raise UsageError("listen is empty; give an address to listen on, or leave it out")
     mesh_name, mesh_key, join = _resolve_invites(name, MeshKey.coerce(key), join)
     config = NodeConfig(
         mesh=mesh_name,

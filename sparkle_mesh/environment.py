@@ -28,6 +28,8 @@ def resolve_data_dir(data_dir: str | os.PathLike[str] | None = None) -> Path:
     UsageError
         If it is no path, cannot be created, is not a folder, belongs to somebody else, or anybody may write to it.
     """
+    if data_dir == "":
+        raise UsageError("data_dir is empty; name a folder, or leave it out for the default one")
     chosen = data_dir or os.environ.get(DATA_DIR_VARIABLE)
     try:
         path = Path(chosen).expanduser() if chosen else platformdirs.user_data_path("sparkle-mesh", appauthor=False)
@@ -35,14 +37,14 @@ def resolve_data_dir(data_dir: str | os.PathLike[str] | None = None) -> Path:
         status = path.stat()
     except OSError as error:
         raise UsageError(
-            f"data directory {chosen} cannot be used: {error.strerror}; choose another by data_dir"
+            f"data directory {chosen} cannot be used: {error.strerror}; choose another data directory"
         ) from error
     except (TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"data_dir is {chosen!r}, which is no path: {error}") from error
     owner = status.st_uid
     if hasattr(os, "getuid") and owner != os.getuid():
         raise UsageError(
-            f"data directory {path} belongs to user id {owner}, not to this one; choose another by data_dir"
+            f"data directory {path} belongs to user id {owner}, not to this one; choose another data directory"
         )
     if os.name == "posix" and status.st_mode & stat.S_IWOTH:
         raise UsageError(f"anybody may write to data directory {path}; run `chmod o-w {path}`, or choose another")

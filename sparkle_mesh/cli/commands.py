@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -56,7 +57,19 @@ def run_command_line(arguments: Sequence[str], stop: StopSignals, *, launch: Lau
     except SparkleError as error:
         wrong_use = isinstance(error, UsageError) and not isinstance(error, IdentityError)
         return _complain(str(error), EXIT_WRONG_USE if wrong_use else EXIT_FAILED)
+    except OSError as error:
+        # What talks to the node or reads files says more itself: this is a full disk behind stdout.
+        with suppress(OSError):
+            sys.stdout.close()
+        return _complain(f"the output could not be written: {error.strerror or error}", EXIT_FAILED)
     return result if isinstance(result, int) else 0
+
+
+class _DataDir(click.Path):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("it is empty; name a folder, or leave the option out for the default one", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 def _complain(message: str, code: int) -> int:
@@ -67,7 +80,7 @@ def _complain(message: str, code: int) -> int:
 def _data_dir_option(function: F) -> F:
     return click.option(
         "--data-dir",
-        type=click.Path(path_type=Path, file_okay=False),
+        type=_DataDir(path_type=Path, file_okay=False),
         help="Where everything is kept.  [default: $SPARKLE_DATA_DIR, else the user's data folder]",
     )(function)
 

@@ -126,8 +126,11 @@ def check_join_address(address: str) -> None:
         ):
             if not protocol.startswith("ip") or _is_ip(protocol, host):
                 return
+    # Shown only if it cannot be a mangled invite, which is a secret.
+    harmless = address.startswith("/") or len(address) < 40
+    shown = repr(address[:80]) if harmless else f"({len(address)} characters)"
     raise UsageError(
-        f"--join {address[:80]!r} is neither an invite nor an address with a peer id; give one like "
+        f"--join {shown} is neither an invite nor an address with a peer id; give one like "
         f"/ip4/192.168.1.4/tcp/{limits.DEFAULT_PORT}/p2p/12D3KooW…, as the other node prints it"
     )
 

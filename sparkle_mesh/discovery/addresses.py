@@ -82,6 +82,12 @@ def parse_join_address(text: str) -> tuple[PeerId, Address]:
     UsageError
         If ``text`` is not of the form ``/ip4/192.168.1.4/tcp/45654/p2p/<peer id>`` (or ip6, dns, dns4, dns6).
     """
+    if not text.strip().startswith("/"):
+        # Not shown: it may be a mangled invite, which is a secret.
+        raise UsageError(
+            f"what was given to join at ({len(text)} characters) is neither an address nor an invite; expected e.g. "
+            f"{EXAMPLE} (sparkle-node prints its own at start)"
+        )
     shown = text if len(text) <= limits.ADDRESS_MAX_CHARS else text[: limits.ADDRESS_MAX_CHARS] + "…"
     address, separator, peer_id = text.strip().rpartition("/p2p/")
     if not separator:

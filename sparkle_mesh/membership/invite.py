@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
+from difflib import SequenceMatcher
 from hashlib import sha256
 from typing import Annotated
 
@@ -16,6 +18,10 @@ from sparkle_mesh.membership.keys import MeshKey
 _SCHEME = "sparkle-invite-"
 _PREFIX = f"{_SCHEME}1:"
 _CHECKSUM_BYTES = 4
+#: No invite is shorter; names of meshes mostly are.
+_LEAST_CHARS = len(_PREFIX) + 16
+#: How much of its beginning a text shares with invites if it is one in which a character or two are wrong.
+_LIKENESS = 0.75
 
 
 class _InviteBody(wire.Message, frozen=True):
@@ -52,11 +58,15 @@ class Invite(msgspec.Struct, frozen=True):
         stripped = text.strip()
         if not is_invite(stripped):
             raise UsageError(f"this is not an invite: those begin with {_PREFIX!r}")
+        damaged = UsageError(f"the invite ({len(stripped)} characters) is cut or mistyped; copy the whole line again")
+        if not stripped.startswith(_SCHEME):
+            raise damaged
         if not stripped.startswith(_PREFIX):
-            version = stripped.removeprefix(_SCHEME).partition(":")[0][:20]
+            version = stripped.removeprefix(_SCHEME).partition(":")[0]
+            if not re.fullmatch(r"[0-9]{1,9}", version):
+                raise damaged
             raise UsageError(f"the invite is of version {version!r} and this program reads version 1; update it")
         encoded = stripped.removeprefix(_PREFIX)
-        damaged = UsageError(f"the invite ({len(stripped)} characters) is cut or mistyped; copy the whole line again")
         try:
             raw = base64.b64decode(encoded + "=" * (-len(encoded) % 4), altchars=b"-_", validate=True)
         except (binascii.Error, ValueError) as error:
@@ -78,5 +88,10 @@ def _checksum(body: bytes) -> bytes:
 
 
 def is_invite(text: str) -> bool:
-    """Whether ``text`` looks like an invite rather than an address."""
-    return text.strip().startswith(_SCHEME)
+    """Whether ``text`` looks like an invite, be it a mistyped one, rather than like a name or an address."""
+    stripped = text.strip()
+    if stripped.startswith(_SCHEME):
+        return True
+    # A long text that begins nearly so: it must not be shown, nor be taken for the name of a mesh.
+    start = stripped[: len(_PREFIX)].lower()
+    return len(stripped) >= _LEAST_CHARS and SequenceMatcher(None, start, _PREFIX).ratio() >= _LIKENESS

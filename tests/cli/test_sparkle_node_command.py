@@ -380,3 +380,25 @@ def test_a_node_killed_while_it_imports_ends_cleanly(data_dir: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith(" stopped\n")
     assert [path for path in data_dir.rglob("*") if not path.is_dir()] == []
+
+
+def test_an_empty_data_dir_is_wrong_use(call: Any) -> None:
+    for arguments in (["--data-dir", ""], ["id", "--data-dir", ""]):
+        code, out, err = call(*arguments)
+        assert (code, out) == (2, "")
+        assert "it is empty; name a folder" in err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_cannot_be_written_is_one_line_and_a_failure(data_dir: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "sparkle_mesh.cli.node", "id"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            env={**os.environ, "SPARKLE_DATA_DIR": str(data_dir)},
+        )
+    assert ended.returncode == 1
+    assert ended.stderr == "sparkle-node: the output could not be written: No space left on device\n"

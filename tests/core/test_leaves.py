@@ -87,6 +87,8 @@ def test_a_data_dir_that_cannot_be_is_refused(tmp_path: Path, monkeypatch: pytes
     for nonsense in (5, "a\0b", "~nobody-of-this-name/x"):
         with pytest.raises(UsageError, match="no path"):
             environment.resolve_data_dir(nonsense)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="data_dir is empty"):
+        environment.resolve_data_dir("")
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)
     with pytest.raises(UsageError, match="run `chmod o-w"):

@@ -116,12 +116,12 @@ def test_join_address(peer_ids):
     ("text", "complaint"),
     [
         ("/ip4/1.2.3.4/tcp/5", "lacks the peer id"),
-        ("1.2.3.4:5", "lacks the peer id"),
+        ("1.2.3.4:5", "neither an address nor an invite"),
         ("/ip4/1.2.3.4/tcp/5/p2p/abc", "no peer id"),
         ("/ip4/1.2.3.4/tcp/5/p2p/", "no peer id"),
         (EXAMPLE.replace("/tcp/", "/udp/"), "does not start with an address"),
         (EXAMPLE[:-1] + "0", "no peer id"),
-        ("x" * 10_000, "lacks the peer id"),
+        ("x" * 10_000, "10000 characters. is neither"),
     ],
 )
 def test_wrong_join_address_is_told_with_an_example(text, complaint):

@@ -86,7 +86,7 @@ def test_alone_it_says_what_it_waited_for(processes, mesh_name):
 
 def test_missing_key_file_is_one_line(load_example, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", [TRAINER, "--key-file", str(tmp_path / "none.key")])
-    with pytest.raises(SystemExit, match=r"^train_digits\.py: .*none\.key'$"):
+    with pytest.raises(SystemExit, match=r"^train_digits\.py: key file .*none\.key does not exist; make one with .*`$"):
         load_example("train_digits").main()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,23 @@ def test_damaged_invites_are_refused_and_never_shown() -> None:
     with pytest.raises(UsageError, match="not an invite"):
         Invite.decode("/ip4/127.0.0.1/tcp/1")
     assert not is_invite("/ip4/127.0.0.1/tcp/1")
+
+
+@pytest.mark.parametrize("change", [str.capitalize, lambda text: "spaAkle" + text[7:], lambda text: text[1:]])
+def test_an_invite_with_a_mistyped_beginning_is_no_name(change: Callable[[str], str]) -> None:
+    text = Invite(name="run", key=KEY, addresses=()).encode()
+    mistyped = change(text[:17]) + text[17:]
+    assert is_invite(mistyped)
+    with pytest.raises(UsageError, match="cut or mistyped"):
+        Invite.decode(mistyped)
+    for name in (
+        "sparkle-invites",
+        "sparkle invite 1: a mesh",
+        "run",
+        "x" * 200,
+        "/ip4/127.0.0.1/tcp/1/p2p/" + "x" * 50,
+    ):
+        assert not is_invite(name)
 
 
 def test_an_invite_of_another_version_is_told_from_a_name() -> None:

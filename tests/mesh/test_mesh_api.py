@@ -168,6 +168,7 @@ def test_a_latecomer_is_told_that_the_mesh_runs_without_it(tmp_path: Path) -> No
         ({"join": [Invite(name="other", key=None, addresses=()).encode()]}, "'other', not 'run'"),
         ({"key": KEY, "join": [Invite(name="run", key=MeshKey(b"x" * 32), addresses=()).encode()]}, "another key"),
         ({"listen": ["nonsense"]}, "nonsense"),
+        ({"listen": []}, "listen is empty"),
     ],
 )
 def test_what_cannot_be_is_refused_at_once(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
