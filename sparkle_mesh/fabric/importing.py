@@ -1,4 +1,4 @@
-"""Imports py-libp2p at a third of its usual price.
+"""Imports py-libp2p at a third of its usual price or less.
 
 Most of what py-libp2p imports serves transports, key types and discoveries that a fabric does not use: QUIC, RSA,
 mDNS, DNS, Prometheus, HTTP. Ten processes that start at once on two cores wait seconds for that. So, while a fabric's
