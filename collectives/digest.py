@@ -59,16 +59,16 @@ class SegmentDigest:
 def segment_digest(key: bytes, segment: Array) -> bytes:
     """Return the digest of a contiguous flat array as a whole."""
     digest = SegmentDigest(key)
-    for part in parts(segment):
-        digest.update(part)
+    for start, stop in parts(segment.size, segment.itemsize):
+        digest.update(segment[start:stop])
     return digest.digest()
 
 
-def parts(segment: Array) -> Iterator[Array]:
-    """Cut a contiguous flat array into its parts; an empty one has none."""
-    step = limits.COLLECTIVE_PART_BYTES // segment.itemsize
-    for start in range(0, segment.size, step):
-        yield segment[start : start + step]
+def parts(count: int, item_bytes: int) -> Iterator[tuple[int, int]]:
+    """Cut ``count`` elements of ``item_bytes`` each into the ranges that are digested at a time."""
+    step = limits.COLLECTIVE_PART_BYTES // item_bytes
+    for start in range(0, count, step):
+        yield start, min(start + step, count)
 
 
 def whole_digest(key: bytes, segments: list[bytes]) -> bytes:

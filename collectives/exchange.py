@@ -17,6 +17,7 @@ import numpy as np
 import trio
 
 from sparkle_mesh import limits
+from sparkle_mesh.collectives.digest import parts
 from sparkle_mesh.collectives.messages import (
     Abort,
     Begin,
@@ -235,22 +236,20 @@ class Exchange:
         last = expected.index if reduction is None else reduction
         digest = lane.digest_of(last)
         target = lane.target(expected) if reduction is None else self._scratch_for(lane.dtype, nbytes)
-        step = limits.COLLECTIVE_PART_BYTES // lane.dtype.itemsize
-        count = nbytes // lane.dtype.itemsize
-        for offset in range(0, count, step):
-            size = min(step, count - offset)
-            part = target[offset : offset + size] if reduction is None else target[:size]
+        item_bytes = lane.dtype.itemsize
+        for start, stop in parts(nbytes // item_bytes, item_bytes):
+            part = target[start:stop] if reduction is None else target[: stop - start]
             if held is None:
                 await self.link.receive_into((part,))
             else:
-                part.view(np.uint8)[:] = memoryview(held)[offset * part.itemsize :][: part.nbytes]
+                part.view(np.uint8)[:] = memoryview(held)[start * item_bytes : stop * item_bytes]
             if reduction is not None:
-                if not offset:
+                if not start:
                     lane.done(expected.index)
                     if lane.waiting[reduction]:
                         await execution.ready(lane, reduction)
                 if not execution.stopped:
-                    part = lane.reduce_part(reduction, offset, part)
+                    part = lane.reduce_part(reduction, start, part)
             if execution.stopped:
                 await self._drop(held)
                 return

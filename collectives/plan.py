@@ -37,8 +37,6 @@ class Plan:
         Local steps.
     digests
         Indices after which the step's range holds final values, in the order of the ranges.
-    scratch_elements
-        The largest range received into scratch.
     """
 
     schedule: Schedule
@@ -48,7 +46,6 @@ class Plan:
     receives: dict[int, tuple[tuple[int, int | None], ...]]
     copies: tuple[int, ...]
     digests: dict[int, int]
-    scratch_elements: int
 
 
 class _Hazards:
@@ -92,7 +89,6 @@ def make_plan(schedule: Schedule) -> Plan:
     filled: dict[int, int] = {}
     copies: list[int] = []
     final: dict[tuple[int, int], int] = {}
-    scratch_elements = 0
     for index, step in enumerate(schedule.steps):
         match step:
             case Send():
@@ -104,7 +100,6 @@ def make_plan(schedule: Schedule) -> Plan:
                 before.append(set())
                 filled[step.peer] = len(receives.setdefault(step.peer, []))
                 receives[step.peer].append((index, None))
-                scratch_elements = max(scratch_elements, step.stop - step.start)
             case Receive():
                 before.append(hazards.write(index, step))
                 receives.setdefault(step.peer, []).append((index, None))
@@ -133,7 +128,6 @@ def make_plan(schedule: Schedule) -> Plan:
         receives={peer: tuple(pairs) for peer, pairs in receives.items()},
         copies=tuple(copies),
         digests={index: order for order, (_, index) in enumerate(sorted(final.items()))},
-        scratch_elements=scratch_elements,
     )
 
 

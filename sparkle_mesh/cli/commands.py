@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 EXIT_FAILED, EXIT_WRONG_USE = 1, 2
+#: Of a disk that stdout goes to. (A pipe that nobody reads is click's affair.)
+_OUTPUT_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EIO)
 
 
 @dataclass(frozen=True)
@@ -58,18 +61,12 @@ def run_command_line(arguments: Sequence[str], stop: StopSignals, *, launch: Lau
         wrong_use = isinstance(error, UsageError) and not isinstance(error, IdentityError)
         return _complain(str(error), EXIT_WRONG_USE if wrong_use else EXIT_FAILED)
     except OSError as error:
-        # What talks to the node or reads files says more itself: this is a full disk behind stdout.
+        if error.errno not in _OUTPUT_ERRORS:
+            raise
         with suppress(OSError):
             sys.stdout.close()
         return _complain(f"the output could not be written: {error.strerror or error}", EXIT_FAILED)
     return result if isinstance(result, int) else 0
-
-
-class _DataDir(click.Path):
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value == "":
-            self.fail("it is empty; name a folder, or leave the option out for the default one", param, ctx)
-        return super().convert(value, param, ctx)
 
 
 def _complain(message: str, code: int) -> int:
@@ -80,7 +77,7 @@ def _complain(message: str, code: int) -> int:
 def _data_dir_option(function: F) -> F:
     return click.option(
         "--data-dir",
-        type=_DataDir(path_type=Path, file_okay=False),
+        type=click.Path(file_okay=False),
         help="Where everything is kept.  [default: $SPARKLE_DATA_DIR, else the user's data folder]",
     )(function)
 
@@ -188,7 +185,7 @@ def _run_node(
     key_file: Path | None,
     join: tuple[str, ...],
     listen: tuple[str, ...],
-    data_dir: Path | None,
+    data_dir: str | None,
     no_lan: bool,
     no_public: bool,
     public: bool,
@@ -239,17 +236,17 @@ def _descriptor(stream: Any) -> int:
     return int(stream.fileno())
 
 
-def _resolve_for(context: click.Context, data_dir: Path | None) -> Path:
+def _resolve_for(context: click.Context, data_dir: str | None) -> Path:
     """Return the data directory given to the subcommand, or before it."""
     before = context.parent.params.get("data_dir") if context.parent is not None else None
-    return resolve_data_dir(data_dir or before)
+    return resolve_data_dir(before if data_dir is None else data_dir)
 
 
 @sparkle_node.command("id", short_help="Print this machine's peer id.")
 @_data_dir_option
 @_json_option
 @click.pass_context
-def show_id(context: click.Context, data_dir: Path | None, as_json: bool) -> None:
+def show_id(context: click.Context, data_dir: str | None, as_json: bool) -> None:
     """Print this machine's peer id, of the running node or, when none runs, of the next."""
     from sparkle_mesh.cli.control import ask
 
@@ -272,7 +269,7 @@ def show_id(context: click.Context, data_dir: Path | None, as_json: bool) -> Non
 @_json_option
 @_wait_option
 @click.pass_context
-def show_status(context: click.Context, data_dir: Path | None, as_json: bool, wait_s: int) -> None:
+def show_status(context: click.Context, data_dir: str | None, as_json: bool, wait_s: int) -> None:
     """Print what the running node is and knows: addresses, mesh, devices, view."""
     from sparkle_mesh.cli.control import ask
 
@@ -286,7 +283,7 @@ def show_status(context: click.Context, data_dir: Path | None, as_json: bool, wa
 @_json_option
 @_wait_option
 @click.pass_context
-def show_peers(context: click.Context, data_dir: Path | None, as_json: bool, wait_s: int) -> None:
+def show_peers(context: click.Context, data_dir: str | None, as_json: bool, wait_s: int) -> None:
     """Print the peers that the running node has, one a line."""
     from sparkle_mesh.cli.control import ask
 
@@ -300,7 +297,7 @@ def show_peers(context: click.Context, data_dir: Path | None, as_json: bool, wai
 @_json_option
 @_wait_option
 @click.pass_context
-def show_invite(context: click.Context, data_dir: Path | None, as_json: bool, wait_s: int) -> None:
+def show_invite(context: click.Context, data_dir: str | None, as_json: bool, wait_s: int) -> None:
     """Print one line with which others can join the running node's mesh.
 
     It holds the mesh's key, if there is one: whoever reads it can join.

@@ -46,6 +46,8 @@ _POSTPONED_MODULES = (
     "requests",
 )
 
+_FABRIC_MODULES = ("sparkle_mesh.fabric.assembly", "sparkle_mesh.fabric.gossip")
+
 
 class _StandIn(type):
     """Stands for what a postponed module calls ``path``; a class, so that annotations may name it."""
@@ -140,6 +142,7 @@ class _HollowFinder:
 
 
 _filling = threading.RLock()
+_importing = threading.Lock()
 #: The thread in the middle of :func:`postponed`.
 _postponing_thread: int | None = None
 
@@ -185,7 +188,9 @@ def _resting_collector() -> Iterator[None]:
 
 
 def import_libp2p() -> None:
-    """Load the parts of py-libp2p that a fabric uses."""
-    with postponed(*_POSTPONED_MODULES), _resting_collector():
-        importlib.import_module("sparkle_mesh.fabric.assembly")
-        importlib.import_module("sparkle_mesh.fabric.gossip")
+    """Load the parts of py-libp2p that a fabric uses; returns at once if they are."""
+    with _importing:
+        if not all(name in sys.modules for name in _FABRIC_MODULES):
+            with postponed(*_POSTPONED_MODULES), _resting_collector():
+                for name in _FABRIC_MODULES:
+                    importlib.import_module(name)

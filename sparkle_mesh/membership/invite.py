@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from difflib import SequenceMatcher
 from hashlib import sha256
 from typing import Annotated
 
@@ -92,6 +91,10 @@ def is_invite(text: str) -> bool:
     stripped = text.strip()
     if stripped.startswith(_SCHEME):
         return True
+    if len(stripped) < _LEAST_CHARS:
+        return False
+    from difflib import SequenceMatcher  # not at start-up: few programs have names that long
+
     # A long text that begins nearly so: it must not be shown, nor be taken for the name of a mesh.
     start = stripped[: len(_PREFIX)].lower()
-    return len(stripped) >= _LEAST_CHARS and SequenceMatcher(None, start, _PREFIX).ratio() >= _LIKENESS
+    return SequenceMatcher(None, start, _PREFIX).ratio() >= _LIKENESS

@@ -386,7 +386,7 @@ def test_an_empty_data_dir_is_wrong_use(call: Any) -> None:
     for arguments in (["--data-dir", ""], ["id", "--data-dir", ""]):
         code, out, err = call(*arguments)
         assert (code, out) == (2, "")
-        assert "it is empty; name a folder" in err
+        assert "data_dir is empty; name a folder" in err
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
