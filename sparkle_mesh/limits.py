@@ -67,6 +67,7 @@ LINK_HANDSHAKE_TIMEOUT_S = 10.0
 LINK_HANDSHAKE_MAX_BYTES = 16 * KIB
 LINK_CIPHERS_MAX_COUNT = 8
 LINK_STREAMS_MAX_COUNT = 16
+LINK_KINDS_MAX_COUNT = 8
 # Links agreed on whose data streams have not come yet.
 LINK_PENDING_MAX_COUNT = 2048
 LINK_PENDING_PER_PEER_MAX_COUNT = 4
@@ -86,6 +87,9 @@ LINK_READ_AHEAD_BYTES = 64 * KIB
 LINK_TURN_BYTES = 8 * MIB
 LINK_TURN_OPERATION_BYTES = 128 * KIB
 MEMORY_LINK_CAPACITY_BYTES = 1 * MIB
+SENDMSG_BUFFERS_MAX_COUNT = 64
+# Addresses, not memory: pages of an arena are there once they are touched.
+ARENA_MAX_BYTES = 2**40
 
 # --- Membership ----------------------------------------------------------------------------------
 MESH_MEMBERS_MAX_COUNT = 1024

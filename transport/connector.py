@@ -1,8 +1,9 @@
-"""Opens links to peers: the handshake over the control plane, then direct TCP.
+"""Opens links to peers: the handshake over the control plane, then shared memory or direct TCP.
 
 Both sides call :meth:`LinkConnector.connect`. The one with the smaller peer id *dials*: it offers a link over the
 control plane, and connects to an address of the answer. The other *waits*: an offer is answered only while this
-process wants a link to that peer, so that nobody is given a link that nobody uses.
+process wants a link to that peer, so that nobody is given a link that nobody uses. Each handshake tries one kind of
+link, the best that both can do; where it fails, the next handshake offers one kind less.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
 
@@ -34,11 +36,14 @@ from sparkle_mesh.errors import (
 from sparkle_mesh.fabric.framing import receive_message, send_message
 from sparkle_mesh.fabric.interface import Fabric, FabricStream, PeerId
 from sparkle_mesh.transport.addresses import IpAddress, dial_order, host_id
+from sparkle_mesh.transport.attempts import Attempt, WaitingOffer
 from sparkle_mesh.transport.ciphers import preferred_ciphers
 from sparkle_mesh.transport.handshake import (
+    LINK_KINDS,
     LINK_VERSION,
     MAGIC,
     OPENING_BYTES,
+    SHARED_MEMORY,
     WELCOME_BYTES,
     LinkAnswer,
     LinkKeys,
@@ -51,7 +56,9 @@ from sparkle_mesh.transport.handshake import (
     decode_reply,
 )
 from sparkle_mesh.transport.link import Link
+from sparkle_mesh.transport.local_sockets import connect_local
 from sparkle_mesh.transport.records import RecordOpener, RecordSealer
+from sparkle_mesh.transport.shared_memory import SharedMemory
 from sparkle_mesh.transport.tcp import TcpLink
 
 LINK_PROTOCOL: Final = "/sparkle/link/1"
@@ -59,48 +66,17 @@ LINK_PROTOCOL: Final = "/sparkle/link/1"
 logger = logging.getLogger("sparkle_mesh.transport")
 
 
-class _Attempt:
-    """This process wants a link to a peer. Shared by all calls that do; over once it has a link or an error."""
+@dataclass(slots=True)
+class _Expected:
+    """A link that was agreed on and whose data stream is to be opened by ``peer_id``."""
 
-    def __init__(self) -> None:
-        self.done = trio.Event()
-        self.waiters = 0
-        self.link: TcpLink | None = None
-        self.taken = False
-        self.error: SparkleError | None = None
-        #: What went wrong so far and is being tried again.
-        self.last_failure = "it has not asked for a link"
-        self._scopes: set[trio.CancelScope] = set()
+    peer_id: PeerId
+    attempt: Attempt
+    opened: trio.Event
 
-    @contextmanager
-    def scope(self) -> Iterator[None]:
-        """Cancel what is inside once nobody wants the link any more."""
-        with trio.CancelScope() as scope:
-            self._scopes.add(scope)
-            try:
-                yield
-            finally:
-                self._scopes.discard(scope)
-
-    def give_up(self) -> None:
-        for scope in self._scopes:
-            scope.cancel()
-
-    def succeed(self, link: TcpLink) -> None:
-        self.link = link
-        self.done.set()
-
-    def fail(self, error: SparkleError) -> None:
-        self.error = error
-        self.done.set()
-
-
-class _Offered:
-    """An offer of a peer that waits until this process wants the link too."""
-
-    def __init__(self) -> None:
-        self.scope = trio.CancelScope(deadline=trio.current_time() + limits.LINK_OFFER_WAIT_S)
-        self.wanted = trio.Event()
+    def came(self, link: Link) -> None:
+        self.attempt.succeed(link)
+        self.opened.set()
 
 
 class LinkConnector:
@@ -114,6 +90,8 @@ class LinkConnector:
         32 bytes; only peers that have the same get links.
     authorize
         Whether a peer may have a link now. Asked before anything is sent to or kept for a peer.
+    kinds
+        Of links that may be made, of :data:`~.handshake.LINK_KINDS`; all that this machine can do if None.
     entropy
         Source of secrets and ids.
     """
@@ -124,19 +102,32 @@ class LinkConnector:
         *,
         mesh_id: bytes,
         authorize: Callable[[PeerId], bool],
+        kinds: Sequence[str] | None = None,
         entropy: Entropy = SYSTEM_ENTROPY,
     ) -> None:
         if len(mesh_id) != 32:
             raise UsageError(f"mesh_id has {len(mesh_id)} bytes; it must have 32")
+        unknown = [kind for kind in kinds or () if kind not in LINK_KINDS]
+        if unknown or (kinds is not None and not kinds):
+            raise UsageError(f"kinds is {kinds!r}; give at least one of {', '.join(LINK_KINDS)}")
         self._fabric = fabric
         self._authorize = authorize
         self._entropy = entropy
-        self._party = LinkParty(fabric.peer_id, mesh_id, host_id(mesh_id, entropy), preferred_ciphers())
-        self._attempts: dict[PeerId, _Attempt] = {}
-        self._offers: dict[PeerId, _Offered] = {}
+        allowed = LINK_KINDS if kinds is None else kinds
+        self._memory = SharedMemory.open(entropy) if SHARED_MEMORY in allowed else None
+        self._party = LinkParty(
+            fabric.peer_id,
+            mesh_id,
+            host_id(mesh_id, entropy),
+            preferred_ciphers(),
+            tuple(kind for kind in LINK_KINDS if kind in allowed and (kind != SHARED_MEMORY or self._memory)),
+            self._memory.address if self._memory else "",
+        )
+        self._attempts: dict[PeerId, Attempt] = {}
+        self._offers: dict[PeerId, WaitingOffer] = {}
         self._pending = PendingLinks()
-        self._opened: dict[bytes, Callable[[trio.SocketStream], None]] = {}
-        self._links: set[TcpLink] = set()
+        self._expected: dict[bytes, _Expected] = {}
+        self._links: set[Link] = set()
         self._dialing: set[trio.socket.SocketType] = set()
         self._nursery_manager = trio.open_nursery()
         self._nursery: trio.Nursery
@@ -146,6 +137,8 @@ class LinkConnector:
         self._nursery = await self._nursery_manager.__aenter__()
         self._fabric.handle(LINK_PROTOCOL, self._serve_offer)
         self._fabric.handle_raw(MAGIC, self._serve_data_stream)
+        if self._memory is not None:
+            await self._nursery.start(self._memory.serve, self._serve_local_stream)
         return self
 
     async def __aexit__(
@@ -159,6 +152,11 @@ class LinkConnector:
     def links(self) -> frozenset[Link]:
         """The links that stand."""
         return frozenset(self._links)
+
+    @property
+    def memory(self) -> SharedMemory | None:
+        """This process's memory that peers on this host can read; None where there is none."""
+        return self._memory
 
     async def connect(self, peer_id: PeerId, *, timeout_s: float = limits.LINK_HANDSHAKE_TIMEOUT_S) -> Link:
         """Return a new link to ``peer_id``, which must call this too; concurrent calls get the same link.
@@ -177,7 +175,7 @@ class LinkConnector:
         self._check_can_connect(peer_id)
         attempt = self._wanting(peer_id)
         if attempt is None:
-            attempt = self._attempts[peer_id] = _Attempt()
+            attempt = self._attempts[peer_id] = Attempt()
             if self._fabric.peer_id < peer_id:
                 self._nursery.start_soon(self._dial, peer_id, attempt)
             elif peer_id in self._offers:
@@ -202,13 +200,12 @@ class LinkConnector:
                 if attempt.link is not None and not attempt.taken and not self._closed:
                     self._nursery.start_soon(attempt.link.aclose)
 
-    def _wanting(self, peer_id: PeerId) -> _Attempt | None:
+    def _wanting(self, peer_id: PeerId) -> Attempt | None:
         attempt = self._attempts.get(peer_id)
         return attempt if attempt is not None and not attempt.done.is_set() else None
 
     def _check_can_connect(self, peer_id: PeerId) -> None:
-        if self._closed:
-            raise LinkClosedError("the connector is closed")
+        self._check_open()
         if peer_id == self._fabric.peer_id:
             raise UsageError(f"{peer_id} is this process itself; a link needs two")
         if not self._authorize(peer_id):
@@ -216,7 +213,7 @@ class LinkConnector:
 
     # --- Dialing ---------------------------------------------------------------------------------
 
-    async def _dial(self, peer_id: PeerId, attempt: _Attempt) -> None:
+    async def _dial(self, peer_id: PeerId, attempt: Attempt) -> None:
         attempt.last_failure = "it did not answer the offer"
         with attempt.scope():
             while True:
@@ -231,18 +228,18 @@ class LinkConnector:
                     logger.debug("no link to peer %s yet: %s", peer_id, error)
                 await trio.sleep(limits.LINK_RETRY_S)
 
-    async def _dial_once(self, peer_id: PeerId, attempt: _Attempt) -> TcpLink:
+    async def _dial_once(self, peer_id: PeerId, attempt: Attempt) -> Link:
         stream = await self._fabric.open_stream(peer_id, LINK_PROTOCOL)
         done = False
         try:
-            offer = self._party.offer(self._fabric.addresses, self._entropy)
+            offer = self._party.offer(self._fabric.addresses, self._entropy, without=attempt.failed_kinds)
             await send_message(stream, offer)
             attempt.last_failure = "it has the offer, and does not want a link (yet)"
             reply = await receive_message(stream, msgspec.Raw, max_bytes=limits.LINK_HANDSHAKE_MAX_BYTES)
             answer = decode_reply(memoryview(reply))
             keys = self._party.accept(offer, answer, peer_id)
             try:
-                link = await self._reach(peer_id, answer, keys)
+                link = await self._reach(peer_id, answer, keys, attempt)
             except UnreachableError as error:
                 await _refuse(stream, str(error))
                 raise
@@ -251,7 +248,19 @@ class LinkConnector:
         finally:
             await _end_stream(stream, done)
 
-    async def _reach(self, peer_id: PeerId, answer: LinkAnswer, keys: LinkKeys) -> TcpLink:
+    async def _reach(self, peer_id: PeerId, answer: LinkAnswer, keys: LinkKeys, attempt: Attempt) -> Link:
+        """Make the best kind of link of ``answer``."""
+        kind = answer.kinds[0]
+        if kind == SHARED_MEMORY and self._memory is not None:
+            try:
+                with trio.fail_after(limits.LINK_DIAL_TIMEOUT_S):
+                    return self._keep(await self._open_local_stream(peer_id, answer, keys))
+            except (OSError, trio.BrokenResourceError, SparkleError, trio.TooSlowError) as error:
+                attempt.failed_kinds.add(kind)
+                raise UnreachableError(f"no memory can be shared with peer {peer_id}: {error}") from error
+        return await self._reach_tcp(peer_id, answer, keys)
+
+    async def _reach_tcp(self, peer_id: PeerId, answer: LinkAnswer, keys: LinkKeys) -> Link:
         """Connect to the first address of ``answer`` behind which the holder of ``keys`` is."""
         order = dial_order(
             answer.addresses,
@@ -272,7 +281,21 @@ class LinkConnector:
             f"peer {peer_id} answered, but a direct connection failed: {'; '.join(reasons) or 'it gave no address'}"
         )
 
-    async def _open_data_stream(self, peer_id: PeerId, ip: IpAddress, port: int, keys: LinkKeys) -> TcpLink:
+    async def _open_local_stream(self, peer_id: PeerId, answer: LinkAnswer, keys: LinkKeys) -> Link:
+        assert self._memory is not None
+        stream = trio.SocketStream(await connect_local(answer.local_address))
+        self._dialing.add(stream.socket)
+        try:
+            await stream.send_all(keys.opening(0))
+            keys.check_welcome(0, await _receive_exactly(stream, WELCOME_BYTES))
+            self._check_open()
+            return await self._memory.share(stream, peer_id, self._links.discard)
+        finally:
+            self._dialing.discard(stream.socket)
+            # Does nothing if a link took it over.
+            stream.socket.close()
+
+    async def _open_data_stream(self, peer_id: PeerId, ip: IpAddress, port: int, keys: LinkKeys) -> Link:
         sock = trio.socket.socket(socket.AF_INET if ip.version == 4 else socket.AF_INET6, socket.SOCK_STREAM)
         self._dialing.add(sock)
         try:
@@ -283,7 +306,8 @@ class LinkConnector:
             await stream.send_all(keys.opening(0))
             keys.check_welcome(0, await _receive_exactly(stream, WELCOME_BYTES))
             latency_s = (trio.current_time() - asked_at) / 2
-            return self._make_link(stream, peer_id, keys, dialer=True, latency_s=latency_s)
+            self._check_open()
+            return self._keep(self._make_link(stream, peer_id, keys, dialer=True, latency_s=latency_s))
         finally:
             self._dialing.discard(sock)
             # Does nothing if a link took it over.
@@ -292,11 +316,9 @@ class LinkConnector:
     def _make_link(
         self, stream: trio.SocketStream, peer_id: PeerId, keys: LinkKeys, *, dialer: bool, latency_s: float | None
     ) -> TcpLink:
-        if self._closed:
-            raise LinkClosedError("the connector is closed")
         there, back = keys.streams[0].dialer_to_answerer, keys.streams[0].answerer_to_dialer
         mine, theirs = (there, back) if dialer else (back, there)
-        link = TcpLink(
+        return TcpLink(
             stream,
             peer_id,
             RecordSealer(keys.cipher, mine),
@@ -304,6 +326,13 @@ class LinkConnector:
             latency_s=latency_s,
             on_released=self._links.discard,
         )
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise LinkClosedError("the connector is closed")
+
+    def _keep(self, link: Link) -> Link:
+        """Count ``link`` among those that stand, until it is released."""
         self._links.add(link)
         return link
 
@@ -348,14 +377,14 @@ class LinkConnector:
             return "too many peers are waiting for a link"
         return None
 
-    async def _until_wanted(self, stream: FabricStream) -> _Attempt | None:
+    async def _until_wanted(self, stream: FabricStream) -> Attempt | None:
         """Wait until this process wants a link to the peer; None if the offer ends before."""
         peer_id = stream.peer_id
         if peer_id in self._offers:
             # The peer gave up on the older one, or it would not have made another.
             self._offers.pop(peer_id).scope.cancel()
         if self._wanting(peer_id) is None:
-            offered = self._offers[peer_id] = _Offered()
+            offered = self._offers[peer_id] = WaitingOffer()
             with offered.scope:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(_until_ended, stream, nursery.cancel_scope)
@@ -367,20 +396,14 @@ class LinkConnector:
                 return None
         return self._wanting(peer_id)
 
-    async def _answer(self, stream: FabricStream, offer: LinkOffer, attempt: _Attempt) -> None:
+    async def _answer(self, stream: FabricStream, offer: LinkOffer, attempt: Attempt) -> None:
         """Answer ``offer`` and wait for its data stream."""
         peer_id = stream.peer_id
         answer, keys = self._party.answer(offer, peer_id, self._fabric.addresses, self._entropy)
         self._pending.add(keys, peer_id, trio.current_time())
         opened = trio.Event()
 
-        def open_link(data_stream: trio.SocketStream) -> None:
-            if attempt.done.is_set():
-                raise LinkClosedError(f"nobody wants the link that peer {peer_id} opened any more")
-            attempt.succeed(self._make_link(data_stream, peer_id, keys, dialer=False, latency_s=None))
-            opened.set()
-
-        self._opened[keys.link_id] = open_link
+        self._expected[keys.link_id] = _Expected(peer_id, attempt, opened)
         attempt.last_failure = "it did not open the data connection that was agreed on"
         try:
             await send_message(stream, answer)
@@ -391,9 +414,9 @@ class LinkConnector:
                     nursery.cancel_scope.cancel()
         finally:
             self._pending.discard(keys.link_id)
-            del self._opened[keys.link_id]
+            del self._expected[keys.link_id]
 
-    async def _hear_failure(self, stream: FabricStream, attempt: _Attempt, done: trio.CancelScope) -> None:
+    async def _hear_failure(self, stream: FabricStream, attempt: Attempt, done: trio.CancelScope) -> None:
         """Wait for the dialer to say that it cannot reach this process, or to close the stream."""
         try:
             data = await receive_message(stream, msgspec.Raw, max_bytes=limits.LINK_HANDSHAKE_MAX_BYTES)
@@ -407,10 +430,36 @@ class LinkConnector:
         """Take a data connection from the fabric's port, if it opens a stream that is expected."""
         with trio.fail_after(limits.LINK_HANDSHAKE_TIMEOUT_S):
             opening = await _receive_exactly(stream, OPENING_BYTES)
-            keys, number = self._pending.open(opening, trio.current_time())
-            open_link = self._opened[keys.link_id]
+            keys, number, expected = self._opened(opening)
             await stream.send_all(keys.welcome(number))
-            open_link(stream)
+            self._check_wanted(expected)
+            link = self._make_link(stream, expected.peer_id, keys, dialer=False, latency_s=None)
+            expected.came(self._keep(link))
+
+    async def _serve_local_stream(self, stream: trio.SocketStream) -> None:
+        """Take a connection of a peer on this host, if it opens a stream that is expected."""
+        assert self._memory is not None
+        with trio.fail_after(limits.LINK_HANDSHAKE_TIMEOUT_S):
+            opening = await _receive_exactly(stream, OPENING_BYTES)
+            keys, number, expected = self._opened(opening)
+            await stream.send_all(keys.welcome(number))
+            link = await self._memory.share(stream, expected.peer_id, self._links.discard)
+            self._keep(link)
+            try:
+                self._check_wanted(expected)
+            except LinkClosedError:
+                await link.aclose()
+                raise
+            expected.came(link)
+
+    def _opened(self, opening: bytes | bytearray) -> tuple[LinkKeys, int, _Expected]:
+        keys, number = self._pending.open(opening, trio.current_time())
+        return keys, number, self._expected[keys.link_id]
+
+    def _check_wanted(self, expected: _Expected) -> None:
+        self._check_open()
+        if expected.attempt.done.is_set():
+            raise LinkClosedError(f"nobody wants the link that peer {expected.peer_id} opened any more")
 
     # --- Closing ---------------------------------------------------------------------------------
 
@@ -426,12 +475,16 @@ class LinkConnector:
             async with trio.open_nursery() as nursery:
                 for link in list(self._links):
                     nursery.start_soon(link.aclose)
+        if self._memory is not None:
+            self._memory.close()
 
     def close_in_child(self) -> None:
         """In a forked child: close inherited descriptors, sending nothing. Never raises."""
         self._closed = True
         for link in list(self._links):
             link.close_in_child()
+        if self._memory is not None:
+            self._memory.close_in_child()
         for sock in list(self._dialing):
             descriptor = sock.detach()
             if descriptor >= 0:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Final, TypeAlias
 
@@ -29,6 +29,10 @@ from sparkle_mesh.errors import AuthenticationError, LinkRefusedError, ProtocolE
 from sparkle_mesh.transport.ciphers import KEY_BYTES, choose_cipher
 
 LINK_VERSION: Final = 1
+#: Every kind of link between processes, the best first.
+SHARED_MEMORY: Final = "shared_memory"
+TCP: Final = "tcp"
+LINK_KINDS: Final = (SHARED_MEMORY, TCP)
 MAGIC: Final = b"SPRKLNK1"
 OPENING_BYTES: Final = 64
 WELCOME_BYTES: Final = 32
@@ -40,10 +44,14 @@ CipherList = Annotated[
     msgspec.Meta(min_length=1, max_length=limits.LINK_CIPHERS_MAX_COUNT),
 ]
 StreamCount = Annotated[int, msgspec.Meta(ge=1, le=limits.LINK_STREAMS_MAX_COUNT)]
+KindList = Annotated[
+    tuple[Annotated[str, msgspec.Meta(min_length=1, max_length=32)], ...],
+    msgspec.Meta(max_length=limits.LINK_KINDS_MAX_COUNT),
+]
 
 
 class LinkOffer(wire.Message, frozen=True, kw_only=True, tag="offer"):
-    """The dialer's first message. ``ciphers`` in its order of preference."""
+    """The dialer's first message. ``ciphers`` and ``kinds`` (of links) in its order of preference."""
 
     version: wire.Count
     mesh_id: wire.Bytes32
@@ -53,13 +61,18 @@ class LinkOffer(wire.Message, frozen=True, kw_only=True, tag="offer"):
     streams: StreamCount = 1
     host_id: wire.Bytes16
     addresses: wire.AddressList = ()
+    kinds: KindList = ("tcp",)
 
     def __repr__(self) -> str:
         return f"<LinkOffer {self.link_id.hex()} version {self.version}>"
 
 
 class LinkAnswer(wire.Message, frozen=True, kw_only=True, tag="answer"):
-    """The answerer's reply: what was chosen, and where to connect to."""
+    """The answerer's reply: what was chosen, and where to connect to.
+
+    ``kinds`` are those of the offer that the answerer can do too, in the dialer's order: it takes the first that
+    works. ``local_address`` is of a Unix-domain socket, for shared memory.
+    """
 
     version: wire.Count
     secret: wire.Bytes32
@@ -67,6 +80,8 @@ class LinkAnswer(wire.Message, frozen=True, kw_only=True, tag="answer"):
     streams: StreamCount = 1
     host_id: wire.Bytes16
     addresses: wire.AddressList = ()
+    kinds: KindList = ("tcp",)
+    local_address: wire.NameText = ""
 
     def __repr__(self) -> str:
         return f"<LinkAnswer {self.cipher} version {self.version}>"
@@ -205,9 +220,11 @@ class LinkParty:
     mesh_id: bytes
     host_id: bytes
     ciphers: tuple[str, ...]
+    kinds: tuple[str, ...] = ("tcp",)
+    local_address: str = ""
 
-    def offer(self, addresses: Sequence[str], entropy: Entropy) -> LinkOffer:
-        """Return a new offer."""
+    def offer(self, addresses: Sequence[str], entropy: Entropy, *, without: Collection[str] = ()) -> LinkOffer:
+        """Return a new offer, of all kinds of links but those in ``without``."""
         return LinkOffer(
             version=LINK_VERSION,
             mesh_id=self.mesh_id,
@@ -216,6 +233,7 @@ class LinkParty:
             ciphers=self.ciphers,
             host_id=self.host_id,
             addresses=tuple(addresses)[: limits.ADDRESSES_PER_PEER_MAX_COUNT],
+            kinds=tuple(kind for kind in self.kinds if kind not in without),
         )
 
     def answer(
@@ -235,12 +253,21 @@ class LinkParty:
             raise LinkRefusedError(
                 f"no cipher in common: one side has {', '.join(offer.ciphers)}, the other {', '.join(self.ciphers)}"
             )
+        same_host = offer.host_id == self.host_id
+        kinds = tuple(kind for kind in offer.kinds if kind in self.kinds and (same_host or kind != SHARED_MEMORY))
+        if not kinds:
+            raise LinkRefusedError(
+                f"no kind of link in common: one side has {', '.join(offer.kinds) or 'none'}, the other "
+                f"{', '.join(self.kinds)}"
+            )
         answer = LinkAnswer(
             version=LINK_VERSION,
             secret=entropy.token(KEY_BYTES),
             cipher=cipher,
             host_id=self.host_id,
             addresses=tuple(addresses)[: limits.ADDRESSES_PER_PEER_MAX_COUNT],
+            kinds=kinds,
+            local_address=self.local_address if SHARED_MEMORY in kinds else "",
         )
         return answer, derive_keys(offer, answer, dialer=dialer, answerer=self.peer_id)
 
@@ -250,10 +277,12 @@ class LinkParty:
         Raises
         ------
         ProtocolError
-            If it chose what was not offered.
+            If it chose what was not offered (cipher, streams, kinds).
         """
         if answer.cipher not in offer.ciphers:
             raise ProtocolError(f"the peer chose the cipher {answer.cipher!r}, which was not offered")
+        if not answer.kinds or not set(answer.kinds) <= set(offer.kinds):
+            raise ProtocolError(f"the peer chose links of kind {answer.kinds!r} where {offer.kinds!r} were offered")
         if answer.streams > offer.streams:
             raise ProtocolError(f"the peer chose {answer.streams} streams where {offer.streams} were offered")
         return derive_keys(offer, answer, dialer=self.peer_id, answerer=answerer)

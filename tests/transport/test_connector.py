@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from sparkle_mesh.errors import LinkClosedError, LinkRefusedError, UnreachableEr
 from sparkle_mesh.fabric.framing import receive_message, send_message
 from sparkle_mesh.fabric.identity import Identity
 from sparkle_mesh.fabric.libp2p_fabric import open_libp2p_fabric
-from sparkle_mesh.transport.connector import LINK_PROTOCOL, LinkConnector, _Attempt
-from sparkle_mesh.transport.handshake import MAGIC, LinkAnswer, LinkOffer, LinkRefusal
+from sparkle_mesh.transport.attempts import Attempt
+from sparkle_mesh.transport.connector import LINK_PROTOCOL, LinkConnector
+from sparkle_mesh.transport.handshake import LINK_KINDS, MAGIC, TCP, LinkAnswer, LinkOffer, LinkRefusal
 from sparkle_mesh.transport.link import Link
 from sparkle_mesh.transport.testing import LINK_CHECKS, Check, run_check
 
@@ -31,8 +32,8 @@ def anyone(_peer_id: str) -> bool:
     return True
 
 
-def connector(fabric: Any, *, mesh_id: bytes = MESH, authorize: Callable[[str], bool] = anyone) -> LinkConnector:
-    return LinkConnector(fabric, mesh_id=mesh_id, authorize=authorize)
+def connector(fabric: Any, *, mesh_id: bytes = MESH, authorize: Callable[[str], bool] = anyone, **options: Any) -> Any:
+    return LinkConnector(fabric, mesh_id=mesh_id, authorize=authorize, **options)
 
 
 async def connect_both(one: LinkConnector, other: LinkConnector, **options: float) -> tuple[Link, Link]:
@@ -48,8 +49,10 @@ async def connect_both(one: LinkConnector, other: LinkConnector, **options: floa
 
 
 @asynccontextmanager
-async def two_connectors(open_fabrics: OpenFabrics) -> AsyncIterator[tuple[LinkConnector, LinkConnector]]:
-    async with open_fabrics() as (a, b), connector(a) as one, connector(b) as other:
+async def two_connectors(
+    open_fabrics: OpenFabrics, kinds: Sequence[str] | None = None
+) -> AsyncIterator[tuple[LinkConnector, LinkConnector]]:
+    async with open_fabrics() as (a, b), connector(a, kinds=kinds) as one, connector(b, kinds=kinds) as other:
         yield one, other
 
 
@@ -277,7 +280,7 @@ async def test_a_newer_offer_takes_the_place_of_an_older(open_fabrics: OpenFabri
 
 
 async def test_an_unreachable_answerer_hears_of_it(open_fabrics: OpenFabrics) -> None:
-    async with two_connectors(open_fabrics) as (one, other), trio.open_nursery() as nursery:
+    async with two_connectors(open_fabrics, [TCP]) as (one, other), trio.open_nursery() as nursery:
         # A port where nobody listens, one where somebody else does, and no port at all.
         (stranger,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
         port = stranger.socket.getsockname()[1]
@@ -356,15 +359,15 @@ async def test_a_link_that_nobody_took_is_closed(open_fabrics: OpenFabrics) -> N
     async with two_connectors(open_fabrics) as (one, other), trio.open_nursery() as nursery:
         nursery.start_soon(other.connect, one._fabric.peer_id)
         with trio.CancelScope() as scope:
-            succeed = _Attempt.succeed
+            succeed = Attempt.succeed
 
-            def cancel_at_the_last_moment(self: _Attempt, link: Any) -> None:
+            def cancel_at_the_last_moment(self: Attempt, link: Any) -> None:
                 succeed(self, link)
                 if link in one.links:
                     scope.cancel()
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(_Attempt, "succeed", cancel_at_the_last_moment)
+                patch.setattr(Attempt, "succeed", cancel_at_the_last_moment)
                 await one.connect(other._fabric.peer_id)
         await wait_all_tasks_blocked(0.01)
         # Which of the two won is the scheduler's; either way nothing is left open and unowned.
@@ -401,12 +404,12 @@ async def _read_to_the_end(stream: trio.SocketStream) -> None:
 
 
 async def test_a_connection_made_while_closing_is_closed(open_fabrics: OpenFabrics) -> None:
-    async with two_connectors(open_fabrics) as (one, other), trio.open_nursery() as nursery:
+    async with two_connectors(open_fabrics, [TCP]) as (one, other), trio.open_nursery() as nursery:
         nursery.start_soon(other.connect, one._fabric.peer_id)
         await wait_all_tasks_blocked()
         one._closed = True
         with pytest.raises(UnreachableError, match="connector is closed"):
-            await one._dial_once(other._fabric.peer_id, _Attempt())
+            await one._dial_once(other._fabric.peer_id, Attempt())
         assert not one.links
 
 
@@ -414,9 +417,10 @@ def open_descriptors() -> set[str]:
     return {entry.name for entry in Path("/proc/self/fd").iterdir()}
 
 
+@pytest.mark.parametrize("kind", LINK_KINDS)
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts descriptors in /proc")
-async def test_two_hundred_links_leave_no_socket_and_no_task(open_fabrics: OpenFabrics) -> None:
-    async with two_connectors(open_fabrics) as (one, other):
+async def test_two_hundred_links_leave_no_socket_and_no_task(kind: str, open_fabrics: OpenFabrics) -> None:
+    async with two_connectors(open_fabrics, [kind]) as (one, other):
         await (await connect_both(one, other))[0].aclose()
         for link in one.links | other.links:
             await link.aclose()
@@ -428,12 +432,13 @@ async def test_two_hundred_links_leave_no_socket_and_no_task(open_fabrics: OpenF
             with pytest.raises(LinkClosedError):
                 await links[1].receive_header()
         await wait_all_tasks_blocked()
+        assert not one.links
         assert len(open_descriptors()) == len(descriptors)
         assert trio.lowlevel.current_statistics().tasks_living == tasks
         assert not one.links
         assert not other.links
-        assert not one._opened
-        assert not other._opened
+        assert not one._expected
+        assert not other._expected
         assert len(other._pending) == 0
 
 
@@ -454,14 +459,16 @@ def descriptors_closed_in_a_child(*connectors: LinkConnector) -> int:
     return count
 
 
+@pytest.mark.parametrize("kind", LINK_KINDS)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-async def test_a_forked_child_lets_go_of_all_links(open_fabrics: OpenFabrics) -> None:
-    async with two_connectors(open_fabrics) as (one, other):
+async def test_a_forked_child_lets_go_of_all_links(kind: str, open_fabrics: OpenFabrics) -> None:
+    async with two_connectors(open_fabrics, [kind]) as (one, other):
         links = await connect_both(one, other)
         # A connection that is being dialed is let go of, too.
         sock = trio.socket.socket()
         one._dialing.add(sock)
-        assert descriptors_closed_in_a_child(one, other) == 3
+        # Of shared memory: either side's arena, bell and listener, and the other's bell.
+        assert descriptors_closed_in_a_child(one, other) == (3 if kind == TCP else 11)
         one._dialing.discard(sock)
         sock.close()
         await exchange(*links)

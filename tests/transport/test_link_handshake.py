@@ -76,7 +76,9 @@ def keys(link_id: bytes = b"l" * 16, streams: int = 1) -> LinkKeys:
 def test_golden_messages_decode_and_stay_the_same(name: str) -> None:
     golden = (GOLDEN / f"{name}.msgpack").read_bytes()
     assert DECODERS[name](golden) == MESSAGES[name]
-    assert wire.encode(MESSAGES[name]) == golden
+    newer = GOLDEN / f"{name.replace('.1', '.2')}.msgpack"
+    assert wire.encode(MESSAGES[name]) == (newer.read_bytes() if newer.exists() else golden)
+    assert DECODERS[name](wire.encode(MESSAGES[name])) == MESSAGES[name]
 
 
 def test_golden_opening_and_welcome() -> None:

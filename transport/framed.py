@@ -1,0 +1,296 @@
+"""Links over a byte stream that is authenticated and private already: messages, and no encryption of their own.
+
+A message is a *head* (header length, payload length), the header, and the payload as it is. A head with a header
+length that no header has, and no payload, is a goodbye; an end without one is a lost connection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Final, NoReturn, Protocol
+
+import trio
+
+from sparkle_mesh import limits
+from sparkle_mesh.errors import LinkClosedError, ProtocolError, UsageError
+from sparkle_mesh.transport.buffers import byte_views, check_header, check_sizes
+from sparkle_mesh.transport.link import Buffer, Link, LinkStats
+from sparkle_mesh.transport.tcp import HEAD
+
+_GOODBYE: Final = HEAD.pack(2**16 - 1, 0)
+
+
+class ByteStream(Protocol):
+    """What a :class:`FramedLink` runs over. One task may send while another receives."""
+
+    async def send_all(self, buffers: list[memoryview]) -> None:
+        """Send every byte; it need not let other tasks run. If cancelled, what was sent is undefined.
+
+        Raises
+        ------
+        LinkClosedError
+            If the peer takes no more, or the stream is closed here.
+        """
+        ...
+
+    async def receive_some_into(self, view: memoryview) -> int:
+        """Wait for bytes, put them into ``view``, return how many; 0 at the end. Cancelling loses nothing.
+
+        Raises
+        ------
+        LinkClosedError
+            If the stream is closed here, or lost.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Close; what was sent still arrives. Those who wait get LinkClosedError. Idempotent, never raises."""
+        ...
+
+    def abort(self) -> None:
+        """Close at once. Those who wait get LinkClosedError. Idempotent, never raises."""
+        ...
+
+    def close_in_child(self) -> None:
+        """In a forked child: release inherited descriptors with no bytes sent. Never raises."""
+        ...
+
+
+class FramedLink(Link):
+    """One end of a link over ``stream``, which it takes over.
+
+    Parameters
+    ----------
+    stream
+        Private, and authenticated to be of ``peer_id``.
+    peer_id
+        Who is at the other end.
+    kind
+        Of the link.
+    latency_s
+        One way, as measured so far.
+    on_released
+        Called once, with the link, when its stream is closed.
+    """
+
+    def __init__(
+        self,
+        stream: ByteStream,
+        peer_id: str,
+        *,
+        kind: str,
+        latency_s: float | None = None,
+        on_released: Callable[[Link], None] | None = None,
+    ) -> None:
+        self.kind = kind
+        self.peer_id = peer_id
+        self.stats = LinkStats(latency_s=latency_s)
+        self._stream = stream
+        self._on_released = on_released
+        self._closed_because: str | None = None
+        self._sends_fail_because: str | None = None
+        self._sending = False
+        self._turns = trio.lowlevel.ParkingLot()
+        self._send_budget = limits.LINK_TURN_BYTES
+        # Bytes from start to end of the buffer came and were not used yet.
+        self._buffer = memoryview(bytearray(limits.LINK_READ_AHEAD_BYTES))
+        self._start = 0
+        self._end = 0
+        self._receiving = False
+        self._receive_budget = limits.LINK_TURN_BYTES
+        self._payload_left = 0
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} ({self.kind}) to {self.peer_id}{' closed' if self.closed else ''}>"
+
+    # --- Sending ---------------------------------------------------------------------------------
+
+    async def send(self, header: bytes, buffers: Sequence[Buffer] = ()) -> None:
+        check_header(header)
+        views, total = byte_views(buffers) if buffers else ([], 0)
+        if self._sending:
+            # Whoever sends hands its turn over to the first that waits.
+            await self._turns.park()
+        else:
+            self._sending = True
+        try:
+            if self._send_budget < 0:
+                self._send_budget = limits.LINK_TURN_BYTES
+                await trio.lowlevel.checkpoint()
+            self._send_budget -= total + limits.LINK_TURN_OPERATION_BYTES
+            self._check_can_send()
+            await self._send_message(HEAD.pack(len(header), total) + header, views, total)
+        finally:
+            if self._turns:
+                self._turns.unpark()
+            else:
+                self._sending = False
+
+    async def _send_message(self, head: bytes, views: list[memoryview], total: int) -> None:
+        if total <= limits.LINK_INLINE_PAYLOAD_MAX_BYTES:
+            pieces = [memoryview(b"".join((head, *views)))]
+        else:
+            pieces = [memoryview(head), *views]
+        try:
+            await self._stream.send_all(pieces)
+        except trio.Cancelled:
+            self._abort("a send was cancelled halfway, so that a message may have been cut")
+            raise
+        except LinkClosedError as error:
+            self._check_can_send()
+            # What the peer sent before can still be received.
+            self._sends_fail_because = f"the connection to peer {self.peer_id} is gone: {error}"
+            raise LinkClosedError(self._sends_fail_because) from error
+        self.stats.bytes_sent += len(head) + total
+        self.stats.messages_sent += 1
+
+    def _check_can_send(self) -> None:
+        reason = self._closed_because or self._sends_fail_because
+        if reason is not None:
+            raise LinkClosedError(reason)
+
+    # --- Receiving -------------------------------------------------------------------------------
+
+    async def receive_header(self) -> tuple[memoryview, int]:
+        self._begin_receiving()
+        try:
+            if self._payload_left:
+                raise UsageError(
+                    f"{self._payload_left} bytes of payload are announced and not received; "
+                    "receive or discard them first"
+                )
+            await self._take_turn(limits.LINK_TURN_OPERATION_BYTES)
+            await self._fill(HEAD.size)
+            header_bytes, payload_bytes = HEAD.unpack_from(self._buffer, self._start)
+            if self._buffer[self._start : self._start + HEAD.size] == _GOODBYE:
+                self._abort(f"peer {self.peer_id} closed the link")
+                self._end_of_link()
+            if header_bytes > limits.LINK_HEADER_MAX_BYTES or payload_bytes > limits.LINK_PAYLOAD_MAX_BYTES:
+                self._abort(
+                    f"peer {self.peer_id} broke the protocol: it announced a header of {header_bytes} bytes and a "
+                    f"payload of {payload_bytes}"
+                )
+                raise ProtocolError(self._closed_because)
+            await self._fill(HEAD.size + header_bytes)
+        finally:
+            self._receiving = False
+        start = self._start + HEAD.size
+        self._start = start + header_bytes
+        self._payload_left = payload_bytes
+        self.stats.messages_received += 1
+        self.stats.bytes_received += HEAD.size + header_bytes
+        return self._buffer[start : self._start], payload_bytes
+
+    async def receive_into(self, buffers: Sequence[Buffer]) -> None:
+        views, total = byte_views(buffers, writable=True)
+        self._begin_receiving()
+        try:
+            check_sizes(total, self._payload_left)
+            for view in views:
+                await self._receive_payload(view)
+        finally:
+            self._receiving = False
+
+    async def discard_payload(self) -> None:
+        self._begin_receiving()
+        try:
+            scratch = memoryview(bytearray(min(self._payload_left, limits.LINK_READ_AHEAD_BYTES)))
+            while self._payload_left:
+                await self._receive_payload(scratch[: self._payload_left])
+        finally:
+            self._receiving = False
+
+    async def _receive_payload(self, view: memoryview) -> None:
+        ready = min(len(view), self._end - self._start)
+        view[:ready] = self._buffer[self._start : self._start + ready]
+        self._start += ready
+        self._count_payload(ready)
+        try:
+            while ready < len(view):
+                await self._take_turn(0)
+                count = await self._receive_some(view[ready:])
+                ready += count
+                self._receive_budget -= count
+                self._count_payload(count)
+        except trio.Cancelled:
+            self._abort("receiving a payload was cancelled halfway")
+            raise
+
+    def _count_payload(self, count: int) -> None:
+        self._payload_left -= count
+        self.stats.bytes_received += count
+
+    async def _take_turn(self, nbytes: int) -> None:
+        if self._receive_budget < 0:
+            self._receive_budget = limits.LINK_TURN_BYTES
+            await trio.lowlevel.checkpoint()
+        self._receive_budget -= nbytes
+
+    async def _fill(self, need: int) -> None:
+        """Receive until ``need`` bytes are in the buffer, one after the other."""
+        if self._start == self._end:
+            self._start = self._end = 0
+        if self._start + need > len(self._buffer):
+            have = self._end - self._start
+            self._buffer[:have] = self._buffer[self._start : self._end]
+            self._start, self._end = 0, have
+        while self._end - self._start < need:
+            self._end += await self._receive_some(self._buffer[self._end :])
+
+    async def _receive_some(self, view: memoryview) -> int:
+        try:
+            count = await self._stream.receive_some_into(view)
+        except LinkClosedError as error:
+            self._abort(f"the connection to peer {self.peer_id} is gone: {error}")
+            self._end_of_link()
+        if not count:
+            inside = " in the middle of a message" if self._payload_left or self._start < self._end else ""
+            self._abort(f"the connection to peer {self.peer_id} ended{inside} without a goodbye")
+            self._end_of_link()
+        return count
+
+    def _begin_receiving(self) -> None:
+        if self._receiving:
+            raise UsageError("another task is receiving on this link; one at a time")
+        if self._closed_because is not None:
+            raise LinkClosedError(self._closed_because)
+        self._receiving = True
+
+    def _end_of_link(self) -> NoReturn:
+        raise LinkClosedError(self._closed_because)
+
+    # --- Closing ---------------------------------------------------------------------------------
+
+    def _abort(self, reason: str) -> None:
+        """Close the stream at once; tasks that wait for it get LinkClosedError."""
+        if self._closed_because is None:
+            self._closed_because = reason
+            self._stream.abort()
+            self._release()
+
+    def _release(self) -> None:
+        if self._on_released is not None:
+            self._on_released(self)
+
+    async def aclose(self) -> None:
+        if self._closed_because is not None:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            return
+        self._closed_because = "this end of the link was closed"
+        # A message that another task has half sent stays cut; a goodbye would be garbage within it.
+        if not self._sending and self._sends_fail_because is None:
+            with trio.move_on_after(limits.LINK_LINGER_S, shield=True):
+                # Perhaps there is nobody any more to say goodbye to.
+                with suppress(LinkClosedError):
+                    await self._stream.send_all([memoryview(_GOODBYE)])
+        await self._stream.aclose()
+        self._release()
+
+    @property
+    def closed(self) -> bool:
+        return self._closed_because is not None or self._sends_fail_because is not None
+
+    def close_in_child(self) -> None:
+        self._closed_because = "the link belongs to the parent process"
+        self._stream.close_in_child()
