@@ -89,8 +89,8 @@ class Arena:
         """Return a new descriptor, through which the arena can be read and not written."""
         return os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
 
-    def allocate(self, nbytes: int) -> memoryview:
-        """Return writable memory, page-aligned; it is taken back once nothing refers to it any more.
+    def allocate(self, nbytes: int) -> Array:
+        """Return writable bytes, page-aligned; they are taken back once nothing refers to the array any more.
 
         Raises
         ------
@@ -104,9 +104,9 @@ class Arena:
         offset, room = found
         index = self._free.index(found)
         self._free[index : index + 1] = [(offset + needed, room - needed)] if room > needed else []
-        view = memoryview(self._map)[offset : offset + nbytes]
-        weakref.finalize(view, _give_back, weakref.ref(self), offset, needed)
-        return view
+        array = np.frombuffer(self._map, np.uint8, nbytes, offset)
+        weakref.finalize(array, _give_back, weakref.ref(self), offset, needed)
+        return array
 
     def _give_back(self, offset: int, nbytes: int) -> None:
         with suppress(OSError, ValueError):

@@ -9,8 +9,6 @@ link, the best that both can do; where it fails, the next handshake offers one k
 from __future__ import annotations
 
 import logging
-import os
-import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,30 +21,27 @@ import trio
 from sparkle_mesh import limits
 from sparkle_mesh.clock import SYSTEM_ENTROPY, Entropy
 from sparkle_mesh.errors import (
-    AuthenticationError,
     ClosedError,
     LinkClosedError,
     LinkRefusedError,
     ProtocolError,
-    SparkleError,
     UnreachableError,
     UsageError,
     VersionError,
 )
 from sparkle_mesh.fabric.framing import receive_message, send_message
 from sparkle_mesh.fabric.interface import Fabric, FabricStream, PeerId
-from sparkle_mesh.transport.addresses import IpAddress, dial_order, host_id
+from sparkle_mesh.transport.addresses import host_id
 from sparkle_mesh.transport.attempts import Attempt, WaitingOffer
 from sparkle_mesh.transport.ciphers import preferred_ciphers
+from sparkle_mesh.transport.data_connections import DataConnections, receive_exactly
 from sparkle_mesh.transport.handshake import (
     LINK_KINDS,
     LINK_VERSION,
     MAGIC,
     OPENING_BYTES,
     SHARED_MEMORY,
-    WELCOME_BYTES,
-    LinkAnswer,
-    LinkKeys,
+    TCP,
     LinkOffer,
     LinkParty,
     LinkRefusal,
@@ -56,10 +51,7 @@ from sparkle_mesh.transport.handshake import (
     decode_reply,
 )
 from sparkle_mesh.transport.link import Link
-from sparkle_mesh.transport.local_sockets import connect_local
-from sparkle_mesh.transport.records import RecordOpener, RecordSealer
 from sparkle_mesh.transport.shared_memory import SharedMemory
-from sparkle_mesh.transport.tcp import TcpLink
 
 LINK_PROTOCOL: Final = "/sparkle/link/1"
 
@@ -73,10 +65,6 @@ class _Expected:
     peer_id: PeerId
     attempt: Attempt
     opened: trio.Event
-
-    def came(self, link: Link) -> None:
-        self.attempt.succeed(link)
-        self.opened.set()
 
 
 class LinkConnector:
@@ -127,11 +115,9 @@ class LinkConnector:
         self._offers: dict[PeerId, WaitingOffer] = {}
         self._pending = PendingLinks()
         self._expected: dict[bytes, _Expected] = {}
-        self._links: set[Link] = set()
-        self._dialing: set[trio.socket.SocketType] = set()
+        self._data = DataConnections(fabric, self._party.host_id, self._memory)
         self._nursery_manager = trio.open_nursery()
         self._nursery: trio.Nursery
-        self._closed = False
 
     async def __aenter__(self) -> Self:
         self._nursery = await self._nursery_manager.__aenter__()
@@ -151,7 +137,7 @@ class LinkConnector:
     @property
     def links(self) -> frozenset[Link]:
         """The links that stand."""
-        return frozenset(self._links)
+        return frozenset(self._data.links)
 
     @property
     def memory(self) -> SharedMemory | None:
@@ -197,7 +183,7 @@ class LinkConnector:
                 del self._attempts[peer_id]
             if not attempt.waiters:
                 attempt.give_up()
-                if attempt.link is not None and not attempt.taken and not self._closed:
+                if attempt.link is not None and not attempt.taken and not self._data.closed:
                     self._nursery.start_soon(attempt.link.aclose)
 
     def _wanting(self, peer_id: PeerId) -> Attempt | None:
@@ -205,7 +191,7 @@ class LinkConnector:
         return attempt if attempt is not None and not attempt.done.is_set() else None
 
     def _check_can_connect(self, peer_id: PeerId) -> None:
-        self._check_open()
+        self._data.check_open()
         if peer_id == self._fabric.peer_id:
             raise UsageError(f"{peer_id} is this process itself; a link needs two")
         if not self._authorize(peer_id):
@@ -239,7 +225,7 @@ class LinkConnector:
             answer = decode_reply(memoryview(reply))
             keys = self._party.accept(offer, answer, peer_id)
             try:
-                link = await self._reach(peer_id, answer, keys, attempt)
+                link = await self._data.reach(peer_id, answer, keys, attempt.failed_kinds)
             except UnreachableError as error:
                 await _refuse(stream, str(error))
                 raise
@@ -247,94 +233,6 @@ class LinkConnector:
             return link
         finally:
             await _end_stream(stream, done)
-
-    async def _reach(self, peer_id: PeerId, answer: LinkAnswer, keys: LinkKeys, attempt: Attempt) -> Link:
-        """Make the best kind of link of ``answer``."""
-        kind = answer.kinds[0]
-        if kind == SHARED_MEMORY and self._memory is not None:
-            try:
-                with trio.fail_after(limits.LINK_DIAL_TIMEOUT_S):
-                    return self._keep(await self._open_local_stream(peer_id, answer, keys))
-            except (OSError, trio.BrokenResourceError, SparkleError, trio.TooSlowError) as error:
-                attempt.failed_kinds.add(kind)
-                raise UnreachableError(f"no memory can be shared with peer {peer_id}: {error}") from error
-        return await self._reach_tcp(peer_id, answer, keys)
-
-    async def _reach_tcp(self, peer_id: PeerId, answer: LinkAnswer, keys: LinkKeys) -> Link:
-        """Connect to the first address of ``answer`` behind which the holder of ``keys`` is."""
-        order = dial_order(
-            answer.addresses,
-            same_host=answer.host_id == self._party.host_id,
-            proven=self._fabric.remote_address(peer_id),
-            mine=self._fabric.addresses,
-        )
-        reasons = []
-        for ip, port in order:
-            reason = f"no answer within {limits.LINK_DIAL_TIMEOUT_S:g} s"
-            with trio.move_on_after(limits.LINK_DIAL_TIMEOUT_S):
-                try:
-                    return await self._open_data_stream(peer_id, ip, port, keys)
-                except (OSError, trio.BrokenResourceError, AuthenticationError, LinkClosedError) as error:
-                    reason = str(error)
-            reasons.append(f"{ip} port {port}: {reason}")
-        raise UnreachableError(
-            f"peer {peer_id} answered, but a direct connection failed: {'; '.join(reasons) or 'it gave no address'}"
-        )
-
-    async def _open_local_stream(self, peer_id: PeerId, answer: LinkAnswer, keys: LinkKeys) -> Link:
-        assert self._memory is not None
-        stream = trio.SocketStream(await connect_local(answer.local_address))
-        self._dialing.add(stream.socket)
-        try:
-            await stream.send_all(keys.opening(0))
-            keys.check_welcome(0, await _receive_exactly(stream, WELCOME_BYTES))
-            self._check_open()
-            return await self._memory.share(stream, peer_id, self._links.discard)
-        finally:
-            self._dialing.discard(stream.socket)
-            # Does nothing if a link took it over.
-            stream.socket.close()
-
-    async def _open_data_stream(self, peer_id: PeerId, ip: IpAddress, port: int, keys: LinkKeys) -> Link:
-        sock = trio.socket.socket(socket.AF_INET if ip.version == 4 else socket.AF_INET6, socket.SOCK_STREAM)
-        self._dialing.add(sock)
-        try:
-            await sock.connect((str(ip), port))
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            stream = trio.SocketStream(sock)
-            asked_at = trio.current_time()
-            await stream.send_all(keys.opening(0))
-            keys.check_welcome(0, await _receive_exactly(stream, WELCOME_BYTES))
-            latency_s = (trio.current_time() - asked_at) / 2
-            self._check_open()
-            return self._keep(self._make_link(stream, peer_id, keys, dialer=True, latency_s=latency_s))
-        finally:
-            self._dialing.discard(sock)
-            # Does nothing if a link took it over.
-            sock.close()
-
-    def _make_link(
-        self, stream: trio.SocketStream, peer_id: PeerId, keys: LinkKeys, *, dialer: bool, latency_s: float | None
-    ) -> TcpLink:
-        there, back = keys.streams[0].dialer_to_answerer, keys.streams[0].answerer_to_dialer
-        mine, theirs = (there, back) if dialer else (back, there)
-        return TcpLink(
-            stream,
-            peer_id,
-            RecordSealer(keys.cipher, mine),
-            RecordOpener(keys.cipher, theirs),
-            latency_s=latency_s,
-            on_released=self._links.discard,
-        )
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise LinkClosedError("the connector is closed")
-
-    def _keep(self, link: Link) -> Link:
-        """Count ``link`` among those that stand, until it is released."""
-        self._links.add(link)
-        return link
 
     # --- Being dialed ----------------------------------------------------------------------------
 
@@ -367,7 +265,7 @@ class LinkConnector:
 
     def _objection(self, peer_id: PeerId) -> str | None:
         """Return why ``peer_id`` gets no link, whatever it offers."""
-        if self._closed:
+        if self._data.closed:
             return "the peer is closing"
         if not self._authorize(peer_id):
             return "you are not admitted to the mesh there"
@@ -428,68 +326,40 @@ class LinkConnector:
 
     async def _serve_data_stream(self, stream: trio.SocketStream) -> None:
         """Take a data connection from the fabric's port, if it opens a stream that is expected."""
-        with trio.fail_after(limits.LINK_HANDSHAKE_TIMEOUT_S):
-            opening = await _receive_exactly(stream, OPENING_BYTES)
-            keys, number, expected = self._opened(opening)
-            await stream.send_all(keys.welcome(number))
-            self._check_wanted(expected)
-            link = self._make_link(stream, expected.peer_id, keys, dialer=False, latency_s=None)
-            expected.came(self._keep(link))
+        await self._accept(stream, TCP)
 
     async def _serve_local_stream(self, stream: trio.SocketStream) -> None:
         """Take a connection of a peer on this host, if it opens a stream that is expected."""
-        assert self._memory is not None
+        await self._accept(stream, SHARED_MEMORY)
+
+    async def _accept(self, stream: trio.SocketStream, kind: str) -> None:
         with trio.fail_after(limits.LINK_HANDSHAKE_TIMEOUT_S):
-            opening = await _receive_exactly(stream, OPENING_BYTES)
-            keys, number, expected = self._opened(opening)
+            opening = await receive_exactly(stream, OPENING_BYTES)
+            keys, number = self._pending.open(opening, trio.current_time())
+            expected = self._expected[keys.link_id]
             await stream.send_all(keys.welcome(number))
-            link = await self._memory.share(stream, expected.peer_id, self._links.discard)
-            self._keep(link)
-            try:
-                self._check_wanted(expected)
-            except LinkClosedError:
-                await link.aclose()
-                raise
-            expected.came(link)
-
-    def _opened(self, opening: bytes | bytearray) -> tuple[LinkKeys, int, _Expected]:
-        keys, number = self._pending.open(opening, trio.current_time())
-        return keys, number, self._expected[keys.link_id]
-
-    def _check_wanted(self, expected: _Expected) -> None:
-        self._check_open()
-        if expected.attempt.done.is_set():
-            raise LinkClosedError(f"nobody wants the link that peer {expected.peer_id} opened any more")
+            self._data.check_open()
+            if expected.attempt.done.is_set():
+                raise LinkClosedError(f"nobody wants the link that peer {expected.peer_id} opened any more")
+            link = await self._data.accepted(stream, kind, expected.peer_id, keys)
+        expected.attempt.succeed(link)
+        expected.opened.set()
 
     # --- Closing ---------------------------------------------------------------------------------
 
     async def aclose(self) -> None:
         """Close every link, and give up what was on its way. Idempotent."""
-        self._closed = True
+        self._data.closed = True
         for offered in list(self._offers.values()):
             offered.scope.cancel()
         for attempt in list(self._attempts.values()):
             attempt.give_up()
             attempt.fail(LinkClosedError("the connector was closed"))
-        with trio.CancelScope(shield=True):
-            async with trio.open_nursery() as nursery:
-                for link in list(self._links):
-                    nursery.start_soon(link.aclose)
-        if self._memory is not None:
-            self._memory.close()
+        await self._data.aclose()
 
     def close_in_child(self) -> None:
         """In a forked child: close inherited descriptors, sending nothing. Never raises."""
-        self._closed = True
-        for link in list(self._links):
-            link.close_in_child()
-        if self._memory is not None:
-            self._memory.close_in_child()
-        for sock in list(self._dialing):
-            descriptor = sock.detach()
-            if descriptor >= 0:
-                with suppress(OSError):
-                    os.close(descriptor)
+        self._data.close_in_child()
 
 
 async def _refuse(stream: FabricStream, reason: str) -> None:
@@ -508,13 +378,3 @@ async def _until_ended(stream: FabricStream, scope: trio.CancelScope) -> None:
     with suppress(LinkClosedError):
         await stream.read(1)
     scope.cancel()
-
-
-async def _receive_exactly(stream: trio.SocketStream, count: int) -> bytearray:
-    received = bytearray()
-    while len(received) < count:
-        piece = await stream.receive_some(count - len(received))
-        if not piece:
-            raise LinkClosedError("the connection was closed during the handshake")
-        received += piece
-    return received

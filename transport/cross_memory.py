@@ -17,7 +17,7 @@ import numpy as np
 
 from sparkle_mesh.errors import LinkClosedError
 
-_READABLE_ADDRESS_MAX: Final = 2**63
+_ADDRESS_BITS: Final = 63
 
 
 class _Stretch(ctypes.Structure):
@@ -46,7 +46,7 @@ def read_memory(pid: int, address: int, out: np.ndarray[Any, np.dtype[Any]]) -> 
         If that cannot be read: the process has ended, it has nothing there, or the system forbids it.
     """
     function = _function()
-    if function is None or not 0 < address < _READABLE_ADDRESS_MAX:
+    if function is None or not 0 < address < 2**_ADDRESS_BITS:
         raise LinkClosedError(f"address {address:#x} of process {pid} cannot be read here")
     local = _Stretch(out.__array_interface__["data"][0], out.nbytes)
     remote = _Stretch(address, out.nbytes)

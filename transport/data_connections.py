@@ -1,0 +1,191 @@
+"""Makes links of data connections: dials them where an answer says, takes those that peers dialed.
+
+Either way the handshake (:mod:`.handshake`) has agreed on keys before, and the connection's first bytes prove them.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import suppress
+
+import trio
+
+from sparkle_mesh import limits
+from sparkle_mesh.errors import AuthenticationError, LinkClosedError, SparkleError, UnreachableError
+from sparkle_mesh.fabric.interface import Fabric, PeerId
+from sparkle_mesh.transport.addresses import IpAddress, dial_order
+from sparkle_mesh.transport.handshake import SHARED_MEMORY, WELCOME_BYTES, LinkAnswer, LinkKeys
+from sparkle_mesh.transport.link import Link
+from sparkle_mesh.transport.local_sockets import connect_local
+from sparkle_mesh.transport.records import RecordOpener, RecordSealer
+from sparkle_mesh.transport.shared_memory import SharedMemory
+from sparkle_mesh.transport.tcp import TcpLink
+
+
+class DataConnections:
+    """The data connections of one process, and the links that they became.
+
+    Attributes
+    ----------
+    links
+        Those that stand.
+    closed
+        Whether no more are made.
+    """
+
+    def __init__(self, fabric: Fabric, host_id: bytes, memory: SharedMemory | None) -> None:
+        self.links: set[Link] = set()
+        self.closed = False
+        self._fabric = fabric
+        self._host_id = host_id
+        self._memory = memory
+        self._dialing: set[trio.socket.SocketType] = set()
+
+    # --- Dialing ---------------------------------------------------------------------------------
+
+    async def reach(self, peer_id: PeerId, answer: LinkAnswer, keys: LinkKeys, failed_kinds: set[str]) -> Link:
+        """Make the first kind of link of ``answer``.
+
+        Raises
+        ------
+        UnreachableError
+            If that fails; ``failed_kinds`` has the kind then, if others are left to be tried.
+        """
+        kind = answer.kinds[0]
+        if kind != SHARED_MEMORY:
+            return await self._reach_tcp(peer_id, answer, keys)
+        try:
+            with trio.fail_after(limits.LINK_DIAL_TIMEOUT_S):
+                return await self._reach_locally(peer_id, answer, keys)
+        except (OSError, trio.BrokenResourceError, SparkleError, trio.TooSlowError) as error:
+            if len(answer.kinds) > 1:
+                failed_kinds.add(kind)
+            raise UnreachableError(f"no memory can be shared with peer {peer_id}: {error}") from error
+
+    async def _reach_locally(self, peer_id: PeerId, answer: LinkAnswer, keys: LinkKeys) -> Link:
+        sock = await connect_local(answer.local_address)
+        self._dialing.add(sock)
+        try:
+            stream = trio.SocketStream(sock)
+            await stream.send_all(keys.opening(0))
+            keys.check_welcome(0, await receive_exactly(stream, WELCOME_BYTES))
+            self.check_open()
+            return await self._share(stream, peer_id)
+        finally:
+            self._dialing.discard(sock)
+            # Does nothing if a link took it over.
+            sock.close()
+
+    async def _reach_tcp(self, peer_id: PeerId, answer: LinkAnswer, keys: LinkKeys) -> Link:
+        """Connect to the first address of ``answer`` behind which the holder of ``keys`` is."""
+        order = dial_order(
+            answer.addresses,
+            same_host=answer.host_id == self._host_id,
+            proven=self._fabric.remote_address(peer_id),
+            mine=self._fabric.addresses,
+        )
+        reasons = []
+        for ip, port in order:
+            reason = f"no answer within {limits.LINK_DIAL_TIMEOUT_S:g} s"
+            with trio.move_on_after(limits.LINK_DIAL_TIMEOUT_S):
+                try:
+                    return await self._open_stream(peer_id, ip, port, keys)
+                except (OSError, trio.BrokenResourceError, AuthenticationError, LinkClosedError) as error:
+                    reason = str(error)
+            reasons.append(f"{ip} port {port}: {reason}")
+        raise UnreachableError(
+            f"peer {peer_id} answered, but a direct connection failed: {'; '.join(reasons) or 'it gave no address'}"
+        )
+
+    async def _open_stream(self, peer_id: PeerId, ip: IpAddress, port: int, keys: LinkKeys) -> Link:
+        sock = trio.socket.socket(socket.AF_INET if ip.version == 4 else socket.AF_INET6, socket.SOCK_STREAM)
+        self._dialing.add(sock)
+        try:
+            await sock.connect((str(ip), port))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            stream = trio.SocketStream(sock)
+            asked_at = trio.current_time()
+            await stream.send_all(keys.opening(0))
+            keys.check_welcome(0, await receive_exactly(stream, WELCOME_BYTES))
+            latency_s = (trio.current_time() - asked_at) / 2
+            self.check_open()
+            return self._keep(self._encrypted(stream, peer_id, keys, dialer=True, latency_s=latency_s))
+        finally:
+            self._dialing.discard(sock)
+            # Does nothing if a link took it over.
+            sock.close()
+
+    # --- Being dialed ----------------------------------------------------------------------------
+
+    async def accepted(self, stream: trio.SocketStream, kind: str, peer_id: PeerId, keys: LinkKeys) -> Link:
+        """Make a link of ``stream``, which a peer has dialed and opened. Raises SparkleError, OSError."""
+        if kind == SHARED_MEMORY:
+            return await self._share(stream, peer_id)
+        return self._keep(self._encrypted(stream, peer_id, keys, dialer=False, latency_s=None))
+
+    # --- Making links ----------------------------------------------------------------------------
+
+    async def _share(self, stream: trio.SocketStream, peer_id: PeerId) -> Link:
+        assert self._memory is not None
+        return self._keep(await self._memory.share(stream, peer_id, self.links.discard))
+
+    def _encrypted(
+        self, stream: trio.SocketStream, peer_id: PeerId, keys: LinkKeys, *, dialer: bool, latency_s: float | None
+    ) -> TcpLink:
+        there, back = keys.streams[0].dialer_to_answerer, keys.streams[0].answerer_to_dialer
+        mine, theirs = (there, back) if dialer else (back, there)
+        return TcpLink(
+            stream,
+            peer_id,
+            RecordSealer(keys.cipher, mine),
+            RecordOpener(keys.cipher, theirs),
+            latency_s=latency_s,
+            on_released=self.links.discard,
+        )
+
+    def _keep(self, link: Link) -> Link:
+        """Count ``link`` among those that stand, until it is released."""
+        self.links.add(link)
+        return link
+
+    # --- Closing ---------------------------------------------------------------------------------
+
+    def check_open(self) -> None:
+        """Raise LinkClosedError if no more links are made."""
+        if self.closed:
+            raise LinkClosedError("the connector is closed")
+
+    async def aclose(self) -> None:
+        """Close every link, and make no more. Idempotent."""
+        self.closed = True
+        with trio.CancelScope(shield=True):
+            async with trio.open_nursery() as nursery:
+                for link in list(self.links):
+                    nursery.start_soon(link.aclose)
+        if self._memory is not None:
+            self._memory.close()
+
+    def close_in_child(self) -> None:
+        """In a forked child: close inherited descriptors, sending nothing. Never raises."""
+        self.closed = True
+        for link in list(self.links):
+            link.close_in_child()
+        if self._memory is not None:
+            self._memory.close_in_child()
+        for sock in list(self._dialing):
+            descriptor = sock.detach()
+            if descriptor >= 0:
+                with suppress(OSError):
+                    os.close(descriptor)
+
+
+async def receive_exactly(stream: trio.SocketStream, count: int) -> bytearray:
+    """Receive ``count`` bytes. Raises LinkClosedError if the stream ends before."""
+    received = bytearray()
+    while len(received) < count:
+        piece = await stream.receive_some(count - len(received))
+        if not piece:
+            raise LinkClosedError("the connection was closed during the handshake")
+        received += piece
+    return received
