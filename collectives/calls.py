@@ -21,6 +21,8 @@ from sparkle_mesh.errors import UsageError
 
 # Into how many streams an algorithm divides a vector, for choosing the size of segments.
 _STREAMS: dict[str, Callable[[int], int]] = {"ring": lambda size: size, "tree": lambda _: 2}
+#: The algorithm that is done one-sided or not at all.
+SHARED = "shared"
 _ALGORITHMS: dict[str, Callable[..., Schedule]] = {
     "ring": ring_all_reduce,
     "tree": tree_all_reduce,
@@ -38,10 +40,12 @@ class Call:
     arrays: Arrays
     op: str = "sum"
     root: int | None = None
+    #: Whether it is done one-sided where the ranks share memory.
+    one_sided: bool = False
 
     def signature(self) -> tuple[object, ...]:
         """Everything that all ranks must have in common."""
-        return (1, self.kind, self.algorithm, self.op, self.root, self.arrays.signature())
+        return (1, self.kind, self.algorithm, self.one_sided, self.op, self.root, self.arrays.signature())
 
     def describe(self) -> str:
         """Return the call for people, of bounded length."""
@@ -72,7 +76,10 @@ def all_reduce_call(data: object, op: str, algorithm: str, size: int) -> Call:
 
     check_op(op, np.dtype(np.float32), "the data")
     arrays = check_arrays(data, check)
-    return Call("all_reduce", choose_algorithm(arrays.nbytes, size, asked=algorithm), arrays, op)
+    if algorithm == SHARED:
+        return Call("all_reduce", SHARED, arrays, op, one_sided=True)
+    chosen = choose_algorithm(arrays.nbytes, size, asked=algorithm)
+    return Call("all_reduce", chosen, arrays, op, one_sided=algorithm == "auto")
 
 
 def broadcast_call(data: object, root: object, rank: int, size: int) -> Call:
@@ -85,7 +92,7 @@ def broadcast_call(data: object, root: object, rank: int, size: int) -> Call:
 
 def barrier_call() -> Call:
     """Return the call of a barrier: an operation without data."""
-    return Call("barrier", "direct", Arrays("list", ()))
+    return Call("barrier", "direct", Arrays("list", ()), one_sided=True)
 
 
 def check_timeout(timeout_s: object) -> float:

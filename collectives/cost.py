@@ -101,7 +101,7 @@ def choose_algorithm(
     table = _ALL_REDUCE if kind == "all_reduce" else _BROADCAST
     if asked != "auto":
         if asked not in table:
-            known = ", ".join(repr(name) for name in ("auto", *table))
+            known = ", ".join(repr(name) for name in ("auto", *table, *(("shared",) if kind == "all_reduce" else ())))
             raise UsageError(f"algorithm {asked!r} is not one of {known}")
         return asked
     return min(table, key=lambda name: table[name](nbytes, size, cost))

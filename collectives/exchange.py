@@ -56,7 +56,8 @@ class Exchange:
         self.rank = rank
         self.link = link
         self.ahead: dict[int, Ahead] = {}
-        self.last_seen = "nothing yet"
+        #: The number of the last call that the peer spoke of, and that for people.
+        self.last_seen = (0, "nothing yet")
         self._group = group
         #: Control messages that are not with the operating system yet.
         self.unsent = 0
@@ -145,7 +146,7 @@ class Exchange:
         if isinstance(message, Begin):
             if message.lineage != group.lineage:
                 raise ProtocolError("the peer is in another lineage of the mesh")
-            self.last_seen = f"call {message.operation}, {message.description}"
+            self.last_seen = (message.operation, f"call {message.operation}, {message.description}")
         while message.operation > group.number + limits.COLLECTIVE_OPERATIONS_AHEAD_MAX_COUNT:
             await group.next_operation.wait()
         if message.operation > group.number:

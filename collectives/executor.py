@@ -269,10 +269,11 @@ class BufferPool:
     """Keeps large buffers for the next operation: touching fresh memory costs more than reducing into it.
 
     Holds at most ``limits.COLLECTIVE_BUFFERS_POOLED_MAX_COUNT`` buffers of together at most
-    ``limits.COLLECTIVE_BUFFERS_POOLED_MAX_BYTES``, the most recently used ones.
+    ``limits.COLLECTIVE_BUFFERS_POOLED_MAX_BYTES``, the most recently used ones. ``make`` gives new bytes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, make: Callable[[int], Array] = lambda nbytes: np.empty(nbytes, np.uint8)) -> None:
+        self._make = make
         self._free: list[Array] = []
 
     def take(self, count: int, dtype: np.dtype[Any]) -> Array:
@@ -283,7 +284,7 @@ class BufferPool:
             best = min(fitting, key=lambda buffer: buffer.nbytes)
             self._free = [buffer for buffer in self._free if buffer is not best]
         else:
-            best = np.empty(nbytes, np.uint8)
+            best = self._make(nbytes)
         return best[:nbytes].view(dtype)
 
     def give(self, vector: Array) -> None:

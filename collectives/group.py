@@ -31,10 +31,12 @@ import trio
 
 from sparkle_mesh import limits, wire
 from sparkle_mesh.collectives.agreement import Agreement, name_ranks
-from sparkle_mesh.collectives.calls import Call, all_reduce_call, barrier_call, broadcast_call, check_timeout
+from sparkle_mesh.collectives.board import Boards
+from sparkle_mesh.collectives.calls import SHARED, Call, all_reduce_call, barrier_call, broadcast_call, check_timeout
 from sparkle_mesh.collectives.digest import digest_key
 from sparkle_mesh.collectives.exchange import Exchange
 from sparkle_mesh.collectives.executor import BufferPool, Execution, Lane
+from sparkle_mesh.collectives.host_path import HostPath, group_number
 from sparkle_mesh.collectives.messages import Abort, Begin, Control, Prepared, call_digest
 from sparkle_mesh.collectives.operation import Operation, Outcome
 from sparkle_mesh.collectives.reduction import Reduction
@@ -50,6 +52,7 @@ from sparkle_mesh.errors import (
     UsageError,
 )
 from sparkle_mesh.transport.link import Link
+from sparkle_mesh.transport.shared_memory import SharedMemory, SharedMemoryLink
 
 __all__ = ["CollectiveGroup", "Outcome"]
 
@@ -71,6 +74,8 @@ class CollectiveGroup:
         Of the view; the same on every rank.
     describe_rank
         Turns a rank into what error messages call it, such as ``rank 2 (12D3KooW…)``.
+    memory
+        This process's memory that others on this host can read: for one-sided collectives.
 
     Attributes
     ----------
@@ -93,6 +98,7 @@ class CollectiveGroup:
         lineage: bytes,
         epoch: int,
         describe_rank: Callable[[int], str] = lambda rank: f"rank {rank}",
+        memory: SharedMemory | None = None,
     ) -> None:
         if not 0 <= rank < size or size > limits.MESH_MEMBERS_MAX_COUNT:
             raise UsageError(f"rank {rank} of {size} is not a rank of a group")
@@ -112,13 +118,24 @@ class CollectiveGroup:
         self._describe = describe_rank
         self._key = digest_key(lineage)
         self._exchanges = {other: Exchange(other, link, self) for other, link in links.items()}
-        self._lost: dict[int, str] = {}
+        #: The ranks that are lost, and why.
+        self.lost: dict[int, str] = {}
         self._peer_lost = trio.Event()
         self._ended: SparkleError | None = None
         self._turn = trio.Lock()
         self._pool = BufferPool()
         self._nursery: trio.Nursery | None = None
         self._ran = False
+        self._host = self._host_path(memory, links)
+
+    def _host_path(self, memory: SharedMemory | None, links: Mapping[int, Link]) -> HostPath | None:
+        if memory is None or self.size == 1:
+            return None
+        shared = {rank: link for rank, link in links.items() if isinstance(link, SharedMemoryLink)}
+        if len(shared) == len(links):
+            return HostPath(self, memory, shared)
+        Boards.refuse(memory, links.values(), group_number(self.lineage, self.epoch))
+        return None
 
     # --- What callers use ------------------------------------------------------------------------
 
@@ -139,7 +156,7 @@ class CollectiveGroup:
         op
             ``"sum"`` or ``"mean"``.
         algorithm
-            ``"auto"``, ``"ring"`` or ``"tree"``.
+            ``"auto"``, ``"shared"`` (if all ranks share memory), ``"ring"`` or ``"tree"``.
         timeout_s
             How long to wait for the other ranks; ``limits.COLLECTIVE_TIMEOUT_S`` if None.
 
@@ -196,6 +213,8 @@ class CollectiveGroup:
                 await trio.sleep_forever()
         finally:
             self._nursery = None
+            if self._host is not None:
+                self._host.close()
             self._end(MeshClosedError("the mesh was left while the collective was in flight"))
 
     def peer_lost(self, rank: int, reason: str) -> None:
@@ -204,9 +223,9 @@ class CollectiveGroup:
         An operation whose last word from that rank has been heard still ends well: a rank may leave right after
         its last collective.
         """
-        if rank in self._lost or rank not in self._exchanges:
+        if rank in self.lost or rank not in self._exchanges:
             return
-        self._lost[rank] = reason[: limits.REASON_MAX_CHARS]
+        self.lost[rank] = reason[: limits.REASON_MAX_CHARS]
         noticed, self._peer_lost = self._peer_lost, trio.Event()
         noticed.set()
         if self._nursery is not None:
@@ -214,7 +233,9 @@ class CollectiveGroup:
         operation = self.operation
         if operation is None or operation.finished.is_set():
             return
-        if rank in operation.agreement.prepared and not operation.execution.expects(rank):
+        if operation.one_sided and self._host is not None:
+            self._host.wake()
+        elif rank in operation.agreement.prepared and not operation.execution.expects(rank):
             operation.execution.forget_sends(rank)
             self.progress(operation)
         else:
@@ -222,7 +243,7 @@ class CollectiveGroup:
 
     async def wait_peer_lost(self, rank: int) -> None:
         """Return once ``rank`` counts as lost here, for example because its link has ended."""
-        while rank not in self._lost:
+        while rank not in self.lost:
             await self._peer_lost.wait()
 
     def close(self) -> None:
@@ -252,8 +273,21 @@ class CollectiveGroup:
                 agreement.prepared[rank] = message.digest
             case _:
                 self._aborted(operation, rank, message)
-                return
+        if operation.one_sided and self._host is not None:
+            self._host.wake()
+        else:
+            self.progress(operation)
+
+    def post_begin(self, operation: Operation) -> None:
+        """Go on over the links with ``operation``, which was begun one-sided: ranks have called different things."""
+        operation.one_sided = False
+        self._post(operation.begin)
         self.progress(operation)
+
+    def fail_for_the_lost(self, operation: Operation) -> None:
+        """End ``operation``, which is aborted, because ranks are lost."""
+        rank = min(self.lost)
+        self._abort(operation, self._lost_error(), cause="lost", lost=rank, reason=self.lost[rank])
 
     def progress(self, operation: Operation) -> None:
         """Something was sent, received or said: see whether a next stage is reached."""
@@ -274,7 +308,7 @@ class CollectiveGroup:
 
     def _unsent(self) -> bool:
         """Whether a live peer is still to be sent something: leaving before would leave it without."""
-        return any(exchange.unsent for rank, exchange in self._exchanges.items() if rank not in self._lost)
+        return any(exchange.unsent for rank, exchange in self._exchanges.items() if rank not in self.lost)
 
     # --- One operation ---------------------------------------------------------------------------
 
@@ -283,8 +317,11 @@ class CollectiveGroup:
         operation: Operation | None = None
         with trio.move_on_after(timeout_s) as scope:
             async with self._turn:
-                operation = self._start(call)
+                host = self._host if self._host is not None and self._host.takes(call) else None
+                operation = self._start(call, host if host is not None and await host.agreed() else None)
                 try:
+                    if operation.one_sided and host is not None:
+                        await host.run(operation)
                     await operation.finished.wait()
                 except BaseException as stop:
                     if not operation.finished.is_set():
@@ -301,14 +338,14 @@ class CollectiveGroup:
             raise operation.failure
         self.last_outcome = operation.outcome(call, self.size, trio.current_time() - started)
 
-    def _start(self, call: Call) -> Operation:
+    def _start(self, call: Call, host: HostPath | None) -> Operation:
         if self._ended is not None:
             raise type(self._ended)(str(self._ended))
         if self._nursery is None and self.size > 1:
             raise UsageError("run() of the collective group must be running before its collectives are called")
         # First whatever may fail on this rank alone, such as memory: once it has begun, the others wait for it.
         try:
-            buckets, lanes = self._lanes(call)
+            buckets, lanes = self._lanes(call) if host is None else (host.stage(call.arrays), [])
         except BaseException as error:
             self._skip(f"its call failed with {type(error).__name__}: {error}")
             raise
@@ -321,17 +358,21 @@ class CollectiveGroup:
             digest=call_digest(call.signature()),
             description=call.describe(),
         )
-        if self._lost:
+        if self.lost:
             # Tell the others, who may not have noticed, so that nobody waits for this rank.
-            rank = min(self._lost)
-            self._post(self._abort_message("lost", lost=rank, reason=self._lost[rank]))
+            rank = min(self.lost)
+            self._post(self._abort_message("lost", lost=rank, reason=self.lost[rank]))
             raise self._lost_error()
         execution = Execution(lanes, self.epoch, self.number)
-        operation = Operation(begin, Agreement(self.size, self.rank, begin), execution, buckets, lanes)
+        agreement = Agreement(self.size, self.rank, begin)
+        operation = Operation(begin, agreement, execution, buckets, lanes, one_sided=host is not None)
         self.operation = operation
         began, self.next_operation = self.next_operation, trio.Event()
         began.set()
-        self._post(begin)
+        if host is not None:
+            host.begin(operation, call)
+        else:
+            self._post(begin)
         for rank, exchange in self._exchanges.items():
             ahead = exchange.ahead.pop(self.number, None)
             if ahead is None or operation.finished.is_set():
@@ -344,10 +385,13 @@ class CollectiveGroup:
                 assert self._nursery is not None
                 exchange.expect_replay()
                 self._nursery.start_soon(self._serve, exchange, exchange.replay, operation, ahead.data)
-        self.progress(operation)
+        if host is None:
+            self.progress(operation)
         return operation
 
     def _lanes(self, call: Call) -> tuple[list[Any], list[Lane]]:
+        if call.algorithm == SHARED:
+            raise UsageError("algorithm 'shared' is for ranks that all share memory, on one host; use 'auto'")
         receiving_only = call.root is not None and call.root != self.rank
         buckets = call.arrays.buckets(self._pool.take, fill=not receiving_only)
         reduction = Reduction(call.op, self.size)
@@ -360,10 +404,15 @@ class CollectiveGroup:
 
     def _finish(self, operation: Operation) -> None:
         self.operation = None
+        if self._host is not None:
+            self._host.finish()
         if not operation.succeeded:
             # Links may still be busy with its buffers: they are dropped, not reused.
             return
         operation.commit()
+        if operation.one_sided and self._host is not None:
+            self._host.give_back(operation.buckets)
+            return
         for bucket, lane in zip(operation.buckets, operation.lanes, strict=True):
             if lane.work is not bucket.data:
                 self._pool.give(lane.work)
@@ -384,7 +433,7 @@ class CollectiveGroup:
 
     def _skip(self, reason: str) -> None:
         """The next operation is none on this rank: tell the others, who may have begun it or will."""
-        if self._ended is not None or self._lost or self._nursery is None:
+        if self._ended is not None or self.lost or self._nursery is None:
             return
         self.number += 1
         for exchange in self._exchanges.values():
@@ -396,7 +445,8 @@ class CollectiveGroup:
     def _give_up(self, operation: Operation, timed_out: str | None) -> None:
         """The caller stops waiting: because it was cancelled, or because time ran out."""
         what = f"{operation.begin.description}, call number {operation.number},"
-        if operation.sent_prepared:
+        one_sided = operation.one_sided and self._host is not None
+        if operation.sent_prepared or (self._host is not None and one_sided and not self._host.try_to_abort(operation)):
             text = f"{what} was given up when this rank held the result and others may have returned with it already"
             self._end(OutcomeUnknownError(f"{text}; this rank has left: join again and synchronise"))
             for rank in self._exchanges:
@@ -413,14 +463,19 @@ class CollectiveGroup:
             self._abort(operation, CollectiveTimeoutError(f"{what} {text}"), cause="timeout", reason=text)
 
     def _who_is_missing(self, operation: Operation) -> str:
-        absent = operation.agreement.absent
+        host = self._host if operation.one_sided else None
+        absent = operation.agreement.absent if host is None else host.absent(operation)
         if absent:
             return "; ".join(
-                f"{self._describe(rank)} has not called it (last heard of: {self._exchanges[rank].last_seen})"
-                for rank in absent
+                f"{self._describe(rank)} has not called it (last heard of: {self._last_seen(rank)})" for rank in absent
             )
-        missing = [rank for rank in operation.agreement.unprepared if rank != self.rank]
+        unfinished = operation.agreement.unprepared if host is None else host.unfinished(operation)
+        missing = [rank for rank in unfinished if rank != self.rank]
         return f"all ranks have called it, but {name_ranks(missing, self._describe)} did not finish"
+
+    def _last_seen(self, rank: int) -> str:
+        said = self._exchanges[rank].last_seen
+        return max(said, self._host.last_seen(rank) if self._host is not None else said)[1]
 
     def _aborted(self, operation: Operation, rank: int, message: Abort) -> None:
         if message.cause == "lost" and message.lost is not None:
@@ -469,7 +524,7 @@ class CollectiveGroup:
         )
 
     def _lost_error(self) -> PeerLostError:
-        lost = "; ".join(f"{self._describe(rank)}: {reason}" for rank, reason in sorted(self._lost.items()))
+        lost = "; ".join(f"{self._describe(rank)}: {reason}" for rank, reason in sorted(self.lost.items()))
         return PeerLostError(f"lost {lost}. {self._describe(self.rank)} cannot go on in this view; join again")
 
     def _end(self, error: SparkleError) -> None:
@@ -479,11 +534,13 @@ class CollectiveGroup:
         operation = self.operation
         if operation is not None and not operation.finished.is_set():
             operation.fail(type(error)(str(error)))
+            if self._host is not None and operation.one_sided:
+                self._host.wake()
 
     def _post(self, message: Control) -> None:
         data = wire.encode(message)
         for rank, exchange in self._exchanges.items():
-            if rank not in self._lost:
+            if rank not in self.lost:
                 exchange.post(data)
 
     async def _serve(self, exchange: Exchange, work: Callable[..., Awaitable[None]], *arguments: Any) -> None:

@@ -57,6 +57,8 @@ class Operation:
     finished: trio.Event = field(default_factory=trio.Event)
     failure: SparkleError | None = None
     sent_prepared: bool = False
+    #: Whether it is done over shared memory, with no word over the links.
+    one_sided: bool = False
 
     @property
     def number(self) -> int:
@@ -74,6 +76,11 @@ class Operation:
 
     def commit(self) -> None:
         """Write the agreed result into the caller's arrays."""
+        if self.one_sided:
+            for bucket in self.buckets:
+                if bucket.staged:
+                    bucket.commit(bucket.data)
+            return
         for bucket, lane in zip(self.buckets, self.lanes, strict=True):
             if lane.plan.schedule.result is Space.WORK:
                 bucket.commit(lane.work)
@@ -82,7 +89,7 @@ class Operation:
         """Return how ``call`` among ``size`` ranks went."""
         return Outcome(
             kind=call.kind,
-            algorithm=call.algorithm,
+            algorithm="shared" if self.one_sided else call.algorithm,
             contributors=(call.root,) if call.root is not None else tuple(range(size)),
             epoch=self.begin.epoch,
             operation=self.number,

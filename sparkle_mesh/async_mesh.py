@@ -7,9 +7,11 @@ import weakref
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import trio
+from numpy.typing import DTypeLike
 
 from sparkle_mesh import limits
 from sparkle_mesh.collectives.group import CollectiveGroup, Outcome
@@ -60,6 +62,7 @@ class AsyncMesh:
             lineage=view.lineage,
             epoch=view.epoch,
             describe_rank=self._describe_rank,
+            memory=connector.memory,
         )
 
     def __repr__(self) -> str:
@@ -113,6 +116,38 @@ class AsyncMesh:
         """Return one line of text with which others can join this mesh; it holds the key if there is one."""
         return self._node.invite()
 
+    def allocate(self, shape: int | Sequence[int], dtype: DTypeLike = "float32") -> np.ndarray[Any, np.dtype[Any]]:
+        """Return a new array, all zeros, in memory that the ranks of this host share: reduced there, it is not copied.
+
+        An array like any other; it may outlive the mesh. Where nothing is shared (other hosts, other users, other
+        systems than Linux), it is an ordinary array.
+
+        Parameters
+        ----------
+        shape
+            As for :func:`numpy.zeros`.
+        dtype
+            float32 if not given.
+
+        Raises
+        ------
+        UsageError
+            If shape or dtype cannot be, or the dtype is not one that is made of plain bytes.
+        MemoryError
+            If there is not so much memory.
+        """
+        try:
+            like = np.empty(shape, dtype=dtype) if np.prod(shape) == 0 else np.broadcast_to(np.zeros(1, dtype), shape)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"no array of shape {shape!r} and dtype {dtype!r} can be made: {error}") from error
+        if like.dtype.hasobject:
+            raise UsageError(f"dtype {like.dtype} holds Python objects, which cannot be shared; use numbers")
+        memory = self._connector.memory
+        nbytes = like.size * like.dtype.itemsize
+        if memory is None or not nbytes:
+            return np.zeros(like.shape, like.dtype)
+        return memory.arena.allocate(nbytes).view(like.dtype).reshape(like.shape)
+
     # --- Collectives ----------------------------------------------------------------------------
 
     async def all_reduce(
@@ -128,7 +163,8 @@ class AsyncMesh:
         op
             ``"sum"`` or ``"mean"`` (floats only).
         algorithm
-            ``"ring"``, ``"tree"``, or ``"auto"`` to choose by size.
+            ``"ring"``, ``"tree"``, ``"shared"`` (one-sided, where all ranks share one host's memory), or ``"auto"``
+            to choose.
         timeout_s
             Deadline in seconds, waiting for slow ranks included; ``limits.COLLECTIVE_TIMEOUT_S`` if None.
 

@@ -90,6 +90,7 @@ MEMORY_LINK_CAPACITY_BYTES = 1 * MIB
 SENDMSG_BUFFERS_MAX_COUNT = 64
 # Addresses, not memory: pages of an arena are there once they are touched.
 ARENA_MAX_BYTES = 2**40
+ARENA_BOARD_BYTES = 8 * KIB
 
 # --- Membership ----------------------------------------------------------------------------------
 MESH_MEMBERS_MAX_COUNT = 1024
@@ -217,6 +218,24 @@ COLLECTIVE_DESCRIPTION_MAX_CHARS = 4096
 COLLECTIVE_PLANS_CACHED_MAX_COUNT = 64
 COLLECTIVE_BUFFERS_POOLED_MAX_BYTES = 512 * MIB
 COLLECTIVE_BUFFERS_POOLED_MAX_COUNT = 8
+
+# --- Collectives among the ranks of one host -------------------------------------------------------
+# One per dtype of a call.
+SHARED_LANES_MAX_COUNT = 32
+# What is reduced before the others go on with it, of all ranks together: as much as stays in a shared cache.
+SHARED_CHUNK_BYTES = 1 * MIB
+# How many chunks a rank may be ahead of the slowest.
+SHARED_CHUNKS_AHEAD_COUNT = 4
+# Operands are read and added in blocks that stay in a core's own cache.
+SHARED_BLOCK_BYTES = 256 * KIB
+# Arrays up to this size are copied into shared memory: that costs less than reading them where they are.
+SHARED_STAGED_MAX_BYTES = 256 * KIB
+# How often a rank that waits yields its core to the others before it sleeps.
+SHARED_YIELDS_COUNT = 30
+
+# How long a rank that was cancelled goes on with what is committed, so that nobody is left with half of it.
+SHARED_FINISH_S = 1.0
+SHARED_WORK_KEPT_MAX_BYTES = 256 * MIB
 
 # --- Devices, status, the node's control socket ---------------------------------------------------
 DEVICES_MAX_COUNT = 256

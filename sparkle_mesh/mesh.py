@@ -8,7 +8,10 @@ import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy.typing import DTypeLike
 
 from sparkle_mesh import limits
 from sparkle_mesh.async_mesh import AsyncMesh, MeshStats, open_mesh
@@ -115,6 +118,11 @@ class Mesh:
             return self._mesh.invite()
 
         return self._call(invite)
+
+    def allocate(self, shape: int | Sequence[int], dtype: DTypeLike = "float32") -> np.ndarray[Any, np.dtype[Any]]:
+        """Return a new array of zeros that ranks of this host reduce where it lies; see :meth:`AsyncMesh.allocate`."""
+        self._mesh._check_process()
+        return self._mesh.allocate(shape, dtype)
 
     def all_reduce(self, data: D, op: str = "sum", *, algorithm: str = "auto", timeout_s: float | None = None) -> D:
         """Reduce arrays over all ranks in place and return them; see :meth:`AsyncMesh.all_reduce`."""

@@ -18,8 +18,10 @@ import os
 import stat
 import struct
 import sys
+import threading
 import weakref
 from bisect import insort
+from collections import deque
 from contextlib import suppress
 from typing import Any, Final
 
@@ -34,6 +36,8 @@ if sys.platform == "linux":
     import fcntl
 
 _PAGE_BYTES: Final = mmap.PAGESIZE
+# The first page and the board.
+_HEAD_BYTES: Final = _PAGE_BYTES + limits.ARENA_BOARD_BYTES
 _MAGIC: Final = b"SPRKMEM1"
 # Magic, the address of the probe in the owner's memory, the probe.
 _FIRST_PAGE: Final = struct.Struct("=8sQ32s")
@@ -82,8 +86,13 @@ class Arena:
         self.address = _address(self._view)
         self._probe = np.frombuffer(entropy.token(32), np.uint8)
         _FIRST_PAGE.pack_into(self._map, 0, _MAGIC, self._probe.ctypes.data, self._probe.tobytes())
+        #: What is always there for peers to read, at the same place in every arena.
+        self.board = self._view[_PAGE_BYTES:_HEAD_BYTES]
         # Free stretches as (offset, bytes), in order, none touching the next.
-        self._free = [(_PAGE_BYTES, self.nbytes - _PAGE_BYTES)]
+        self._free = [(_HEAD_BYTES, self.nbytes - _HEAD_BYTES)]
+        self._lock = threading.Lock()
+        # Arrays end wherever the last thing that refers to them does, perhaps while another is being allocated.
+        self._returned: deque[tuple[int, int]] = deque()
 
     def open_for_reading(self) -> int:
         """Return a new descriptor, through which the arena can be read and not written."""
@@ -98,21 +107,16 @@ class Arena:
             If no stretch of the arena is long enough.
         """
         needed = max(-(-nbytes // _PAGE_BYTES), 1) * _PAGE_BYTES
-        found = next((stretch for stretch in self._free if stretch[1] >= needed), None)
-        if found is None:
-            raise MemoryError(f"{nbytes} bytes of shared memory are not left of {self.nbytes}")
-        offset, room = found
-        index = self._free.index(found)
-        self._free[index : index + 1] = [(offset + needed, room - needed)] if room > needed else []
+        with self._lock:
+            offset = self._take(needed, nbytes)
         array = np.frombuffer(self._map, np.uint8, nbytes, offset)
-        weakref.finalize(array, _give_back, weakref.ref(self), offset, needed)
+        # Not at the end of the process: others may still be reading.
+        weakref.finalize(array, _give_back, weakref.ref(self), offset, needed).atexit = False
         return array
 
-    def _give_back(self, offset: int, nbytes: int) -> None:
-        with suppress(OSError, ValueError):
-            # The system gets the pages back; the addresses stay. (ValueError: closed meanwhile.)
-            self._map.madvise(mmap.MADV_REMOVE, offset, nbytes)
-        insort(self._free, (offset, nbytes))
+    def _take(self, needed: int, nbytes: int) -> int:
+        while self._returned:
+            insort(self._free, self._returned.popleft())
         merged: list[tuple[int, int]] = []
         for start, room in self._free:
             if merged and merged[-1][0] + merged[-1][1] == start:
@@ -120,6 +124,25 @@ class Arena:
             else:
                 merged.append((start, room))
         self._free = merged
+        found = next((stretch for stretch in self._free if stretch[1] >= needed), None)
+        if found is None:
+            raise MemoryError(f"{nbytes} bytes of shared memory are not left of {self.nbytes}")
+        offset, room = found
+        index = self._free.index(found)
+        self._free[index : index + 1] = [(offset + needed, room - needed)] if room > needed else []
+        return offset
+
+    def give_back(self, offset: int, nbytes: int) -> None:
+        """Take back what :meth:`allocate` gave; whatever calls this, nothing waits.
+
+        Not once it is closed: peers may still be reading what this process has left them.
+        """
+        if self._fd < 0:
+            return
+        with suppress(OSError):
+            # The system gets the pages back; the addresses stay.
+            self._map.madvise(mmap.MADV_REMOVE, offset, nbytes)
+        self._returned.append((offset, nbytes))
 
     def offset_of(self, array: Array) -> int | None:
         """Return where the contiguous ``array`` lies in the arena; None if it is not in it."""
@@ -136,7 +159,7 @@ class Arena:
 def _give_back(arena: weakref.ref[Arena], offset: int, nbytes: int) -> None:
     alive = arena()
     if alive is not None:
-        alive._give_back(offset, nbytes)
+        alive.give_back(offset, nbytes)
 
 
 class PeerArena:
@@ -161,7 +184,7 @@ class PeerArena:
             sealed = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
         except OSError as error:
             raise ProtocolError(f"what a peer sent as its shared memory is none: {error.strerror}") from error
-        if not sealed & _SHRINK_SEALED or not _PAGE_BYTES <= self.nbytes <= limits.ARENA_MAX_BYTES:
+        if not sealed & _SHRINK_SEALED or not _HEAD_BYTES <= self.nbytes <= limits.ARENA_MAX_BYTES:
             raise ProtocolError(f"a peer's shared memory of {self.nbytes} bytes, sealed {sealed:#x}, is not to be used")
         try:
             self._map = mmap.mmap(descriptor, self.nbytes, mmap.MAP_SHARED, mmap.PROT_READ)
@@ -171,6 +194,11 @@ class PeerArena:
         if magic != _MAGIC:
             self._map.close()
             raise ProtocolError(f"a peer's shared memory begins with {magic!r}, not with {_MAGIC!r}")
+
+    @property
+    def board(self) -> memoryview:
+        """What is always there to read."""
+        return self.view(_PAGE_BYTES, limits.ARENA_BOARD_BYTES)
 
     def view(self, offset: int, nbytes: int) -> memoryview:
         """Return ``nbytes`` bytes of it at ``offset``, read-only.

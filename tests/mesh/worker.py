@@ -66,11 +66,13 @@ def reduce_for_ever(mesh: str, size: str, workers: str = "0") -> None:
 
 @scenario
 def interrupted(mesh: str, size: str) -> None:
-    """Rank 0 waits in a collective that nobody else calls until it is interrupted."""
+    """Rank 0 is interrupted in a collective that the last rank does not call before it is told to."""
     try:
         with join(mesh, size) as m:
             m.barrier()
             say("waiting", m.rank)
+            if m.rank == m.size - 1:
+                sys.stdin.readline()
             m.all_reduce(np.ones(3), timeout_s=30)
     except KeyboardInterrupt:
         say("interrupted")

@@ -1,0 +1,240 @@
+"""The way that collectives of a group take whose ranks are all on one host and share memory: :mod:`.shared`.
+
+Whether a group has this way is agreed on once, by what all ranks have written on their boards. A call that can take
+it does on all ranks; nothing is sent over links then, unless something goes wrong: ranks that called different things
+say so over their links, as for every other call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sparkle_mesh import limits
+from sparkle_mesh.collectives.arrays import Arrays, Bucket
+from sparkle_mesh.collectives.board import Boards, Sharing, Word
+from sparkle_mesh.collectives.calls import Call
+from sparkle_mesh.collectives.executor import BufferPool
+from sparkle_mesh.collectives.operation import Operation
+from sparkle_mesh.collectives.reduction import Array
+from sparkle_mesh.collectives.shared import (
+    AbortedError,
+    ExcludedError,
+    OperandError,
+    SharedReduction,
+    try_to_abort,
+)
+from sparkle_mesh.collectives.shared_plan import Place, SharedLane, work_bytes
+from sparkle_mesh.errors import OutcomeUnknownError
+from sparkle_mesh.transport.shared_memory import PeerMemory, SharedMemory, SharedMemoryLink
+
+if TYPE_CHECKING:
+    from sparkle_mesh.collectives.group import CollectiveGroup
+
+# Chunks.
+_MORE_THAN_ANY = 2**31
+
+
+class HostPath:
+    """One-sided collectives of one group, on one rank.
+
+    Parameters
+    ----------
+    group
+        Whose.
+    memory
+        This process's.
+    links
+        To all other ranks, all of them of shared memory.
+    """
+
+    def __init__(self, group: CollectiveGroup, memory: SharedMemory, links: Mapping[int, SharedMemoryLink]) -> None:
+        self._group = group
+        self._arena = memory.arena
+        self._peers: dict[int, PeerMemory] = {rank: link.memory for rank, link in links.items()}
+        self._boards = Boards(group.rank, memory, links, group_number(group.lineage, group.epoch))
+        self._sharing = Sharing.UNKNOWN
+        self._pool = BufferPool(self._arena.allocate)
+        self._work = self._work_before = self._arena.allocate(1)
+        self._lanes: list[SharedLane] = []
+        self._mean = False
+        self._reduction: SharedReduction | None = None
+        self._boards.open()
+
+    # --- Before a call ---------------------------------------------------------------------------
+
+    async def agreed(self) -> bool:
+        """Whether all ranks can take this way; waits until all have said so, or one is lost."""
+        while self._sharing is Sharing.UNKNOWN:
+            if self._group.lost:
+                return False
+            self._sharing = await self._boards.until_all_are_open()
+        return self._sharing is not Sharing.NOT
+
+    def takes(self, call: Call) -> bool:
+        """Whether ``call`` goes this way, where it is agreed on."""
+        return call.one_sided and len({item.array.dtype for item in call.arrays.named}) <= limits.SHARED_LANES_MAX_COUNT
+
+    def stage(self, arrays: Arrays) -> list[Bucket]:
+        """Return the vectors of a call: in the arena if the others could not read them where they are, or not as fast.
+
+        Raises
+        ------
+        MemoryError
+        """
+        buckets = arrays.buckets(self._pool.take)
+        for bucket in buckets:
+            data = bucket.data
+            if bucket.staged or self._arena.offset_of(data) is not None:
+                continue
+            if data.nbytes <= limits.SHARED_STAGED_MAX_BYTES or self._sharing is not Sharing.MEMORY:
+                bucket.data = self._pool.take(data.size, data.dtype)
+                np.copyto(bucket.data, data)
+                bucket.staged = True
+        return buckets
+
+    def give_back(self, buckets: list[Bucket]) -> None:
+        """Take back what :meth:`stage` gave; nothing reads it any more."""
+        for bucket in buckets:
+            if bucket.staged:
+                self._pool.give(bucket.data)
+
+    # --- A call ----------------------------------------------------------------------------------
+
+    def begin(self, operation: Operation, call: Call) -> None:
+        """Write down that ``operation`` has begun. Its buckets are staged."""
+        lanes = [self._lane(bucket.data) for bucket in operation.buckets]
+        nbytes = work_bytes(
+            [lane.data.size for lane in lanes], [lane.data.itemsize for lane in lanes], self._group.size
+        )
+        # The others may still take from the old one; once all have begun this operation nobody does.
+        self._work_before, work = self._work, self._work
+        if work.size < nbytes or work.size > max(4 * nbytes, limits.SHARED_WORK_KEPT_MAX_BYTES):
+            work = self._arena.allocate(nbytes)
+        self._work = work
+        self._lanes, self._mean = lanes, call.op == "mean"
+        offset = self._arena.offset_of(work)
+        assert offset is not None
+        self._boards.begin(
+            operation.number,
+            operation.begin.digest,
+            offset,
+            [(lane.place, lane.where) for lane in lanes],
+            operation.begin.description,
+        )
+
+    def _lane(self, data: Array) -> SharedLane:
+        offset = self._arena.offset_of(data)
+        if offset is None:
+            return SharedLane(data, Place.MEMORY, int(data.__array_interface__["data"][0]))
+        return SharedLane(data, Place.ARENA, offset)
+
+    async def run(self, operation: Operation) -> None:
+        """Carry ``operation`` to its end: it is finished when this returns, or is left to the links."""
+        try:
+            if not await self._all_have_begun(operation):
+                return
+            self._work_before = self._work
+            self._reduction = SharedReduction(
+                self._boards,
+                self._peers,
+                rank=self._group.rank,
+                number=operation.number,
+                lanes=self._lanes,
+                mean=self._mean,
+                work=self._work,
+                lost=self._group.lost,
+                given_up=operation.finished.is_set,
+            )
+            await self._reduction.run()
+            operation.finished.set()
+        except AbortedError:
+            await self._hear_why(operation)
+        except OperandError as error:
+            self._group.peer_lost(error.rank, f"its operand cannot be read: {error}")
+            self._abort_for_the_lost(operation)
+        except ExcludedError:
+            operation.fail(
+                OutcomeUnknownError(
+                    f"{operation.begin.description}, call number {operation.number}, was finished by the other ranks "
+                    "without this one: what its arrays hold is undefined; join again and synchronise"
+                )
+            )
+
+    def finish(self) -> None:
+        """Forget the call that was in flight."""
+        self._reduction = None
+        self._lanes = []
+
+    async def _all_have_begun(self, operation: Operation) -> bool:
+        """Wait until all ranks have begun the same; False if they have not, and the links will tell."""
+        others = [rank for rank in range(self._group.size) if rank != self._group.rank]
+        while not operation.finished.is_set():
+            begun = [rank for rank in others if self._boards.get(rank, Word.BEGUN) == operation.number]
+            if len(operation.agreement.begins) > 1 or any(
+                self._boards.digest(rank) != operation.begin.digest for rank in begun
+            ):
+                self._group.post_begin(operation)
+                return False
+            if len(begun) == len(others):
+                return True
+            if self._group.lost:
+                self._abort_for_the_lost(operation)
+                return False
+            if any(self._boards.get(rank, Word.BEGUN) > operation.number for rank in others):
+                # It has given this one up, and says so over its link.
+                await self._boards.sleep()
+            else:
+                await self._boards.until((Word.BEGUN, operation.number))
+        return False
+
+    # --- Failure ---------------------------------------------------------------------------------
+
+    def wake(self) -> None:
+        """Something has happened: let the call in flight look."""
+        self._boards.wake()
+
+    def try_to_abort(self, operation: Operation) -> bool:
+        """Abort ``operation`` on every rank, unless it is committed; return whether it is aborted."""
+        if self._reduction is not None:
+            return self._reduction.try_to_abort()
+        return try_to_abort(self._boards, operation.number, 1)
+
+    async def _hear_why(self, operation: Operation) -> None:
+        """Another rank has aborted; its reason comes over its link."""
+        while not operation.finished.is_set():
+            if self._group.lost:
+                self._abort_for_the_lost(operation)
+                return
+            await self._boards.sleep()
+
+    def _abort_for_the_lost(self, operation: Operation) -> None:
+        """Nothing is committed, because this rank has not done its part, or has seen that it is aborted."""
+        try_to_abort(self._boards, operation.number, _MORE_THAN_ANY)
+        self._group.fail_for_the_lost(operation)
+
+    # --- For messages ----------------------------------------------------------------------------
+
+    def absent(self, operation: Operation) -> list[int]:
+        """Return the ranks that have not begun ``operation``."""
+        return [rank for rank in range(self._group.size) if self._boards.get(rank, Word.BEGUN) < operation.number]
+
+    def unfinished(self, operation: Operation) -> list[int]:
+        """Return the ranks that have reduced less than others."""
+        counts = self._boards.counts(Word.REDUCED, operation.number)
+        return [rank for rank, count in enumerate(counts) if count < max(counts) or not count]
+
+    def last_seen(self, rank: int) -> tuple[int, str]:
+        """Return the number of the last call that ``rank`` made this way, and that for people."""
+        return self._boards.last_call(rank)
+
+    def close(self) -> None:
+        """Read no more of the others."""
+        self._boards.close()
+
+
+def group_number(lineage: bytes, epoch: int) -> int:
+    """Return a number that only ranks of the same view have in common."""
+    return int.from_bytes(lineage[:7], "big") << 8 | epoch & 0xFF or 1
