@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -67,6 +67,30 @@ class Bucket:
             position += array.size
 
 
+class ArraysLook(NamedTuple):
+    """The form, names, dtypes and shapes of arrays: what all ranks must have in common."""
+
+    form: str
+    items: tuple[tuple[str, np.dtype[Any], tuple[int, ...]], ...]
+
+    def signature(self) -> tuple[object, ...]:
+        """Return it as plain values."""
+        return (self.form, tuple((name, dtype.name, shape) for name, dtype, shape in self.items))
+
+    def describe(self) -> str:
+        """Return it for people, shortened if there are many."""
+        shown = self.items[: limits.COLLECTIVE_ARRAYS_DESCRIBED_MAX_COUNT]
+        parts = []
+        for name, dtype, shape in shown:
+            kind = f"{dtype.name}{list(shape)}"
+            parts.append(f"{_shorten(name)!r}: {kind}" if self.form == "dict" else kind)
+        if len(self.items) > len(shown):
+            fingerprint = call_digest(self.signature()).hex()[:8]
+            parts.append(f"… {len(self.items) - len(shown)} more, all together {fingerprint}")
+        text = ", ".join(parts)
+        return {"array": text, "list": f"[{text}]", "dict": f"{{{text}}}"}[self.form]
+
+
 @dataclass(frozen=True, slots=True)
 class Arrays:
     """The checked arrays of one call; ``form`` is ``array``, ``list`` or ``dict``."""
@@ -78,22 +102,10 @@ class Arrays:
     def nbytes(self) -> int:
         return sum(item.array.nbytes for item in self.named)
 
-    def signature(self) -> tuple[object, ...]:
-        """Everything about them that all ranks must have in common."""
-        return (self.form, tuple((item.name, item.array.dtype.name, item.array.shape) for item in self.named))
-
-    def describe(self) -> str:
-        """Return the same for people, shortened if there are many."""
-        shown = self.named[: limits.COLLECTIVE_ARRAYS_DESCRIBED_MAX_COUNT]
-        parts = []
-        for item in shown:
-            kind = f"{item.array.dtype.name}{list(item.array.shape)}"
-            parts.append(f"{_shorten(item.name)!r}: {kind}" if self.form == "dict" else kind)
-        if len(self.named) > len(shown):
-            fingerprint = call_digest(self.signature()).hex()[:8]
-            parts.append(f"… {len(self.named) - len(shown)} more, all together {fingerprint}")
-        text = ", ".join(parts)
-        return {"array": text, "list": f"[{text}]", "dict": f"{{{text}}}"}[self.form]
+    @property
+    def look(self) -> ArraysLook:
+        """What they are, without what is in them."""
+        return ArraysLook(self.form, tuple((item.name, item.array.dtype, item.array.shape) for item in self.named))
 
     def buckets(self, allocate: Allocate, *, fill: bool = True) -> list[Bucket]:
         """Return one vector per dtype, in the order of the dtypes' names.

@@ -11,15 +11,17 @@ one sees the other's store (so nobody sleeps through what it waits for, and nobo
 from __future__ import annotations
 
 import os
+import select
 import threading
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from typing import Final, TypeAlias
 
 import trio
 
 from sparkle_mesh import limits
+from sparkle_mesh.clock import SYSTEM_CLOCK
 from sparkle_mesh.transport.link import Link
 from sparkle_mesh.transport.shared_memory import SharedMemory, SharedMemoryLink
 
@@ -92,6 +94,10 @@ def count_of(word: int, operation: int) -> int:
     return word & _COUNT_MASK if word >> _COUNT_BITS == operation & _COUNT_MASK else 0
 
 
+class OutOfTimeError(Exception):
+    """A thread has waited for as long as it may."""
+
+
 class Boards:
     """The boards of all ranks of a group on one host, this rank's own among them.
 
@@ -115,6 +121,10 @@ class Boards:
         self._words = [view.cast("Q") for view in self._views]
         self._own = self._words[rank]
         self._group = group
+        self._thread_deadline: float | None = None
+        self._poll = select.poll()
+        self._poll.register(memory.bell, select.POLLIN)
+        self._written = b""
 
     # --- Writing ---------------------------------------------------------------------------------
 
@@ -123,6 +133,7 @@ class Boards:
         readable = all(peer.readable for peer in self._peers.values())
         for index in range(len(self._own)):
             self._own[index] = 0
+        self._written = b""
         self._own[Word.SHARING] = Sharing.MEMORY if readable else Sharing.ARENAS
         fence()
         self._own[Word.GROUP] = self._group
@@ -133,12 +144,14 @@ class Boards:
     ) -> None:
         """Say that ``operation`` has begun here, what it is, and where its operands lie."""
         own = self._own
-        text = description.encode()[: _DESCRIPTION_BYTES - 8]
-        start = _DESCRIPTION_OFFSET_BYTES
-        own[start // 8] = len(text)
-        self._views[self._rank][start + 8 : start + 8 + len(text)] = text
+        if digest != self._written:
+            text = description.encode()[: _DESCRIPTION_BYTES - 8]
+            start = _DESCRIPTION_OFFSET_BYTES
+            own[start // 8] = len(text)
+            self._views[self._rank][start + 8 : start + 8 + len(text)] = text
+            self._views[self._rank][Word.CALL_DIGEST * 8 : Word.CALL_DIGEST * 8 + 32] = digest
+            self._written = digest
         own[Word.WORK] = work
-        self._views[self._rank][Word.CALL_DIGEST * 8 : Word.CALL_DIGEST * 8 + 32] = digest
         for index, (kind, place) in enumerate(lanes):
             own[Word.LANES + 2 * index] = kind
             own[Word.LANES + 2 * index + 1] = place
@@ -238,15 +251,44 @@ class Boards:
         fence()
         try:
             if not any(self._reached(*condition) for condition in conditions):
-                await trio.lowlevel.wait_readable(self._memory.bell)
+                await self._rest()
         finally:
             own[Word.SLEEPS] = 0
             self._memory.quiet()
 
     async def sleep(self) -> None:
         """Return once this rank is woken, here or by another's :meth:`ring_all`."""
-        await trio.lowlevel.wait_readable(self._memory.bell)
+        await self._rest()
         self._memory.quiet()
+
+    async def _rest(self) -> None:
+        if self._thread_deadline is None:
+            await trio.lowlevel.wait_readable(self._memory.bell)
+            return
+        left_s = self._thread_deadline - SYSTEM_CLOCK.now()
+        if left_s <= 0:
+            raise OutOfTimeError
+        # In slices: a Ctrl-C that comes just before the thread begins to wait interrupts nothing.
+        self._poll.poll(min(left_s, limits.SIGNAL_LOOK_INTERVAL_S) * 1000)
+
+    async def let_others_run(self) -> None:
+        """Give way after much work."""
+        if self._thread_deadline is None:
+            await trio.lowlevel.checkpoint()
+
+    @property
+    def in_thread(self) -> bool:
+        """Whether whoever waits here blocks its own thread, instead of being a task of trio's."""
+        return self._thread_deadline is not None
+
+    @contextmanager
+    def waiting_in_thread(self, timeout_s: float) -> Iterator[None]:
+        """Within the block, waiting blocks the calling thread, and raises OutOfTimeError after ``timeout_s``."""
+        self._thread_deadline = SYSTEM_CLOCK.now() + timeout_s
+        try:
+            yield
+        finally:
+            self._thread_deadline = None
 
     def close(self) -> None:
         """Read no more."""

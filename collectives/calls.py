@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sparkle_mesh import limits
-from sparkle_mesh.collectives.arrays import Arrays, check_arrays
+from sparkle_mesh.collectives.arrays import Arrays, ArraysLook, check_arrays
 from sparkle_mesh.collectives.broadcast import chain_broadcast, tree_broadcast
 from sparkle_mesh.collectives.cost import choose_algorithm, segment_bytes
+from sparkle_mesh.collectives.messages import call_digest
 from sparkle_mesh.collectives.plan import Plan, cached_plan
 from sparkle_mesh.collectives.reduction import check_dtype, check_op
 from sparkle_mesh.collectives.ring import ring_all_reduce
@@ -31,6 +33,28 @@ _ALGORITHMS: dict[str, Callable[..., Schedule]] = {
 }
 
 
+class CallIdentity(NamedTuple):
+    """Equal calls have equal digests; the description is for people, of bounded length."""
+
+    digest: bytes
+    description: str
+
+
+@lru_cache(maxsize=limits.COLLECTIVE_PLANS_CACHED_MAX_COUNT)
+def _identity(kind: str, algorithm: str, one_sided: bool, op: str, root: int | None, look: ArraysLook) -> CallIdentity:
+    # Training repeats the same few calls over and over.
+    match kind:
+        case "all_reduce":
+            text = f"all_reduce({look.describe()}, op={op!r}, algorithm={algorithm!r})"
+        case "broadcast":
+            text = f"broadcast({look.describe()}, root={root})"
+        case _:
+            text = "barrier()"
+    limit = limits.COLLECTIVE_DESCRIPTION_MAX_CHARS
+    digest = call_digest((1, kind, algorithm, one_sided, op, root, look.signature()))
+    return CallIdentity(digest, text if len(text) <= limit else text[: limit - 1] + "…")
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """What the caller asked for, checked."""
@@ -43,21 +67,14 @@ class Call:
     #: Whether it is done one-sided where the ranks share memory.
     one_sided: bool = False
 
-    def signature(self) -> tuple[object, ...]:
-        """Everything that all ranks must have in common."""
-        return (1, self.kind, self.algorithm, self.one_sided, self.op, self.root, self.arrays.signature())
+    @property
+    def identity(self) -> CallIdentity:
+        """What all ranks must have in common."""
+        return _identity(self.kind, self.algorithm, self.one_sided, self.op, self.root, self.arrays.look)
 
     def describe(self) -> str:
         """Return the call for people, of bounded length."""
-        match self.kind:
-            case "all_reduce":
-                text = f"all_reduce({self.arrays.describe()}, op={self.op!r}, algorithm={self.algorithm!r})"
-            case "broadcast":
-                text = f"broadcast({self.arrays.describe()}, root={self.root})"
-            case _:
-                text = "barrier()"
-        limit = limits.COLLECTIVE_DESCRIPTION_MAX_CHARS
-        return text if len(text) <= limit else text[: limit - 1] + "…"
+        return self.identity.description
 
     def plan(self, rank: int, size: int, count: int, item_bytes: int) -> Plan:
         """Return ``rank``'s plan for a vector of ``count`` elements of ``item_bytes`` each."""

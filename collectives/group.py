@@ -23,6 +23,7 @@ Calls from several tasks take turns in the order in which they were made.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -31,15 +32,19 @@ import trio
 
 from sparkle_mesh import limits, wire
 from sparkle_mesh.collectives.agreement import Agreement, name_ranks
+from sparkle_mesh.collectives.arrays import Bucket
 from sparkle_mesh.collectives.board import Boards
 from sparkle_mesh.collectives.calls import SHARED, Call, all_reduce_call, barrier_call, broadcast_call, check_timeout
 from sparkle_mesh.collectives.digest import digest_key
 from sparkle_mesh.collectives.exchange import Exchange
 from sparkle_mesh.collectives.executor import BufferPool, Execution, Lane
+from sparkle_mesh.collectives.gate import Gate
 from sparkle_mesh.collectives.host_path import HostPath, group_number
-from sparkle_mesh.collectives.messages import Abort, Begin, Control, Prepared, call_digest
+from sparkle_mesh.collectives.messages import Abort, Begin, Control, Prepared
 from sparkle_mesh.collectives.operation import Operation, Outcome
+from sparkle_mesh.collectives.quick import QuickCall
 from sparkle_mesh.collectives.reduction import Reduction
+from sparkle_mesh.collectives.shared import Setback
 from sparkle_mesh.errors import (
     CollectiveAbortedError,
     CollectiveTimeoutError,
@@ -123,6 +128,7 @@ class CollectiveGroup:
         self._peer_lost = trio.Event()
         self._ended: SparkleError | None = None
         self._turn = trio.Lock()
+        self.gate = Gate()
         self._pool = BufferPool()
         self._nursery: trio.Nursery | None = None
         self._ran = False
@@ -171,7 +177,7 @@ class CollectiveGroup:
         """
         async with self._refusals("all_reduce"):
             call, deadline_s = all_reduce_call(data, op, algorithm, self.size), check_timeout(timeout_s)
-        await self._perform(call, deadline_s)
+        await self.perform(call, deadline_s)
         return data
 
     async def broadcast(self, data: T, root: int = 0, *, timeout_s: float | None = None) -> T:
@@ -181,14 +187,14 @@ class CollectiveGroup:
         """
         async with self._refusals("broadcast"):
             call, deadline_s = broadcast_call(data, root, self.rank, self.size), check_timeout(timeout_s)
-        await self._perform(call, deadline_s)
+        await self.perform(call, deadline_s)
         return data
 
     async def barrier(self, *, timeout_s: float | None = None) -> None:
         """Return once every rank has called it. Errors are as for :meth:`all_reduce`."""
         async with self._refusals("barrier"):
             deadline_s = check_timeout(timeout_s)
-        await self._perform(barrier_call(), deadline_s)
+        await self.perform(barrier_call(), deadline_s)
 
     # --- What the owner uses ---------------------------------------------------------------------
 
@@ -272,7 +278,8 @@ class CollectiveGroup:
                     raise ProtocolError(f"Prepared out of order in operation {message.operation}")
                 agreement.prepared[rank] = message.digest
             case _:
-                self._aborted(operation, rank, message)
+                if not (operation.one_sided and self._host is not None and self._host.committed):
+                    self._aborted(operation, rank, message)
         if operation.one_sided and self._host is not None:
             self._host.wake()
         else:
@@ -312,31 +319,51 @@ class CollectiveGroup:
 
     # --- One operation ---------------------------------------------------------------------------
 
-    async def _perform(self, call: Call, timeout_s: float) -> None:
+    async def perform(self, call: Call, timeout_s: float) -> None:
+        """Carry out ``call`` in its turn."""
         started = trio.current_time()
         operation: Operation | None = None
         with trio.move_on_after(timeout_s) as scope:
             async with self._turn:
-                host = self._host if self._host is not None and self._host.takes(call) else None
-                operation = self._start(call, host if host is not None and await host.agreed() else None)
+                await self.gate.enter()
                 try:
-                    if operation.one_sided and host is not None:
-                        await host.run(operation)
-                    await operation.finished.wait()
-                except BaseException as stop:
-                    if not operation.finished.is_set():
-                        timed_out = isinstance(stop, trio.Cancelled) and trio.current_time() >= scope.deadline
-                        self._give_up(operation, f"in {timeout_s:g} s" if timed_out else None)
-                    raise
+                    host = self._host if self._host is not None and self._host.takes(call) else None
+                    operation = self._start(call, host if host is not None and await host.agreed() else None)
+                    await self._carry_out(operation, host, scope, timeout_s)
                 finally:
-                    self._finish(operation)
+                    self.gate.leave()
         if operation is None:
             raise CollectiveTimeoutError(
                 f"{call.describe()} did not start in {timeout_s:g} s: an earlier call is in flight"
             )
+        self._tell(operation, call, trio.current_time() - started)
+
+    async def _carry_out(
+        self,
+        operation: Operation,
+        host: HostPath | None,
+        scope: trio.CancelScope,
+        timeout_s: float,
+        setback: Setback | None = None,
+    ) -> None:
+        try:
+            if setback is not None and host is not None:
+                await host.settle(operation, setback)
+            elif operation.one_sided and host is not None:
+                await host.run(operation)
+            await operation.finished.wait()
+        except BaseException as stop:
+            if not operation.finished.is_set():
+                timed_out = isinstance(stop, trio.Cancelled) and trio.current_time() >= scope.deadline
+                self._give_up(operation, f"in {timeout_s:g} s" if timed_out else None)
+            raise
+        finally:
+            self._finish(operation)
+
+    def _tell(self, operation: Operation, call: Call, seconds: float) -> None:
         if operation.failure is not None:
             raise operation.failure
-        self.last_outcome = operation.outcome(call, self.size, trio.current_time() - started)
+        self.last_outcome = operation.outcome(call, self.size, seconds)
 
     def _start(self, call: Call, host: HostPath | None) -> Operation:
         if self._ended is not None:
@@ -349,32 +376,43 @@ class CollectiveGroup:
         except BaseException as error:
             self._skip(f"its call failed with {type(error).__name__}: {error}")
             raise
-        self.number += 1
-        begin = Begin(
-            epoch=self.epoch,
-            lineage=self.lineage,
-            operation=self.number,
-            kind=call.kind,
-            digest=call_digest(call.signature()),
-            description=call.describe(),
-        )
         if self.lost:
+            self.number += 1
             # Tell the others, who may not have noticed, so that nobody waits for this rank.
             rank = min(self.lost)
             self._post(self._abort_message("lost", lost=rank, reason=self.lost[rank]))
             raise self._lost_error()
-        execution = Execution(lanes, self.epoch, self.number)
-        agreement = Agreement(self.size, self.rank, begin)
-        operation = Operation(begin, agreement, execution, buckets, lanes, one_sided=host is not None)
-        self.operation = operation
+        operation = self._new_operation(call, buckets, lanes, host)
         began, self.next_operation = self.next_operation, trio.Event()
         began.set()
+        if host is None:
+            self._post(operation.begin)
+        self._take_what_came_ahead(operation)
+        if host is None:
+            self.progress(operation)
+        return operation
+
+    def _new_operation(self, call: Call, buckets: list[Bucket], lanes: list[Lane], host: HostPath | None) -> Operation:
+        number = self.number + 1
+        begin = Begin(
+            epoch=self.epoch,
+            lineage=self.lineage,
+            operation=number,
+            kind=call.kind,
+            digest=call.identity.digest,
+            description=call.identity.description,
+        )
+        execution = Execution(lanes, self.epoch, number)
+        agreement = Agreement(self.size, self.rank, begin)
+        operation = Operation(begin, agreement, execution, buckets, lanes, one_sided=host is not None)
+        self.operation, self.number = operation, number
         if host is not None:
             host.begin(operation, call)
-        else:
-            self._post(begin)
+        return operation
+
+    def _take_what_came_ahead(self, operation: Operation) -> None:
         for rank, exchange in self._exchanges.items():
-            ahead = exchange.ahead.pop(self.number, None)
+            ahead = exchange.ahead.pop(operation.number, None)
             if ahead is None or operation.finished.is_set():
                 continue
             if ahead.begin is not None:
@@ -385,9 +423,71 @@ class CollectiveGroup:
                 assert self._nursery is not None
                 exchange.expect_replay()
                 self._nursery.start_soon(self._serve, exchange, exchange.replay, operation, ahead.data)
-        if host is None:
-            self.progress(operation)
-        return operation
+
+    # --- Operations that another thread carries out (:mod:`.quick`) -------------------------------
+
+    def quick_all_reduce(self, data: object, op: str, algorithm: str, timeout_s: float | None) -> QuickCall | None:
+        """Return the all-reduce as one that the calling thread can carry out; None if :meth:`all_reduce` must."""
+        host = self._host
+        if host is None or not host.ready or algorithm not in ("auto", SHARED):
+            return None
+        try:
+            call, deadline_s = all_reduce_call(data, op, algorithm, self.size), check_timeout(timeout_s)
+        except UsageError:
+            return None
+        return QuickCall(self, host, call, deadline_s) if host.takes(call) else None
+
+    def quick_barrier(self, timeout_s: float | None) -> QuickCall | None:
+        """Return a barrier likewise."""
+        if self._host is None or not self._host.ready:
+            return None
+        try:
+            return QuickCall(self, self._host, barrier_call(), check_timeout(timeout_s))
+        except UsageError:
+            return None
+
+    def start_quickly(self, call: Call, host: HostPath) -> Operation | None:
+        """From any thread that has entered the gate: begin ``call``; None if that needs trio."""
+        number = self.number + 1
+        if (
+            self._ended is not None
+            or self.lost
+            or self._nursery is None
+            or self.next_operation.statistics().tasks_waiting
+            or any(number in exchange.ahead for exchange in self._exchanges.values())
+        ):
+            return None
+        return self._new_operation(call, host.stage(call.arrays), [], host)
+
+    def conclude(self, operation: Operation, call: Call, seconds: float) -> None:
+        """From the thread that has carried it out: ``operation`` is finished."""
+        for exchange in self._exchanges.values():
+            exchange.ahead.pop(operation.number, None)
+        self._finish(operation)
+        self._tell(operation, call, seconds)
+
+    async def adopt(
+        self,
+        operation: Operation,
+        call: Call,
+        host: HostPath,
+        *,
+        timeout_s: float,
+        left_s: float,
+        setback: Setback | None,
+        interrupted: bool,
+    ) -> None:
+        """Carry on with what another thread has begun, for ``left_s`` of its ``timeout_s``."""
+        started = trio.current_time()
+        with trio.move_on_after(math.inf if interrupted else left_s) as scope:
+            if interrupted:
+                scope.cancel()
+            # It may have been interrupted anywhere.
+            host.begin(operation, call)
+            self._take_what_came_ahead(operation)
+            await self._carry_out(operation, host, scope, timeout_s, setback)
+        if not interrupted:
+            self._tell(operation, call, trio.current_time() - started + timeout_s - left_s)
 
     def _lanes(self, call: Call) -> tuple[list[Any], list[Lane]]:
         if call.algorithm == SHARED:

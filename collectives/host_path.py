@@ -21,8 +21,8 @@ from sparkle_mesh.collectives.operation import Operation
 from sparkle_mesh.collectives.reduction import Array
 from sparkle_mesh.collectives.shared import (
     AbortedError,
-    ExcludedError,
     OperandError,
+    Setback,
     SharedReduction,
     try_to_abort,
 )
@@ -32,6 +32,11 @@ from sparkle_mesh.transport.shared_memory import PeerMemory, SharedMemory, Share
 
 if TYPE_CHECKING:
     from sparkle_mesh.collectives.group import CollectiveGroup
+
+
+class MismatchedError(Setback):
+    """Ranks have called different things; they tell each other over their links."""
+
 
 # Chunks.
 _MORE_THAN_ANY = 2**31
@@ -73,6 +78,16 @@ class HostPath:
             self._sharing = await self._boards.until_all_are_open()
         return self._sharing is not Sharing.NOT
 
+    @property
+    def ready(self) -> bool:
+        """Whether it is known already that all ranks can take this way."""
+        return self._sharing in (Sharing.ARENAS, Sharing.MEMORY)
+
+    @property
+    def committed(self) -> bool:
+        """Whether the call in flight cannot be aborted any more."""
+        return self._reduction is not None and self._reduction.committed
+
     def takes(self, call: Call) -> bool:
         """Whether ``call`` goes this way, where it is agreed on."""
         return call.one_sided and len({item.array.dtype for item in call.arrays.named}) <= limits.SHARED_LANES_MAX_COUNT
@@ -104,7 +119,9 @@ class HostPath:
     # --- A call ----------------------------------------------------------------------------------
 
     def begin(self, operation: Operation, call: Call) -> None:
-        """Write down that ``operation`` has begun. Its buckets are staged."""
+        """Write down that ``operation`` has begun; not twice. Its buckets are staged."""
+        if self._boards.get(self._group.rank, Word.BEGUN) == operation.number:
+            return
         lanes = [self._lane(bucket.data) for bucket in operation.buckets]
         nbytes = work_bytes(
             [lane.data.size for lane in lanes], [lane.data.itemsize for lane in lanes], self._group.size
@@ -134,8 +151,32 @@ class HostPath:
     async def run(self, operation: Operation) -> None:
         """Carry ``operation`` to its end: it is finished when this returns, or is left to the links."""
         try:
-            if not await self._all_have_begun(operation):
+            await self._attempt(operation)
+            operation.finished.set()
+        except Setback as setback:
+            await self.settle(operation, setback)
+
+    def run_in_thread(self, operation: Operation, timeout_s: float) -> None:
+        """Carry out ``operation``, blocking the calling thread, as long as all goes well.
+
+        Raises
+        ------
+        Setback
+            If it does not: :meth:`settle` it then, in trio.
+        OutOfTimeError
+            If that takes longer than ``timeout_s``; :meth:`run` goes on where it was.
+        """
+        with self._boards.waiting_in_thread(timeout_s):
+            try:
+                self._attempt(operation).send(None)
+            except StopIteration:
                 return
+        raise AssertionError("a thread's wait was given to trio")
+
+    async def _attempt(self, operation: Operation) -> None:
+        """Carry out ``operation``; it can be called again after it was interrupted. Raises Setback."""
+        if self._reduction is None:
+            await self._until_all_have_begun(operation)
             self._work_before = self._work
             self._reduction = SharedReduction(
                 self._boards,
@@ -148,47 +189,55 @@ class HostPath:
                 lost=self._group.lost,
                 given_up=operation.finished.is_set,
             )
-            await self._reduction.run()
-            operation.finished.set()
-        except AbortedError:
-            await self._hear_why(operation)
-        except OperandError as error:
-            self._group.peer_lost(error.rank, f"its operand cannot be read: {error}")
-            self._abort_for_the_lost(operation)
-        except ExcludedError:
-            operation.fail(
-                OutcomeUnknownError(
-                    f"{operation.begin.description}, call number {operation.number}, was finished by the other ranks "
-                    "without this one: what its arrays hold is undefined; join again and synchronise"
+        await self._reduction.run()
+
+    async def settle(self, operation: Operation, setback: Setback) -> None:
+        """End ``operation``, which did not go well here."""
+        match setback:
+            case MismatchedError():
+                self._group.post_begin(operation)
+            case AbortedError():
+                await self._hear_why(operation)
+            case OperandError():
+                self._group.peer_lost(setback.rank, f"its operand cannot be read: {setback}")
+                self._abort_for_the_lost(operation)
+            case _:
+                operation.fail(
+                    OutcomeUnknownError(
+                        f"{operation.begin.description}, call number {operation.number}, was finished by the other "
+                        "ranks without this one: what its arrays hold is undefined; join again and synchronise"
+                    )
                 )
-            )
 
     def finish(self) -> None:
         """Forget the call that was in flight."""
         self._reduction = None
         self._lanes = []
 
-    async def _all_have_begun(self, operation: Operation) -> bool:
-        """Wait until all ranks have begun the same; False if they have not, and the links will tell."""
+    async def _until_all_have_begun(self, operation: Operation) -> None:
+        """Wait until all ranks have begun the same.
+
+        Raises
+        ------
+        MismatchedError, AbortedError
+        """
         others = [rank for rank in range(self._group.size) if rank != self._group.rank]
         while not operation.finished.is_set():
             begun = [rank for rank in others if self._boards.get(rank, Word.BEGUN) == operation.number]
             if len(operation.agreement.begins) > 1 or any(
                 self._boards.digest(rank) != operation.begin.digest for rank in begun
             ):
-                self._group.post_begin(operation)
-                return False
+                raise MismatchedError
             if len(begun) == len(others):
-                return True
+                return
             if self._group.lost:
-                self._abort_for_the_lost(operation)
-                return False
+                raise AbortedError
             if any(self._boards.get(rank, Word.BEGUN) > operation.number for rank in others):
                 # It has given this one up, and says so over its link.
                 await self._boards.sleep()
             else:
                 await self._boards.until((Word.BEGUN, operation.number))
-        return False
+        raise AbortedError
 
     # --- Failure ---------------------------------------------------------------------------------
 

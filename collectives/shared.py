@@ -31,7 +31,7 @@ import numpy as np
 import trio
 
 from sparkle_mesh import limits
-from sparkle_mesh.collectives.board import Boards, Word, counted
+from sparkle_mesh.collectives.board import Boards, Word, count_of, counted
 from sparkle_mesh.collectives.reduction import Array
 from sparkle_mesh.collectives.shared_plan import (
     Chunk,
@@ -63,15 +63,19 @@ class Recovery(IntEnum):
     TAKING = 2
 
 
-class AbortedError(Exception):
+class Setback(Exception):
+    """Why an operation did not end well here."""
+
+
+class AbortedError(Setback):
     """The operation is aborted on every rank; no array was changed."""
 
 
-class ExcludedError(Exception):
+class ExcludedError(Setback):
     """The others have gone on without this rank; what its arrays hold is undefined."""
 
 
-class OperandError(Exception):
+class OperandError(Setback):
     """The operand of ``rank`` cannot be read (any more); nothing is committed."""
 
     def __init__(self, rank: int, reason: str) -> None:
@@ -130,7 +134,6 @@ class SharedReduction:
         self._given_up = given_up
         #: Whether arrays may have been written to.
         self.committed = False
-        self._reduced = 0
         self._taken = 0
         self._budget_bytes = limits.LINK_TURN_BYTES
         counts, item_bytes = [lane.data.size for lane in lanes], [lane.data.itemsize for lane in lanes]
@@ -166,7 +169,7 @@ class SharedReduction:
     # --- Running ---------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Carry it out; return when the result is in this rank's vectors.
+        """Carry it out; return when the result is in this rank's vectors. If it is interrupted, it can be run again.
 
         Raises
         ------
@@ -175,9 +178,10 @@ class SharedReduction:
         """
         while not self.committed:
             await self._run_until_committed()
-        # What is committed is carried through, but for others that keep it waiting.
-        with trio.move_on_after(limits.SHARED_FINISH_S, shield=True):
-            await self._run_on()
+        if not self._boards.in_thread:
+            # What is committed is carried through, but for others that keep it waiting.
+            with trio.move_on_after(limits.SHARED_FINISH_S, shield=True):
+                await self._run_on()
         await self._run_on()
 
     async def _run_until_committed(self) -> None:
@@ -210,9 +214,15 @@ class SharedReduction:
 
     def _may_reduce(self) -> bool:
         """Whether there is a next chunk, and room for this rank's part of it."""
-        if self._reduced == len(self._plan.chunks):
+        reduced = self._reduced
+        if reduced == len(self._plan.chunks):
             return False
-        return self._reduced < min(self._boards.counts(Word.TAKEN, self._number)) + self._plan.ahead
+        return reduced < min(self._boards.counts(Word.TAKEN, self._number)) + self._plan.ahead
+
+    @property
+    def _reduced(self) -> int:
+        """How many chunks this rank has reduced: what it has told the others, whatever interrupted it after."""
+        return count_of(self._boards.get(self._rank, Word.REDUCED), self._number)
 
     async def _wait(self) -> None:
         conditions = [(Word.REDUCED, counted(self._number, max(self._taken + 1, self._plan.commit_at)))]
@@ -226,8 +236,7 @@ class SharedReduction:
         low, high = chunk.part_of(self._rank)
         if high > low:
             await self._combine(chunk.lane, low, high, self._part(self._rank, chunk))
-        self._reduced += 1
-        self._boards.publish(Word.REDUCED, counted(self._number, self._reduced))
+        self._boards.publish(Word.REDUCED, counted(self._number, self._reduced + 1))
 
     async def _combine(self, lane: int, low: int, high: int, out: Array) -> None:
         """Write the reduction of elements ``[low, high)`` of a lane to ``out``, block by block."""
@@ -273,7 +282,7 @@ class SharedReduction:
         self._budget_bytes -= nbytes
         if self._budget_bytes < 0:
             self._budget_bytes = limits.LINK_TURN_BYTES
-            await trio.lowlevel.checkpoint()
+            await self._boards.let_others_run()
 
     # --- The outcome -----------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from sparkle_mesh.portal import Portal
 
 if TYPE_CHECKING:
     from sparkle_mesh.collectives.group import Outcome
+    from sparkle_mesh.collectives.quick import QuickCall
     from sparkle_mesh.status import PeerStatus
 
 D = TypeVar("D")
@@ -127,6 +128,12 @@ class Mesh:
     def all_reduce(self, data: D, op: str = "sum", *, algorithm: str = "auto", timeout_s: float | None = None) -> D:
         """Reduce arrays over all ranks in place and return them; see :meth:`AsyncMesh.all_reduce`."""
 
+        self._mesh._check_process()
+        quick = self._mesh._group.quick_all_reduce(data, op, algorithm, timeout_s)
+        if quick is not None:
+            self._run_quickly(quick)
+            return data
+
         async def all_reduce() -> D:
             return await self._mesh.all_reduce(data, op, algorithm=algorithm, timeout_s=timeout_s)
 
@@ -143,10 +150,24 @@ class Mesh:
     def barrier(self, *, timeout_s: float | None = None) -> None:
         """Wait until every rank has called it; see :meth:`AsyncMesh.barrier`."""
 
+        self._mesh._check_process()
+        quick = self._mesh._group.quick_barrier(timeout_s)
+        if quick is not None:
+            self._run_quickly(quick)
+            return
+
         async def barrier() -> None:
             await self._mesh.barrier(timeout_s=timeout_s)
 
         self._call(barrier)
+
+    def _run_quickly(self, call: QuickCall) -> None:
+        done = False
+        try:
+            done = call.run()
+        finally:
+            if not done:
+                self._portal.call(call.finish)
 
     def _call(self, function: Callable[[], Awaitable[T]]) -> T:
         self._mesh._check_process()
