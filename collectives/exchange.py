@@ -32,7 +32,7 @@ from sparkle_mesh.transport.link import Link
 
 if TYPE_CHECKING:
     from sparkle_mesh.collectives.executor import Incoming
-    from sparkle_mesh.collectives.group import CollectiveGroup
+    from sparkle_mesh.collectives.group_state import GroupState
     from sparkle_mesh.collectives.operation import Operation
 
 
@@ -52,7 +52,7 @@ class Ahead:
 class Exchange:
     """One link's reader and writer."""
 
-    def __init__(self, rank: int, link: Link, group: CollectiveGroup) -> None:
+    def __init__(self, rank: int, link: Link, group: GroupState) -> None:
         self.rank = rank
         self.link = link
         self.ahead: dict[int, Ahead] = {}

@@ -24,40 +24,28 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import trio
 
-from sparkle_mesh import limits, wire
-from sparkle_mesh.collectives.agreement import Agreement, name_ranks
+from sparkle_mesh.collectives.agreement import Agreement
 from sparkle_mesh.collectives.arrays import Bucket
-from sparkle_mesh.collectives.board import Boards
 from sparkle_mesh.collectives.calls import SHARED, Call, all_reduce_call, barrier_call, broadcast_call, check_timeout
-from sparkle_mesh.collectives.digest import digest_key
-from sparkle_mesh.collectives.exchange import Exchange
-from sparkle_mesh.collectives.executor import BufferPool, Execution, Lane
-from sparkle_mesh.collectives.gate import Gate
-from sparkle_mesh.collectives.host_path import HostPath, group_number
-from sparkle_mesh.collectives.messages import Abort, Begin, Control, Prepared
+from sparkle_mesh.collectives.executor import Execution, Lane
+from sparkle_mesh.collectives.group_state import GroupState
+from sparkle_mesh.collectives.host_path import HostPath
+from sparkle_mesh.collectives.messages import Begin
 from sparkle_mesh.collectives.operation import Operation, Outcome
 from sparkle_mesh.collectives.quick import QuickCall
 from sparkle_mesh.collectives.reduction import Reduction
 from sparkle_mesh.collectives.shared import Setback
 from sparkle_mesh.errors import (
-    CollectiveAbortedError,
     CollectiveTimeoutError,
-    LinkClosedError,
     MeshClosedError,
-    OutcomeUnknownError,
-    PeerLostError,
-    ProtocolError,
-    SparkleError,
     UsageError,
 )
-from sparkle_mesh.transport.link import Link
-from sparkle_mesh.transport.shared_memory import SharedMemory, SharedMemoryLink
 
 __all__ = ["CollectiveGroup", "Outcome"]
 
@@ -66,82 +54,14 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class CollectiveGroup:
-    """The ranks of one view, and this one among them.
-
-    Parameters
-    ----------
-    rank, size
-        This rank's place, and how many there are.
-    links
-        A link to every other rank. The group uses them alone from now on and closes one only when its peer is lost.
-    lineage, epoch
-        Of the view; the same on every rank.
-    describe_rank
-        Turns a rank into what error messages call it, such as ``rank 2 (12D3KooW…)``.
-    memory
-        This process's memory that others on this host can read: for one-sided collectives.
-
-    Attributes
-    ----------
-    last_outcome
-        Of the last collective that succeeded; None before.
-    protocol_errors
-        How many links were closed because their peers broke the protocol.
+class CollectiveGroup(GroupState):
+    """The ranks of one view, and this one among them; see :class:`GroupState` for its parameters.
 
     Notes
     -----
-    :meth:`run` must be running for anything but a group of one. Nothing here is for more than one thread.
+    :meth:`run` must be running for anything but a group of one. Nothing here is for more than one thread, but what
+    says so.
     """
-
-    def __init__(
-        self,
-        *,
-        rank: int,
-        size: int,
-        links: Mapping[int, Link],
-        lineage: bytes,
-        epoch: int,
-        describe_rank: Callable[[int], str] = lambda rank: f"rank {rank}",
-        memory: SharedMemory | None = None,
-    ) -> None:
-        if not 0 <= rank < size or size > limits.MESH_MEMBERS_MAX_COUNT:
-            raise UsageError(f"rank {rank} of {size} is not a rank of a group")
-        others = [other for other in range(size) if other != rank]
-        if sorted(links) != others:
-            raise UsageError(f"rank {rank} of {size} needs links to {others}, not to {sorted(links)}")
-        self.rank = rank
-        self.size = size
-        self.lineage = lineage
-        self.epoch = epoch
-        self.last_outcome: Outcome | None = None
-        self.protocol_errors = 0
-        #: The operation in flight and the number of the last one begun; for the exchanges.
-        self.operation: Operation | None = None
-        self.number = 0
-        self.next_operation = trio.Event()
-        self._describe = describe_rank
-        self._key = digest_key(lineage)
-        self._exchanges = {other: Exchange(other, link, self) for other, link in links.items()}
-        #: The ranks that are lost, and why.
-        self.lost: dict[int, str] = {}
-        self._peer_lost = trio.Event()
-        self._ended: SparkleError | None = None
-        self._turn = trio.Lock()
-        self.gate = Gate()
-        self._pool = BufferPool()
-        self._nursery: trio.Nursery | None = None
-        self._ran = False
-        self._host = self._host_path(memory, links)
-
-    def _host_path(self, memory: SharedMemory | None, links: Mapping[int, Link]) -> HostPath | None:
-        if memory is None or self.size == 1:
-            return None
-        shared = {rank: link for rank, link in links.items() if isinstance(link, SharedMemoryLink)}
-        if len(shared) == len(links):
-            return HostPath(self, memory, shared)
-        Boards.refuse(memory, links.values(), group_number(self.lineage, self.epoch))
-        return None
 
     # --- What callers use ------------------------------------------------------------------------
 
@@ -223,99 +143,9 @@ class CollectiveGroup:
                 self._host.close()
             self._end(MeshClosedError("the mesh was left while the collective was in flight"))
 
-    def peer_lost(self, rank: int, reason: str) -> None:
-        """``rank`` is gone: the operation in flight and all later ones raise PeerLostError.
-
-        An operation whose last word from that rank has been heard still ends well: a rank may leave right after
-        its last collective.
-        """
-        if rank in self.lost or rank not in self._exchanges:
-            return
-        self.lost[rank] = reason[: limits.REASON_MAX_CHARS]
-        noticed, self._peer_lost = self._peer_lost, trio.Event()
-        noticed.set()
-        if self._nursery is not None:
-            self._nursery.start_soon(self._exchanges[rank].link.aclose)
-        operation = self.operation
-        if operation is None or operation.finished.is_set():
-            return
-        if operation.one_sided and self._host is not None:
-            self._host.wake()
-        elif rank in operation.agreement.prepared and not operation.execution.expects(rank):
-            operation.execution.forget_sends(rank)
-            self.progress(operation)
-        else:
-            self._abort(operation, self._lost_error(), cause="lost", lost=rank, reason=reason)
-
-    async def wait_peer_lost(self, rank: int) -> None:
-        """Return once ``rank`` counts as lost here, for example because its link has ended."""
-        while rank not in self.lost:
-            await self._peer_lost.wait()
-
     def close(self) -> None:
         """Let the operation in flight and all later calls raise MeshClosedError; the links are their owner's."""
         self._end(MeshClosedError("the mesh was closed"))
-
-    # --- What the exchanges use ------------------------------------------------------------------
-
-    def heard(self, rank: int, message: Control) -> None:
-        """``rank`` said ``message`` about the operation in flight. Raises ProtocolError."""
-        operation = self.operation
-        assert operation is not None
-        agreement = operation.agreement
-        if operation.finished.is_set():
-            return
-        match message:
-            case Begin():
-                if rank in agreement.begins:
-                    raise ProtocolError(f"a second Begin of operation {message.operation}")
-                agreement.begun(rank, message)
-                if agreement.mismatched:
-                    operation.execution.stop()
-                self._exchanges[rank].wake()
-            case Prepared():
-                if rank not in agreement.begins or rank in agreement.prepared:
-                    raise ProtocolError(f"Prepared out of order in operation {message.operation}")
-                agreement.prepared[rank] = message.digest
-            case _:
-                if not (operation.one_sided and self._host is not None and self._host.committed):
-                    self._aborted(operation, rank, message)
-        if operation.one_sided and self._host is not None:
-            self._host.wake()
-        else:
-            self.progress(operation)
-
-    def post_begin(self, operation: Operation) -> None:
-        """Go on over the links with ``operation``, which was begun one-sided: ranks have called different things."""
-        operation.one_sided = False
-        self._post(operation.begin)
-        self.progress(operation)
-
-    def fail_for_the_lost(self, operation: Operation) -> None:
-        """End ``operation``, which is aborted, because ranks are lost."""
-        rank = min(self.lost)
-        self._abort(operation, self._lost_error(), cause="lost", lost=rank, reason=self.lost[rank])
-
-    def progress(self, operation: Operation) -> None:
-        """Something was sent, received or said: see whether a next stage is reached."""
-        agreement, execution = operation.agreement, operation.execution
-        if operation.finished.is_set() or not (execution.stopped or execution.complete):
-            return
-        if not operation.sent_prepared and not execution.stopped and execution.complete and not agreement.absent:
-            operation.sent_prepared = True
-            digest = execution.digest(self._key)
-            agreement.prepared[self.rank] = digest
-            self._post(Prepared(epoch=self.epoch, operation=operation.number, digest=digest))
-        if agreement.settled:
-            error = agreement.verdict(self._describe)
-            if error is not None:
-                operation.fail(error)
-            elif not execution.sends_left and not self._unsent():
-                operation.finished.set()
-
-    def _unsent(self) -> bool:
-        """Whether a live peer is still to be sent something: leaving before would leave it without."""
-        return any(exchange.unsent for rank, exchange in self._exchanges.items() if rank not in self.lost)
 
     # --- One operation ---------------------------------------------------------------------------
 
@@ -519,7 +349,7 @@ class CollectiveGroup:
             if bucket.staged:
                 self._pool.give(bucket.data)
 
-    # --- Failure ---------------------------------------------------------------------------------
+    # --- Calls that are refused ------------------------------------------------------------------
 
     @asynccontextmanager
     async def _refusals(self, kind: str) -> AsyncIterator[None]:
@@ -541,115 +371,3 @@ class CollectiveGroup:
         began, self.next_operation = self.next_operation, trio.Event()
         began.set()
         self._post(self._abort_message("refused", reason=reason))
-
-    def _give_up(self, operation: Operation, timed_out: str | None) -> None:
-        """The caller stops waiting: because it was cancelled, or because time ran out."""
-        what = f"{operation.begin.description}, call number {operation.number},"
-        one_sided = operation.one_sided and self._host is not None
-        if operation.sent_prepared or (self._host is not None and one_sided and not self._host.try_to_abort(operation)):
-            text = f"{what} was given up when this rank held the result and others may have returned with it already"
-            self._end(OutcomeUnknownError(f"{text}; this rank has left: join again and synchronise"))
-            for rank in self._exchanges:
-                self.peer_lost(rank, "this rank has left")
-            return
-        if timed_out is None:
-            error: SparkleError = CollectiveAbortedError(f"{what} was cancelled")
-            self._abort(operation, error, cause="cancelled", reason="its call was cancelled")
-        elif operation.agreement.mismatched:
-            error = operation.agreement.verdict(self._describe) or CollectiveTimeoutError(what)
-            self._abort(operation, error, cause="mismatch", reason="ranks called different collectives")
-        else:
-            text = f"did not finish {timed_out}: {self._who_is_missing(operation)}"
-            self._abort(operation, CollectiveTimeoutError(f"{what} {text}"), cause="timeout", reason=text)
-
-    def _who_is_missing(self, operation: Operation) -> str:
-        host = self._host if operation.one_sided else None
-        absent = operation.agreement.absent if host is None else host.absent(operation)
-        if absent:
-            return "; ".join(
-                f"{self._describe(rank)} has not called it (last heard of: {self._last_seen(rank)})" for rank in absent
-            )
-        unfinished = operation.agreement.unprepared if host is None else host.unfinished(operation)
-        missing = [rank for rank in unfinished if rank != self.rank]
-        return f"all ranks have called it, but {name_ranks(missing, self._describe)} did not finish"
-
-    def _last_seen(self, rank: int) -> str:
-        said = self._exchanges[rank].last_seen
-        return max(said, self._host.last_seen(rank) if self._host is not None else said)[1]
-
-    def _aborted(self, operation: Operation, rank: int, message: Abort) -> None:
-        if message.cause == "lost" and message.lost is not None:
-            told = f"{message.reason} (as {self._describe(rank)} tells)"
-            lost = rank if message.lost == self.rank else message.lost
-            if lost == rank:
-                told = f"it has lost its link to this rank: {message.reason}"
-            self.peer_lost(lost, told)
-            if operation.finished.is_set():
-                return
-            # The rank that tells will not finish, even if the lost one's part is here.
-            self._abort(operation, self._lost_error(), cause="lost", lost=lost, reason=told)
-            return
-        text = (
-            f"{operation.begin.description}, call number {operation.number}, was given up by "
-            f"{self._describe(message.origin)}: {message.reason}"
-        )
-        # Where ranks differ too, that is what a caller must know.
-        error = operation.agreement.verdict(self._describe) or CollectiveAbortedError(text)
-        self._abort(operation, error, cause=message.cause, origin=message.origin, reason=message.reason)
-
-    def _abort(
-        self,
-        operation: Operation,
-        error: SparkleError,
-        *,
-        cause: str,
-        origin: int | None = None,
-        lost: int | None = None,
-        reason: str = "",
-    ) -> None:
-        """Fail ``operation`` here and, passing the news on, everywhere."""
-        operation.fail(error)
-        self._post(self._abort_message(cause, origin=origin, lost=lost, reason=reason))
-
-    def _abort_message(
-        self, cause: str, *, origin: int | None = None, lost: int | None = None, reason: str = ""
-    ) -> Abort:
-        return Abort(
-            epoch=self.epoch,
-            operation=self.number,
-            cause=cause,
-            origin=self.rank if origin is None else origin,
-            lost=lost,
-            reason=reason[: limits.REASON_MAX_CHARS],
-        )
-
-    def _lost_error(self) -> PeerLostError:
-        lost = "; ".join(f"{self._describe(rank)}: {reason}" for rank, reason in sorted(self.lost.items()))
-        return PeerLostError(f"lost {lost}. {self._describe(self.rank)} cannot go on in this view; join again")
-
-    def _end(self, error: SparkleError) -> None:
-        """No further calls."""
-        if self._ended is None:
-            self._ended = error
-        operation = self.operation
-        if operation is not None and not operation.finished.is_set():
-            operation.fail(type(error)(str(error)))
-            if self._host is not None and operation.one_sided:
-                self._host.wake()
-
-    def _post(self, message: Control) -> None:
-        data = wire.encode(message)
-        for rank, exchange in self._exchanges.items():
-            if rank not in self.lost:
-                exchange.post(data)
-
-    async def _serve(self, exchange: Exchange, work: Callable[..., Awaitable[None]], *arguments: Any) -> None:
-        """Run one of an exchange's tasks; when its link ends or its peer misbehaves, the peer is lost."""
-        try:
-            await work(*arguments)
-        except LinkClosedError as error:
-            self.peer_lost(exchange.rank, str(error) or "its link was closed")
-        except ProtocolError as error:
-            self.protocol_errors += 1
-            _log.warning("closing the link to %s: %s", self._describe(exchange.rank), error)
-            self.peer_lost(exchange.rank, f"it broke the protocol: {error}")

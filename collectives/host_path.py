@@ -31,7 +31,7 @@ from sparkle_mesh.errors import OutcomeUnknownError
 from sparkle_mesh.transport.shared_memory import PeerMemory, SharedMemory, SharedMemoryLink
 
 if TYPE_CHECKING:
-    from sparkle_mesh.collectives.group import CollectiveGroup
+    from sparkle_mesh.collectives.group_state import GroupState
 
 
 class MismatchedError(Setback):
@@ -55,7 +55,7 @@ class HostPath:
         To all other ranks, all of them of shared memory.
     """
 
-    def __init__(self, group: CollectiveGroup, memory: SharedMemory, links: Mapping[int, SharedMemoryLink]) -> None:
+    def __init__(self, group: GroupState, memory: SharedMemory, links: Mapping[int, SharedMemoryLink]) -> None:
         self._group = group
         self._arena = memory.arena
         self._peers: dict[int, PeerMemory] = {rank: link.memory for rank, link in links.items()}

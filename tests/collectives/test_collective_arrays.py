@@ -77,7 +77,7 @@ def test_elements_meet_by_index_whatever_the_layout() -> None:
     big = c_order.astype(">f4")
     flat = [checked(array).buckets(fresh)[0].data.tolist() for array in (c_order, fortran, big)]
     assert flat == [[0, 1, 2, 3, 4, 5]] * 3
-    signatures = {checked(array).signature() for array in (c_order, fortran, big)}
+    signatures = {checked(array).look.signature() for array in (c_order, fortran, big)}
     assert len(signatures) == 1
 
 
@@ -90,10 +90,10 @@ def test_containers_become_one_vector_per_dtype() -> None:
 
 def test_a_dict_is_the_same_in_any_order_of_insertion() -> None:
     one, two = np.ones(2), np.ones(3)
-    assert checked({"x": one, "y": two}).signature() == checked({"y": two, "x": one}).signature()
-    assert checked({"x": one, "y": two}).signature() != checked({"x": one, "z": two}).signature()
-    assert checked([one, two]).signature() == checked((one, two)).signature()
-    assert checked([one]).signature() != checked(one).signature()
+    assert checked({"x": one, "y": two}).look.signature() == checked({"y": two, "x": one}).look.signature()
+    assert checked({"x": one, "y": two}).look.signature() != checked({"x": one, "z": two}).look.signature()
+    assert checked([one, two]).look.signature() == checked((one, two)).look.signature()
+    assert checked([one]).look.signature() != checked(one).look.signature()
 
 
 def test_staging_need_not_be_filled() -> None:
@@ -188,13 +188,13 @@ def test_too_many_arrays_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_descriptions_are_readable_and_bounded() -> None:
-    assert checked(np.ones((3, 4), np.float32)).describe() == "float32[3, 4]"
-    assert checked([np.ones(1), np.ones((), ">i4")]).describe() == "[float64[1], int32[]]"
-    assert checked({"w": np.ones(1)}).describe() == "{'w': float64[1]}"
+    assert checked(np.ones((3, 4), np.float32)).look.describe() == "float32[3, 4]"
+    assert checked([np.ones(1), np.ones((), ">i4")]).look.describe() == "[float64[1], int32[]]"
+    assert checked({"w": np.ones(1)}).look.describe() == "{'w': float64[1]}"
     many = checked([np.ones(1) for _ in range(100)])
-    assert "84 more" in many.describe()
+    assert "84 more" in many.look.describe()
     wide = checked({f"{i:02d}" + "k" * 500: np.ones((1,) * 32) for i in range(40)})
-    assert "…" in wide.describe()
+    assert "…" in wide.look.describe()
     assert len(Call("all_reduce", "ring", wide).describe()) <= limits.COLLECTIVE_DESCRIPTION_MAX_CHARS
     huge = checked({f"{i:02d}" + "k" * 500: np.ones((1,) * 60, np.float32) for i in range(16)})
     assert len(Call("all_reduce", "ring", huge).describe()) == limits.COLLECTIVE_DESCRIPTION_MAX_CHARS

@@ -15,7 +15,7 @@ from sparkle_mesh import wire
 from sparkle_mesh.collectives.arrays import check_arrays
 from sparkle_mesh.collectives.calls import Call
 from sparkle_mesh.collectives.group import CollectiveGroup
-from sparkle_mesh.collectives.messages import Abort, Begin, Control, Prepared, call_digest, encode_data
+from sparkle_mesh.collectives.messages import Abort, Begin, Control, Prepared, encode_data
 from sparkle_mesh.errors import CollectiveAbortedError, LinkClosedError, PeerLostError
 
 EPOCH = 3
@@ -30,7 +30,7 @@ def begin(operation: int = 1, count: int = 64, **changes: Any) -> Begin:
         "lineage": LINEAGE,
         "operation": operation,
         "kind": "all_reduce",
-        "digest": call_digest(call.signature()),
+        "digest": call.identity.digest,
         "description": call.describe(),
     }
     return Begin(**(fields | changes))
