@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import socket
 import sys
 import threading
@@ -49,6 +50,15 @@ class Backend(ABC):
             return None
         return cls.needs[1]
 
+    @classmethod
+    def launcher(cls, size: int) -> list[str] | None:
+        """Return the command that starts all ``size`` processes at once; None if each is started by itself."""
+        return None
+
+    def allocate(self, count: int) -> np.ndarray:
+        """Return a float32 array to reduce."""
+        return np.empty(count, np.float32)
+
     @abstractmethod
     def all_reduce(self, array: np.ndarray, algorithm: str) -> None:
         """Sum ``array`` (float32, one dimension) over all ranks, in place."""
@@ -63,16 +73,17 @@ class Backend(ABC):
 
 
 class Sparkle(Backend):
-    """This library, as a user has it: joined by name alone, encrypted."""
+    """This library over encrypted TCP: joined by name alone, the kind of links told."""
 
-    link = "tcp, AES-256-GCM"
+    link = "tcp, encrypted"
+    links: ClassVar[tuple[str, ...]] = ("tcp",)
 
     def __init__(self, number: int, size: int, folder: Path) -> None:
         import sparkle_mesh as sparkle
 
         name = f"benchmark-{folder.name}"
         # Found through the folder's registry alone: no multicast, so that nothing else on the network is measured.
-        self._mesh: Any = sparkle.join(name, min_peers=size, timeout_s=MEET_TIMEOUT_S, data_dir=folder, lan=False)
+        self._mesh: Any = sparkle.join(name, min_peers=size, timeout_s=MEET_TIMEOUT_S, data_dir=folder, lan=False, links=self.links)
         self.rank, self.size = self._mesh.rank, self._mesh.size
 
     def all_reduce(self, array: np.ndarray, algorithm: str) -> None:
@@ -83,6 +94,57 @@ class Sparkle(Backend):
 
     def close(self) -> None:
         self._mesh.close()
+
+
+class SparkleShared(Sparkle):
+    """This library as a user of one host has it: over shared memory, ordinary arrays."""
+
+    link = "shared memory"
+    links = ("shared_memory", "tcp")
+
+
+class SparkleAllocated(SparkleShared):
+    """The same, with arrays of ``mesh.allocate``."""
+
+    link = "shared memory, allocated"
+
+    def allocate(self, count: int) -> np.ndarray:
+        array: np.ndarray = self._mesh.allocate(count)
+        return array
+
+
+class OpenMpi(Backend):
+    """OpenMPI as it comes, which is over shared memory on one host."""
+
+    link = "shared memory"
+    needs = (
+        "mpi4py",
+        "install OpenMPI (`apt-get install openmpi-bin libopenmpi-dev`) and mpi4py (`pip install mpi4py`)",
+    )
+
+    def __init__(self, number: int, size: int, folder: Path) -> None:
+        from mpi4py import MPI
+
+        self._mpi, self._ranks = MPI, MPI.COMM_WORLD
+        self.rank, self.size = self._ranks.Get_rank(), self._ranks.Get_size()
+
+    @classmethod
+    def how_to_install(cls) -> str | None:
+        return super().how_to_install() or (None if shutil.which("mpirun") else cls.needs and cls.needs[1])
+
+    @classmethod
+    def launcher(cls, size: int) -> list[str]:
+        root = ["--allow-run-as-root"] if os.name == "posix" and os.geteuid() == 0 else []
+        return ["mpirun", *root, "--oversubscribe", "-n", str(size)]
+
+    def all_reduce(self, array: np.ndarray, algorithm: str) -> None:
+        self._ranks.Allreduce(self._mpi.IN_PLACE, array)
+
+    def barrier(self) -> None:
+        self._ranks.Barrier()
+
+    def close(self) -> None:
+        self._mpi.Finalize()
 
 
 class Gloo(Backend):
@@ -184,5 +246,14 @@ class Wire(Backend):
         self._previous.close()
 
 
-BACKENDS: dict[str, type[Backend]] = {"sparkle": Sparkle, "gloo": Gloo, "wire": Wire}
-PEERS = ("gloo", "wire")
+BACKENDS: dict[str, type[Backend]] = {
+    "sparkle": Sparkle,
+    "sparkle_shared": SparkleShared,
+    "sparkle_allocated": SparkleAllocated,
+    "gloo": Gloo,
+    "openmpi": OpenMpi,
+    "wire": Wire,
+}
+PEERS = ("gloo", "openmpi", "wire")
+#: Ours, by the links that they use.
+OURS = {"tcp": "sparkle", "shared": "sparkle_shared", "allocated": "sparkle_allocated"}

@@ -36,7 +36,7 @@ def measure(backend: Backend, command: dict[str, Any]) -> dict[str, Any]:
     mine = base * np.float32(backend.rank + 1)
     expected = base * np.float32(backend.size * (backend.size + 1) // 2)
     stride = max(1, len(base) // SAMPLES)
-    work = np.empty_like(base)
+    work = backend.allocate(len(base))
     seconds: list[float] = []
     cpu_seconds = 0.0
     verified = True
@@ -59,16 +59,21 @@ def measure(backend: Backend, command: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Meet the group, then measure until the input ends."""
     name, number, size, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
-    # Replies go to the real stdout; what a library prints goes to the log, where it cannot be taken for one.
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    if BACKENDS[name].launcher(size) is not None:
+        # Its launcher has stdin and stdout for itself; the rank that it gives is the number.
+        backend = BACKENDS[name](number, size, folder)
+        commands, replies = (folder / f"commands-{backend.rank}").open(), (folder / f"replies-{backend.rank}").open("w")
+    else:
+        # Replies go to the real stdout; what a library prints goes to the log, where it cannot be taken for one.
+        commands, replies = sys.stdin, os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+        backend = BACKENDS[name](number, size, folder)
 
     def reply(**fields: Any) -> None:
         print(json.dumps(fields), file=replies, flush=True)
 
-    backend = BACKENDS[name](number, size, folder)
     reply(rank=backend.rank)
-    for line in sys.stdin:
+    for line in commands:
         reply(**measure(backend, json.loads(line)))
     backend.barrier()  # nobody leaves while another is still in its last reduction
     backend.close()

@@ -24,7 +24,7 @@ from sparkle_mesh.membership.service import PeerGone, PeerRefused, ViewChanged
 from sparkle_mesh.membership.view import Member, View
 from sparkle_mesh.node import MeshNode, NodeConfig, open_node
 from sparkle_mesh.nurseries import bare_errors
-from sparkle_mesh.transport.connector import LinkConnector
+from sparkle_mesh.transport.connector import LinkConnector, check_kinds
 from sparkle_mesh.transport.link import Link
 
 if TYPE_CHECKING:
@@ -261,6 +261,7 @@ def open_mesh(
     listen: Sequence[str] | None = None,
     data_dir: str | os.PathLike[str] | None = None,
     lan: bool = True,
+    links: Sequence[str] | None = None,
 ) -> AbstractAsyncContextManager[AsyncMesh]:
     """Join a mesh from a trio program; parameters and errors as :func:`join`."""
     if not isinstance(min_peers, int) or not isinstance(timeout_s, (int, float)) or not isinstance(name, str):
@@ -274,6 +275,8 @@ def open_mesh(
     join, listen = _texts("join", join), _texts("listen", listen if listen is not None else _DEFAULT_LISTEN)
     if not listen:
         raise UsageError("listen is empty; give an address to listen on, or leave it out")
+    if links is not None:
+        check_kinds(_texts("links", links))
     mesh_name, mesh_key, join = _resolve_invites(name, MeshKey.coerce(key), join)
     config = NodeConfig(
         mesh=mesh_name,
@@ -287,15 +290,17 @@ def open_mesh(
         lan=lan,
         min_peers=min_peers,
     )
-    return _open(config, timeout_s)
+    return _open(config, timeout_s, links)
 
 
 @asynccontextmanager
-async def _open(config: NodeConfig, timeout_s: float) -> AsyncIterator[AsyncMesh]:
+async def _open(config: NodeConfig, timeout_s: float, kinds: Sequence[str] | None) -> AsyncIterator[AsyncMesh]:
     with bare_errors():
         async with open_node(config) as node:
             deadline = trio.current_time() + timeout_s
-            connector = LinkConnector(node.fabric, mesh_id=node.secrets.mesh_id, authorize=node.membership.is_admitted)
+            connector = LinkConnector(
+                node.fabric, mesh_id=node.secrets.mesh_id, authorize=node.membership.is_admitted, kinds=kinds
+            )
             async with connector:
                 view = await _await_view(node, deadline, timeout_s)
                 links = await _connect_members(node, connector, view, deadline, timeout_s)

@@ -185,6 +185,7 @@ def join(
     listen: Sequence[str] | None = None,
     data_dir: str | os.PathLike[str] | None = None,
     lan: bool = True,
+    links: Sequence[str] | None = None,
 ) -> Mesh:
     """Join a mesh and return once ``min_peers`` processes agree on a view.
 
@@ -210,6 +211,9 @@ def join(
         Where things are kept; by default ``$SPARKLE_DATA_DIR``, else the platform's user data folder.
     lan
         Whether to look for peers on the local networks by multicast.
+    links
+        The kinds of data links that may be used, of ``"shared_memory"`` (on one host) and ``"tcp"``; the best that
+        both ends can do if None.
 
     Raises
     ------
@@ -238,6 +242,7 @@ def join(
             listen=listen,
             data_dir=data_dir,
             lan=lan,
+            links=links,
         ),
         name if not is_invite(name) else "invite",
     )

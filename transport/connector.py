@@ -95,9 +95,8 @@ class LinkConnector:
     ) -> None:
         if len(mesh_id) != 32:
             raise UsageError(f"mesh_id has {len(mesh_id)} bytes; it must have 32")
-        unknown = [kind for kind in kinds or () if kind not in LINK_KINDS]
-        if unknown or (kinds is not None and not kinds):
-            raise UsageError(f"kinds is {kinds!r}; give at least one of {', '.join(LINK_KINDS)}")
+        if kinds is not None:
+            check_kinds(kinds)
         self._fabric = fabric
         self._authorize = authorize
         self._entropy = entropy
@@ -360,6 +359,12 @@ class LinkConnector:
     def close_in_child(self) -> None:
         """In a forked child: close inherited descriptors, sending nothing. Never raises."""
         self._data.close_in_child()
+
+
+def check_kinds(kinds: Sequence[str]) -> None:
+    """Refuse kinds of links that there are none of. Raises UsageError."""
+    if not kinds or any(kind not in LINK_KINDS for kind in kinds):
+        raise UsageError(f"links is {list(kinds)!r}; give at least one of {', '.join(map(repr, LINK_KINDS))}")
 
 
 async def _refuse(stream: FabricStream, reason: str) -> None:
