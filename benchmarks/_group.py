@@ -12,9 +12,10 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 WORKER = Path(__file__).resolve().with_name("_worker.py")
 START_TIMEOUT_S = 120.0
@@ -34,11 +35,26 @@ class Measurement:
     verified: bool
 
 
-class Group:
-    """``size`` processes of one backend, idle between commands. A context manager; leaving it ends them."""
+class Start(Protocol):
+    """Starts one process of a group."""
 
-    def __init__(self, backend: str, size: int) -> None:
-        self.backend, self.size = backend, size
+    def __call__(self, number: int, command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
+        """Start ``command`` as process ``number``."""
+
+
+def start_here(number: int, command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
+    """Start ``command`` on this machine."""
+    return subprocess.Popen(command, **options)
+
+
+class Group:
+    """``size`` processes of one backend, idle between commands. A context manager; leaving it ends them.
+
+    ``start`` starts one, by default on this machine: it gets a number, a command and options of ``subprocess.Popen``.
+    """
+
+    def __init__(self, backend: str, size: int, start: Start = start_here) -> None:
+        self.backend, self.size, self._start = backend, size, start
         self._folder = tempfile.TemporaryDirectory(prefix=f"sparkle-bench-{backend}-", ignore_cleanup_errors=True)
         self._logs = [Path(self._folder.name) / f"worker-{number}.log" for number in range(size)]
         self._workers: list[subprocess.Popen[str]] = []
@@ -52,7 +68,8 @@ class Group:
             for number, log in enumerate(self._logs):
                 command = [sys.executable, str(WORKER), self.backend, str(number), str(self.size), str(folder)]
                 with log.open("w") as errors:
-                    worker = subprocess.Popen(
+                    worker = self._start(
+                        number,
                         command,
                         stdin=subprocess.PIPE,
                         stdout=subprocess.PIPE,
