@@ -22,6 +22,9 @@ TUN: Final = Path("/dev/net/tun")
 DEVICE: Final = "wan0"
 # Between the kernel and the router; never to fill, since drops belong into the emulated queues.
 DEVICE_QUEUE_PACKETS: Final = 8192
+# Of an emulated network card: more than senders are let have in it, and the largest packet with all headers.
+CARD_QUEUE_BYTES: Final = 64 << 20
+CARD_BURST_BYTES: Final = 72 << 10
 
 _CONGESTION: Final = Path("/proc/sys/net/ipv4/tcp_congestion_control")
 _ALLOWED: Final = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control")
@@ -42,6 +45,15 @@ _SIOCSIFMTU: Final = 0x8922
 _SIOCGIFINDEX: Final = 0x8933
 _SIOCSIFTXQLEN: Final = 0x8943
 _IFF_UP: Final = 0x1
+_RTM_NEWQDISC: Final = 36
+_REQUEST_ACK_CREATE_REPLACE: Final = 0x1 | 0x4 | 0x400 | 0x100
+_TC_H_ROOT: Final = 0xFFFFFFFF
+_TCA_KIND: Final = 1
+_TCA_OPTIONS: Final = 2
+_TCA_TBF_PARMS: Final = 1
+_TCA_TBF_RATE64: Final = 4
+_TCA_TBF_BURST: Final = 6
+_LINKLAYER_ETHERNET: Final = 1
 
 
 def why_not() -> str | None:
@@ -138,6 +150,33 @@ def _allowed(congestion: str) -> Iterator[None]:
         yield
     finally:
         _ALLOWED.write_text(allowed)
+
+
+def shape(bits_per_s: float) -> None:
+    """Have the device of this thread's namespace send at this rate, as a network card does.
+
+    What waits then waits in the kernel, which knows whose it is and makes the senders wait: nothing is dropped. It is
+    a token bucket (tbf), large enough for the packets of 64 KiB that the kernel hands to a card.
+    """
+    rate = struct.pack("=BBHhHI", 0, _LINKLAYER_ETHERNET, 0, -1, 0, min(int(bits_per_s / 8), 0xFFFFFFFF))
+    parameters = struct.pack("=12s12sIII", rate, bytes(12), CARD_QUEUE_BYTES, 0, 0)
+    options = _attribute(_TCA_TBF_PARMS, parameters) + _attribute(
+        _TCA_TBF_RATE64, struct.pack("=Q", int(bits_per_s / 8))
+    )
+    options += _attribute(_TCA_TBF_BURST, struct.pack("=I", CARD_BURST_BYTES))
+    message = struct.pack("=BxxxiIII", socket.AF_UNSPEC, socket.if_nametoindex(DEVICE), 0x10000, _TC_H_ROOT, 0)
+    message += _attribute(_TCA_KIND, b"tbf\0") + _attribute(_TCA_OPTIONS, options)
+    header = struct.pack("=IHHII", 16 + len(message), _RTM_NEWQDISC, _REQUEST_ACK_CREATE_REPLACE, 1, 0)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as netlink:
+        netlink.send(header + message)
+        (error,) = struct.unpack_from("=i", netlink.recv(4096), 16)
+    if error:
+        raise OSError(-error, f"the kernel's token bucket (tbf) cannot be used: {os.strerror(-error)}")
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    padding = bytes(-len(value) % 4)
+    return struct.pack("=HH", 4 + len(value), kind) + value + padding
 
 
 def _open_tun() -> int:

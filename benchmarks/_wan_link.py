@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from _wan_packets import Burst
 
 MIN_QUEUE_BYTES = 512 << 10
+# The kernel paces a card by itself, in bursts of about this long at 1 Gbit/s; pauses shorter than that are not the
+# link's, and would add up to a slower one.
+CARD_GRACE_S = 0.0005
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Settings:
     delay_s: float = 0.0
     loss: float = 0.0
     queue_bytes: int | None = None
+    card: bool = False  # whether the uplink is the host's own card, where senders wait and nothing is dropped
 
     def __post_init__(self) -> None:
         """Refuse what no network can be."""
@@ -36,6 +40,16 @@ class Settings:
         if self.queue_bytes is not None and self.queue_bytes < 1:
             raise ValueError(f"a queue of {self.queue_bytes} bytes: must hold at least 1")
 
+    def up_queue(self) -> Queue:
+        """Return the uplink's queue, which is in the kernel if the uplink is the host's card."""
+        if self.card:
+            return Queue(self.up_bits_per_s, 1 << 40, CARD_GRACE_S)
+        return Queue(self.up_bits_per_s, self.queue_for(self.up_bits_per_s))
+
+    def down_queue(self) -> Queue:
+        """Return the downlink's queue."""
+        return Queue(self.down_bits_per_s, self.queue_for(self.down_bits_per_s))
+
     def queue_for(self, bits_per_s: float) -> int:
         """Return the bytes that a queue of this rate holds: by default one bandwidth-delay product, and 512 KiB."""
         if self.queue_bytes is not None:
@@ -44,9 +58,13 @@ class Settings:
 
 
 class Queue:
-    """A link of one rate behind a queue that drops what does not fit."""
+    """A link of one rate behind a queue that drops what does not fit.
 
-    def __init__(self, bits_per_s: float, limit_bytes: int) -> None:
+    What is sent without pause may be noticed up to ``grace_s`` late and counts as sent without pause.
+    """
+
+    def __init__(self, bits_per_s: float, limit_bytes: int, grace_s: float = 0.0) -> None:
+        self.grace_s = grace_s
         self.seconds_per_byte = 8 / bits_per_s
         self.limit_bytes = limit_bytes
         self.free_at = 0.0
@@ -54,11 +72,11 @@ class Queue:
         self.sent_bytes = 0
         self.longest_bytes = 0.0
 
-    def set_rate(self, bits_per_s: float, limit_bytes: int, now: float) -> None:
-        """Change the rate from ``now`` on; what waits is sent at the new one."""
+    def change(self, other: Queue, now: float) -> None:
+        """Take on the rate and the limit of ``other`` from ``now`` on; what waits is sent at the new rate."""
         waiting = max(0.0, self.free_at - now) / self.seconds_per_byte
-        self.seconds_per_byte = 8 / bits_per_s
-        self.limit_bytes = limit_bytes
+        self.seconds_per_byte = other.seconds_per_byte
+        self.limit_bytes = other.limit_bytes
         self.free_at = now + waiting * self.seconds_per_byte
 
     def admit(self, burst: Burst, now: float) -> Burst | None:
@@ -82,7 +100,7 @@ class Queue:
         Segments are passed on as they come in, so a burst ends one segment's time after its last one came at the
         earliest, and one burst's time after it began.
         """
-        begins = max(first_at, self.free_at)
+        begins = max(first_at - self.grace_s if burst.segments > 1 else first_at, self.free_at)
         alone = min(burst.segment, burst.wire_bytes) * self.seconds_per_byte
         ends = max(begins + burst.wire_bytes * self.seconds_per_byte, last_at + alone)
         self.free_at = ends

@@ -20,7 +20,7 @@ import time
 from typing import Any
 
 from _wan_kernel import die_with_parent, wake_up_on_time
-from _wan_link import Loss, Queue, Settings
+from _wan_link import Loss, Settings
 from _wan_packets import MAX_FRAME, Burst, destination, parse
 
 READS_PER_TURN = 32
@@ -33,8 +33,7 @@ class Host:
     def __init__(self, device: int, settings: Settings, seed: str) -> None:
         self.device = device
         self.settings = settings
-        self.up = Queue(settings.up_bits_per_s, settings.queue_for(settings.up_bits_per_s))
-        self.down = Queue(settings.down_bits_per_s, settings.queue_for(settings.down_bits_per_s))
+        self.up, self.down = settings.up_queue(), settings.down_queue()
         self.loss = Loss(settings.loss, seed)
         self.connected = True
         self.cut_packets = 0
@@ -42,8 +41,8 @@ class Host:
 
     def change(self, settings: Settings, now: float) -> None:
         """Take on ``settings``; packets on their way are not affected by another delay."""
-        self.up.set_rate(settings.up_bits_per_s, settings.queue_for(settings.up_bits_per_s), now)
-        self.down.set_rate(settings.down_bits_per_s, settings.queue_for(settings.down_bits_per_s), now)
+        self.up.change(settings.up_queue(), now)
+        self.down.change(settings.down_queue(), now)
         if settings.loss != self.settings.loss:
             self.loss.set(settings.loss)
         self.settings = settings

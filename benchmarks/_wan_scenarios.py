@@ -25,6 +25,7 @@ class Scenario:
     goal: float | None
     iterations: int
     queue_bytes: int | None = None
+    card: bool = False  # whether a host's rate is that of its own network card, and not of a router behind it
 
     @property
     def hosts(self) -> int:
@@ -33,7 +34,7 @@ class Scenario:
 
     def settings(self) -> list[Settings]:
         """Return what every host's links are like."""
-        return [Settings(rate, rate, self.delay_s, self.loss, self.queue_bytes) for rate in self.rates]
+        return [Settings(rate, rate, self.delay_s, self.loss, self.queue_bytes, self.card) for rate in self.rates]
 
     def wire_seconds(self, nbytes: int, mtu: int) -> float:
         """Return the time in which the slowest host's link carries what a ring sends, and one round trip.
@@ -55,11 +56,20 @@ _WAN = Scenario("wan", rates=(100e6,) * 4, delay_s=25e-3, loss=0.0, nbytes=16 <<
 SCENARIOS = {
     scenario.name: scenario
     for scenario in (
-        Scenario("lan", rates=(1e9,) * 4, delay_s=100e-6, loss=0.0, nbytes=64 << 20, goal=0.97, iterations=4),
+        Scenario(
+            "lan", rates=(1e9,) * 4, delay_s=100e-6, loss=0.0, nbytes=64 << 20, goal=0.97, iterations=4, card=True
+        ),
         _WAN,
         dataclasses.replace(_WAN, name="lossy", loss=0.001, goal=0.85, iterations=2),
         Scenario(
-            "uneven", rates=(1e9, 1e9, 1e9, 100e6), delay_s=100e-6, loss=0.0, nbytes=16 << 20, goal=None, iterations=3
+            "uneven",
+            rates=(1e9, 1e9, 1e9, 100e6),
+            delay_s=100e-6,
+            loss=0.0,
+            nbytes=16 << 20,
+            goal=None,
+            iterations=3,
+            card=True,
         ),
     )
 }

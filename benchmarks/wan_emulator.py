@@ -94,6 +94,7 @@ class Emulator:
                 namespace, device = self._make_host(number)
                 stack.callback(os.close, namespace)
                 self._namespaces.append(namespace)
+                self._shape(number)
                 devices.append(device)
             try:
                 self._start_router(devices, stack)
@@ -114,6 +115,15 @@ class Emulator:
             return kernel.make_host(address, address6, self.mtu, self._congestion)
         except OSError as error:
             raise EmulatorError(f"host {number} cannot be made: {error}") from error
+
+    def _shape(self, number: int) -> None:
+        settings = self.settings[number]
+        if not settings.card:
+            return
+        try:
+            self.inside(number, lambda: kernel.shape(settings.up_bits_per_s))
+        except OSError as error:
+            raise EmulatorError(f"host {number} cannot have a card: {error}; --uplink router needs none") from error
 
     def _start_router(self, devices: Sequence[int], stack: contextlib.ExitStack) -> None:
         ours, theirs = socket.socketpair()
@@ -204,6 +214,7 @@ class Emulator:
 
     def _change(self, host: int, **changes: float) -> None:
         self.settings[host] = dataclasses.replace(self.settings[host], **changes)
+        self._shape(host)
         self._ask(what="change", host=host, settings=dataclasses.asdict(self.settings[host]))
 
     def cut(self, host: int) -> None:
@@ -284,6 +295,13 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--loss", type=parse_list(parse_loss), default=[0.0], help="of segments (default: 0%%)")
     parser.add_argument("--mtu", type=int, default=1500, help="bytes of a packet (default: %(default)s)")
     parser.add_argument("--queue", type=int, metavar="BYTES", help="of each link (default: rate x 2 delay, 512 KiB)")
+    parser.add_argument(
+        "--uplink",
+        choices=("router", "card"),
+        default="router",
+        help="whether the uplink's queue is a router's, which drops what does not fit, or the host's own network "
+        "card's, for which senders wait (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the losses (default: %(default)s)")
     parser.add_argument("--congestion", default=CONGESTION, help="TCP's congestion control (default: %(default)s)")
     parser.add_argument("command", nargs="+", metavar="COMMAND", help="what to run on every host")
@@ -297,9 +315,15 @@ def make_settings(options: argparse.Namespace) -> list[Settings]:
     delays = per_host("--delay", options.delay, options.hosts)
     losses = per_host("--loss", options.loss, options.hosts)
     try:
-        return [Settings(*values, options.queue) for values in zip(ups, downs, delays, losses, strict=True)]
+        every = zip(ups, downs, delays, losses, strict=True)
+        return [Settings(*values, options.queue, card=options.uplink == "card") for values in every]
     except ValueError as error:
         raise EmulatorError(str(error)) from error
+
+
+def fill_in(text: str, places: dict[str, str]) -> str:
+    """Return ``text`` with the names of ``places`` in braces replaced; other braces stay."""
+    return re.sub(r"\{(\w+)\}", lambda match: places.get(match[1], match[0]), text)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -307,12 +331,9 @@ def run(options: argparse.Namespace) -> int:
     with Emulator(make_settings(options), mtu=options.mtu, seed=options.seed, congestion=options.congestion) as wan:
         commands = []
         for host in range(options.hosts):
-            places = {"{host}": str(host), "{hosts}": str(options.hosts)}
-            places |= {"{address}": wan.addresses[host], "{address6}": wan.addresses6[host]}
-            command = [
-                re.sub(r"\{\w+\}", lambda match: places.get(match[0], match[0]), part) for part in options.command
-            ]
-            commands.append(wan.start(host, command))
+            places = {"host": str(host), "hosts": str(options.hosts)}
+            places |= {"address": wan.addresses[host], "address6": wan.addresses6[host]}
+            commands.append(wan.start(host, [fill_in(part, places) for part in options.command]))
         codes = [command.wait() for command in commands]
         print(describe_effort(wan.stats()["router"]), file=sys.stderr)
     return next((code if code > 0 else 128 - code for code in codes if code), 0)
