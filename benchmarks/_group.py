@@ -38,7 +38,7 @@ class Measurement:
 class Start(Protocol):
     """Starts one process of a group."""
 
-    def __call__(self, number: int, command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
+    def __call__(self, number: int, command: Sequence[str], /, **options: Any) -> subprocess.Popen[str]:
         """Start ``command`` as process ``number``."""
 
 

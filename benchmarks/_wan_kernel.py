@@ -11,8 +11,8 @@ import os
 import signal
 import socket
 import struct
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -94,21 +94,8 @@ def wake_up_on_time() -> None:
 
 def in_new_thread(function: Callable[[], T]) -> T:
     """Call ``function`` in a thread of its own: what it does to its network namespace ends with it."""
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    def target() -> None:
-        try:
-            results.append(function())
-        except OSError as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=target)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        return pool.submit(function).result()
 
 
 def make_host(
@@ -208,5 +195,5 @@ def _configure(
         (index,) = struct.unpack_from("i", fcntl.ioctl(control, _SIOCGIFINDEX, struct.pack("16s24x", name)), 16)
     if address6 is not None and socket.has_ipv6:
         with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as control:
-            request = struct.pack("16sIi", address6.ip.packed, address6.network.prefixlen, index)
-            fcntl.ioctl(control, _SIOCSIFADDR, request)
+            packed = struct.pack("16sIi", address6.ip.packed, address6.network.prefixlen, index)
+            fcntl.ioctl(control, _SIOCSIFADDR, packed)

@@ -26,7 +26,7 @@ def ones_complement_sum(data: bytes | bytearray | memoryview, start: int = 0) ->
     """Return the 16 bit one's complement sum of ``data`` added to ``start``, not inverted."""
     if len(data) % 2:
         data = bytes(data) + b"\0"
-    total = start + sum(struct.unpack(f"!{len(data) // 2}H", data))
+    total: int = start + sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total > 0xFFFF:
         total = (total & 0xFFFF) + (total >> 16)
     return total

@@ -9,11 +9,13 @@ when that has delivered its last byte. The first is computed as it is read; the 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import heapq
 import json
 import os
 import select
+import signal
 import socket
 import sys
 import time
@@ -183,8 +185,10 @@ def main() -> None:
     """Route until the one who started this closes the control socket or ends."""
     control, parent, *devices = map(int, sys.argv[1:])
     die_with_parent(parent)
-    # A network does not wait for the commands' turns on the processor. It sleeps between packets, and is no hog.
-    os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the one who started this, who then ends it
+    # A network does not wait for the commands' turns on the processor. Where that is not allowed, late packets tell.
+    with contextlib.suppress(PermissionError):
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     wake_up_on_time()
     with socket.socket(fileno=control) as connection, connection.makefile("rw", encoding="ascii") as lines:
         configuration = json.loads(lines.readline())

@@ -27,6 +27,7 @@ import ipaddress
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -134,7 +135,8 @@ class Emulator:
                 [*command, *map(str, devices)], pass_fds=[theirs.fileno(), *devices], stdin=subprocess.DEVNULL
             )
         stack.callback(self._end_router)
-        self._lines = stack.enter_context(ours.makefile("rw", encoding="ascii"))
+        self._control = ours
+        self._answers = stack.enter_context(ours.makefile(encoding="ascii"))
         stack.callback(ours.shutdown, socket.SHUT_RDWR)
         hosts = [
             {
@@ -160,9 +162,8 @@ class Emulator:
 
     def _ask(self, **command: Any) -> dict[str, Any]:
         try:
-            self._lines.write(json.dumps(command) + "\n")
-            self._lines.flush()
-            answer = self._lines.readline()
+            self._control.sendall(json.dumps(command).encode() + b"\n")
+            answer = self._answers.readline()
         except (BrokenPipeError, ConnectionResetError):
             answer = ""
         if not answer:
@@ -212,7 +213,7 @@ class Emulator:
         """Change the share of segments lost of what the host sends."""
         self._change(host, loss=share)
 
-    def _change(self, host: int, **changes: float) -> None:
+    def _change(self, host: int, **changes: Any) -> None:
         self.settings[host] = dataclasses.replace(self.settings[host], **changes)
         self._shape(host)
         self._ask(what="change", host=host, settings=dataclasses.asdict(self.settings[host]))
@@ -346,6 +347,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EmulatorError as error:
         print(f"wan_emulator.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":
