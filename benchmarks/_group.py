@@ -12,10 +12,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 WORKER = Path(__file__).resolve().with_name("_worker.py")
 START_TIMEOUT_S = 120.0
@@ -35,11 +35,8 @@ class Measurement:
     verified: bool
 
 
-class Start(Protocol):
-    """Starts one process of a group."""
-
-    def __call__(self, number: int, command: Sequence[str], /, **options: Any) -> subprocess.Popen[str]:
-        """Start ``command`` as process ``number``."""
+# Starts one process of a group: gets its number, a command, and options of subprocess.Popen.
+Start: TypeAlias = Callable[..., subprocess.Popen[str]]
 
 
 def start_here(number: int, command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
@@ -50,7 +47,7 @@ def start_here(number: int, command: Sequence[str], **options: Any) -> subproces
 class Group:
     """``size`` processes of one backend, idle between commands. A context manager; leaving it ends them.
 
-    ``start`` starts one, by default on this machine: it gets a number, a command and options of ``subprocess.Popen``.
+    ``start`` starts each of them, by default on this machine.
     """
 
     def __init__(self, backend: str, size: int, start: Start = start_here) -> None:
