@@ -171,8 +171,12 @@ def measure(scenario: Scenario, mtu: int, options: argparse.Namespace) -> list[l
             measured.append(make_rows(scenario, mtu, nbytes, results, stats["router"]))
             drops = {key: sum(host[key] for host in stats["hosts"]) for key in ("queue_drops", "lost")}
             show_progress("")
+            print(make_table(TABLE_HEADER, describe(measured[-1])))
             print(f"{scenario.name}, MTU {mtu}, {format_size(nbytes)}: {describe_effort(stats['router'])}")
-            print(f"  segments dropped from full queues: {drops['queue_drops']}, lost on the way: {drops['lost']}")
+            print(
+                f"  segments dropped from full queues: {drops['queue_drops']}, lost on the way: {drops['lost']}\n",
+                flush=True,
+            )
     return measured
 
 
@@ -187,6 +191,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for name, mtu in itertools.product(options.scenario, options.mtu):
             measured += measure(change(SCENARIOS[name], options), mtu, options)
+            if options.json:  # each time: a run may be stopped when enough is known
+                rows = list(itertools.chain.from_iterable(measured))
+                options.json.write_text(json.dumps({"machine": describe_machine(), "rows": rows}, indent=2) + "\n")
     except EmulatorError as error:
         show_progress("")
         print(f"wan.py: {error}", file=sys.stderr)
@@ -195,10 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         show_progress("")
         print(f"wan.py: {error}", file=sys.stderr)
         return 1
-    print(make_table(TABLE_HEADER, [line for rows in measured for line in describe(rows)]))
     if options.json:
-        rows = list(itertools.chain.from_iterable(measured))
-        options.json.write_text(json.dumps({"machine": describe_machine(), "rows": rows}, indent=2) + "\n")
         print(f"wrote {options.json}")
     return 0
 
