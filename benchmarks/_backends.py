@@ -83,7 +83,9 @@ class Sparkle(Backend):
 
         name = f"benchmark-{folder.name}"
         # Found through the folder's registry alone: no multicast, so that nothing else on the network is measured.
-        self._mesh: Any = sparkle.join(name, min_peers=size, timeout_s=MEET_TIMEOUT_S, data_dir=folder, lan=False, links=self.links)
+        self._mesh: Any = sparkle.join(
+            name, min_peers=size, timeout_s=MEET_TIMEOUT_S, data_dir=folder, lan=False, links=self.links
+        )
         self.rank, self.size = self._mesh.rank, self._mesh.size
 
     def all_reduce(self, array: np.ndarray, algorithm: str) -> None:
@@ -148,13 +150,14 @@ class OpenMpi(Backend):
 
 
 class Gloo(Backend):
-    """PyTorch's gloo over TCP on the loopback interface, plaintext."""
+    """PyTorch's gloo over TCP, plaintext; on the loopback interface, unless on an emulated host."""
 
     link = "tcp, plaintext"
     needs = ("torch", "gloo comes with PyTorch: `pip install torch`, or `pip install -e '.[bench]'` in the clone")
 
     def __init__(self, number: int, size: int, folder: Path) -> None:
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo" if sys.platform == "linux" else "lo0"
+        loopback = "lo" if sys.platform == "linux" else "lo0"
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ.get("WAN_DEVICE", loopback)
         import torch
         import torch.distributed as distributed
 
@@ -182,13 +185,16 @@ class Wire(Backend):
 
     link = "tcp, plaintext"
     reduces = False
+    #: TCP's congestion control, if it is not to be the system's.
+    congestion: ClassVar[str | None] = None
 
     def __init__(self, number: int, size: int, folder: Path) -> None:
         self.rank, self.size = number, size
-        listener = socket.create_server(("127.0.0.1", 0))
+        address = os.environ.get("WAN_ADDRESS", "127.0.0.1")
+        listener = socket.create_server((address, 0))
         listener.settimeout(MEET_TIMEOUT_S)
         written = folder / f"port-{number}.new"
-        written.write_text(str(listener.getsockname()[1]))
+        written.write_text(f"{address} {listener.getsockname()[1]}")
         written.rename(folder / f"port-{number}")
         following = folder / f"port-{(number + 1) % size}"
         deadline = time.monotonic() + MEET_TIMEOUT_S
@@ -196,11 +202,14 @@ class Wire(Backend):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"rank {(number + 1) % size} did not start within {MEET_TIMEOUT_S:.0f} s")
             time.sleep(0.01)
-        self._next = socket.create_connection(("127.0.0.1", int(following.read_text())), timeout=MEET_TIMEOUT_S)
+        next_address, port = following.read_text().split()
+        self._next = socket.create_connection((next_address, int(port)), timeout=MEET_TIMEOUT_S)
         self._previous, _ = listener.accept()
         listener.close()
         for connection in (self._next, self._previous):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self.congestion is not None:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, self.congestion.encode())
             connection.settimeout(MEET_TIMEOUT_S)
         self._scratch = memoryview(bytearray(WIRE_PIECE_BYTES))
 
@@ -246,6 +255,12 @@ class Wire(Backend):
         self._previous.close()
 
 
+class WireBbr(Wire):
+    """The same with the congestion control BBR, which takes a loss for a loss and not for a full queue."""
+
+    congestion = "bbr"
+
+
 BACKENDS: dict[str, type[Backend]] = {
     "sparkle": Sparkle,
     "sparkle_shared": SparkleShared,
@@ -253,6 +268,7 @@ BACKENDS: dict[str, type[Backend]] = {
     "gloo": Gloo,
     "openmpi": OpenMpi,
     "wire": Wire,
+    "wire-bbr": WireBbr,
 }
 PEERS = ("gloo", "openmpi", "wire")
 #: Ours, by the links that they use.

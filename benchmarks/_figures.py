@@ -81,6 +81,7 @@ def describe_row(row: dict[str, Any]) -> list[str]:
     return [
         str(row["ranks"]),
         format_size(row["bytes"]),
+        row["link"],
         format_seconds(row["ours_s"]),
         f"{format_seconds(ours['p10'])} - {format_seconds(ours['p90'])}",
         row["peer"],
@@ -97,6 +98,7 @@ def describe_row(row: dict[str, Any]) -> list[str]:
 TABLE_HEADER = (
     "ranks",
     "size",
+    "ours over",
     "ours",
     "p10 - p90",
     "peer",

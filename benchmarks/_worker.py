@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from _backends import BACKENDS, Backend
@@ -60,9 +60,10 @@ def main() -> None:
     """Meet the group, then measure until the input ends."""
     name, number, size, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     if BACKENDS[name].launcher(size) is not None:
-        # Its launcher has stdin and stdout for itself; the rank that it gives is the number.
+        # The launcher has stdin and stdout for itself, and gives the ranks: pipes in the folder are named after them.
         backend = BACKENDS[name](number, size, folder)
-        commands, replies = (folder / f"commands-{backend.rank}").open(), (folder / f"replies-{backend.rank}").open("w")
+        commands: TextIO = (folder / f"commands-{backend.rank}").open()
+        replies: TextIO = (folder / f"replies-{backend.rank}").open("w")
     else:
         # Replies go to the real stdout; what a library prints goes to the log, where it cannot be taken for one.
         commands, replies = sys.stdin, os.fdopen(os.dup(1), "w")
@@ -73,7 +74,9 @@ def main() -> None:
         print(json.dumps(fields), file=replies, flush=True)
 
     reply(rank=backend.rank)
-    for line in commands:
+    for line in iter(commands.readline, ""):
+        if not line.strip():
+            break
         reply(**measure(backend, json.loads(line)))
     backend.barrier()  # nobody leaves while another is still in its last reduction
     backend.close()

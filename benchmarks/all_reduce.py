@@ -1,10 +1,11 @@
 """Measure ``all_reduce`` beside a peer, in one run, on this machine.
 
-    python benchmarks/all_reduce.py --ranks 2 4 --sizes 64MiB --against gloo --json all_reduce.json
+    python benchmarks/all_reduce.py --ranks 2 4 8 --sizes 16KiB 4MiB 64MiB --against gloo openmpi --json all_reduce.json
 
-Ours is what a user gets: real processes that find each other by name and reduce over encrypted TCP. The peer runs
-over the same loopback interface; gloo does not encrypt. The third contestant, wire, moves the bytes of a ring over
-plain TCP and computes nothing: the limit under which any ring stays on this machine.
+Ours is what a user gets: real processes that find each other by name. They reduce over encrypted TCP (as between
+hosts; told to), over shared memory (as within a host), and over shared memory arrays of mesh.allocate. Peers: gloo over
+TCP on the loopback interface, not encrypted; OpenMPI over shared memory. Wire moves the bytes of a ring over plain TCP
+and computes nothing: the limit under which any ring over TCP stays on this machine.
 
 All groups live through the whole run and take turns, round after round, in an order that rotates, so that a machine
 that drifts (temperature, other load) drifts for all. Of every iteration the slowest rank counts; medians are over all
@@ -27,7 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _backends import BACKENDS, PEERS
+from _backends import BACKENDS, OURS, PEERS
 from _figures import (
     TABLE_HEADER,
     cpu_seconds_per_gb,
@@ -75,8 +76,8 @@ def measure_rounds(
     return results
 
 
-def make_row(results: dict[str, list[Measurement]], peer: str, ranks: int, nbytes: int) -> dict[str, Any]:
-    """Return the row that compares ours with ``peer``."""
+def make_row(results: dict[str, list[Measurement]], mine: str, peer: str, ranks: int, nbytes: int) -> dict[str, Any]:
+    """Return the row that compares ours, ``mine``, with ``peer``."""
 
     def samples(name: str) -> list[float]:
         return list(itertools.chain.from_iterable(measured.seconds for measured in results[name]))
@@ -85,11 +86,11 @@ def make_row(results: dict[str, list[Measurement]], peer: str, ranks: int, nbyte
         cpu_seconds = sum(measured.cpu_seconds for measured in results[name])
         return cpu_seconds_per_gb(cpu_seconds, ranks, nbytes, len(samples(name)))
 
-    ours, peers, limit = spread(samples("sparkle")), spread(samples(peer)), spread(samples(LIMIT))
+    ours, peers, limit = spread(samples(mine)), spread(samples(peer)), spread(samples(LIMIT))
     moved = 2 * (ranks - 1) * nbytes
     return {
         "what": "all_reduce",
-        "link": BACKENDS["sparkle"].link,
+        "link": BACKENDS[mine].link,
         "ranks": ranks,
         "bytes": nbytes,
         "ours_s": ours["median"],
@@ -99,13 +100,13 @@ def make_row(results: dict[str, list[Measurement]], peer: str, ranks: int, nbyte
         "dtype": "float32",
         "op": "sum",
         "peer_link": BACKENDS[peer].link,
-        "iterations": len(samples("sparkle")),
+        "iterations": len(samples(mine)),
         "ours_spread": ours,
         "peer_spread": peers,
         "ratio_per_round": ratio_per_round(
-            [measured.seconds for measured in results["sparkle"]], [measured.seconds for measured in results[peer]]
+            [measured.seconds for measured in results[mine]], [measured.seconds for measured in results[peer]]
         ),
-        "ours_cpu_s_per_gb": cpu("sparkle"),
+        "ours_cpu_s_per_gb": cpu(mine),
         "peer_cpu_s_per_gb": cpu(peer),
         "limit_s": limit["median"],
         "limit_spread": limit,
@@ -124,6 +125,9 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--sizes", type=parse_size, nargs="+", default=[64 << 20], help="bytes per rank: 16KiB 4MiB … (default: 64MiB)"
     )
     parser.add_argument("--against", choices=PEERS, nargs="+", default=["gloo"], help="peers (default: gloo)")
+    parser.add_argument(
+        "--links", choices=tuple(OURS), nargs="+", default=list(OURS), help="of ours (default: all that there are)"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="turns that each group takes (default: %(default)s)")
     parser.add_argument("--iterations", type=int, help="reductions per turn (default: by size, 8 to 200)")
     parser.add_argument("--warmup", type=int, default=2, help="reductions before each turn (default: %(default)s)")
@@ -154,11 +158,12 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     for ranks in options.ranks:
         with contextlib.ExitStack() as stack:
             show_progress(f"{ranks} ranks: starting")
-            names = dict.fromkeys(("sparkle", *options.against, LIMIT))
+            ours = [OURS[links] for links in options.links]
+            names = dict.fromkeys((*ours, *options.against, LIMIT))
             groups = {name: stack.enter_context(Group(name, ranks)) for name in names}
             for nbytes in options.sizes:
                 results = measure_rounds(groups, nbytes, options, show_progress)
-                rows.extend(make_row(results, peer, ranks, nbytes) for peer in options.against)
+                rows.extend(make_row(results, mine, peer, ranks, nbytes) for mine in ours for peer in options.against)
     show_progress("")
     return rows
 
@@ -177,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"all_reduce.py: {error}", file=sys.stderr)
         return 1
     print(make_table(TABLE_HEADER, [describe_row(row) for row in rows]))
-    for row in rows:
+    for row in {(row["ranks"], row["bytes"]): row for row in rows}.values():
         limit = f"{format_seconds(row['limit_s'])}, {row['limit_bytes_per_s'] / 1e9:.2f} GB/s"
         print(f"wire limit, {row['ranks']} ranks, {format_size(row['bytes'])}: {limit}")
     if options.json:

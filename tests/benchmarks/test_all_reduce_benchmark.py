@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,11 +33,11 @@ def test_small_run_writes_rows(tmp_path):
     assert ended.returncode == 0, ended.stderr
     rows = json.loads(rows_file.read_text())["rows"]
     assert [(row["what"], row["ranks"], row["bytes"]) for row in rows] == [
-        ("all_reduce", 2, 65536),
-        ("all_reduce", 2, 1 << 20),
+        ("all_reduce", 2, nbytes) for nbytes in (65536, 65536, 65536, 1 << 20, 1 << 20, 1 << 20)
     ]
+    links = ["tcp, encrypted", "shared memory", "shared memory, allocated"]
+    assert [row["link"] for row in rows] == [*links, *links]
     for row in rows:
-        assert row["link"] == "tcp, AES-256-GCM"
         assert row["iterations"] == 6
         assert row["ratio"] == pytest.approx(row["peer_s"] / row["ours_s"])
         assert row["of_limit"] == pytest.approx(row["limit_s"] / row["ours_s"])
@@ -66,9 +68,18 @@ def test_wrong_use_is_refused(load_benchmark, capsys, arguments):
 
 
 def test_failing_worker_is_told_with_its_log(group):
-    failing = group.Group("nobody", 1)
-    with pytest.raises(group.GroupError, match=r"process 0 ended:\n(.|\n)*KeyError: 'nobody'"):
+    failing = group.Group("wire", 1, lambda _, __, **options: subprocess.Popen(["sh", "-c", "echo oh >&2"], **options))
+    with pytest.raises(group.GroupError, match=r"process 0 ended:\n(.|\n)*oh"):
         failing.__enter__()
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="OpenMPI is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("mpi4py") is None, reason="mpi4py is not installed")
+def test_processes_of_one_launcher_are_a_group(group):
+    with group.Group("openmpi", 2) as ranks:
+        measured = ranks.measure(1 << 16, iterations=3, warmup=1, algorithm="auto", timeout_s=30)
+    assert measured.verified
+    assert len(measured.seconds) == 3
 
 
 def test_silent_worker_is_not_awaited_for_ever(group):
@@ -86,6 +97,9 @@ class OneRank:
 
     def __init__(self, error: float, wrong_from: int) -> None:
         self.error, self.wrong_from, self.iterations, self.barriers = error, wrong_from, 0, 0
+
+    def allocate(self, count: int) -> np.ndarray:
+        return np.empty(count, np.float32)
 
     def barrier(self) -> None:
         self.barriers += 1
