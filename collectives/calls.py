@@ -13,6 +13,7 @@ from sparkle_mesh import limits
 from sparkle_mesh.collectives.arrays import Arrays, ArraysLook, check_arrays
 from sparkle_mesh.collectives.broadcast import chain_broadcast, tree_broadcast
 from sparkle_mesh.collectives.cost import choose_algorithm, segment_bytes
+from sparkle_mesh.collectives.direct import direct_all_reduce
 from sparkle_mesh.collectives.messages import call_digest
 from sparkle_mesh.collectives.plan import Plan, cached_plan
 from sparkle_mesh.collectives.reduction import check_dtype, check_op
@@ -28,6 +29,7 @@ SHARED = "shared"
 _ALGORITHMS: dict[str, Callable[..., Schedule]] = {
     "ring": ring_all_reduce,
     "tree": tree_all_reduce,
+    "direct": direct_all_reduce,
     "chain": chain_broadcast,
     "binary_tree": tree_broadcast,
 }

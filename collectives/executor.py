@@ -18,7 +18,7 @@ from sparkle_mesh.collectives.digest import SegmentDigest, segment_digest, whole
 from sparkle_mesh.collectives.messages import encode_data
 from sparkle_mesh.collectives.plan import Plan
 from sparkle_mesh.collectives.reduction import Array, Reduction
-from sparkle_mesh.collectives.schedule import Copy, Receive, Reduce, Send, Space
+from sparkle_mesh.collectives.schedule import Accumulate, Copy, Receive, Reduce, Send, Space
 
 
 class Lane:
@@ -54,9 +54,9 @@ class Lane:
 
     def start(self) -> None:
         """Do the local steps that wait for nothing."""
-        for index in self.plan.copies:
+        for index in self.plan.local:
             if not self.waiting[index]:
-                self._copy(index)
+                self._do_locally(index)
 
     def data_to_send(self, step: Send) -> Array:
         """Return the elements that ``step`` sends."""
@@ -102,12 +102,16 @@ class Lane:
             if not waiting[later]:
                 if later in self.waiters:
                     self.waiters.pop(later)()
-                elif isinstance(plan.schedule.steps[later], Copy):
-                    self._copy(later)
+                elif isinstance(plan.schedule.steps[later], Copy | Accumulate):
+                    self._do_locally(later)
 
-    def _copy(self, index: int) -> None:
+    def _do_locally(self, index: int) -> None:
         step = self.plan.schedule.steps[index]
-        self.work[step.start : step.stop] = self.source[step.start : step.stop]
+        own, work = self.source[step.start : step.stop], self.work[step.start : step.stop]
+        if isinstance(step, Accumulate):
+            self._reduction.combine(work, own, work, step.finish)
+        else:
+            work[:] = own
         self.done(index)
 
 

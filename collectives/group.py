@@ -82,7 +82,7 @@ class CollectiveGroup(GroupState):
         op
             ``"sum"`` or ``"mean"``.
         algorithm
-            ``"auto"``, ``"shared"`` (if all ranks share memory), ``"ring"`` or ``"tree"``.
+            ``"auto"``, ``"shared"`` (if all ranks share memory), ``"ring"``, ``"tree"`` or ``"direct"``.
         timeout_s
             How long to wait for the other ranks; ``limits.COLLECTIVE_TIMEOUT_S`` if None.
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from sparkle_mesh import limits
-from sparkle_mesh.collectives.schedule import Copy, Receive, Reduce, Schedule, Send, Space, Step
+from sparkle_mesh.collectives.schedule import Accumulate, Copy, Receive, Reduce, Schedule, Send, Space, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +33,8 @@ class Plan:
         The steps that wait for each step.
     sends, receives
         By peer: indices in the order of the messages; a receive comes with its reduction, or None.
-    copies
-        Local steps.
+    local
+        The steps that need no peer: copies and accumulations.
     digests
         Indices after which the step's range holds final values, in the order of the ranges.
     """
@@ -44,7 +44,7 @@ class Plan:
     dependents: tuple[tuple[int, ...], ...]
     sends: dict[int, tuple[int, ...]]
     receives: dict[int, tuple[tuple[int, int | None], ...]]
-    copies: tuple[int, ...]
+    local: tuple[int, ...]
     digests: dict[int, int]
 
 
@@ -87,7 +87,7 @@ def make_plan(schedule: Schedule) -> Plan:
     sends: dict[int, list[int]] = {}
     receives: dict[int, list[tuple[int, int | None]]] = {}
     filled: dict[int, int] = {}
-    copies: list[int] = []
+    local: list[int] = []
     final: dict[tuple[int, int], int] = {}
     for index, step in enumerate(schedule.steps):
         match step:
@@ -114,7 +114,11 @@ def make_plan(schedule: Schedule) -> Plan:
                 final[step.start, step.stop] = index
             case Copy():
                 before.append(hazards.write(index, step))
-                copies.append(index)
+                local.append(index)
+                final[step.start, step.stop] = index
+            case Accumulate():
+                before.append((hazards.read(index, step) | hazards.write(index, step)) - {index})
+                local.append(index)
                 final[step.start, step.stop] = index
     dependents: list[list[int]] = [[] for _ in schedule.steps]
     for index, earlier in enumerate(before):
@@ -126,7 +130,7 @@ def make_plan(schedule: Schedule) -> Plan:
         dependents=tuple(tuple(later) for later in dependents),
         sends={peer: tuple(indices) for peer, indices in sends.items()},
         receives={peer: tuple(pairs) for peer, pairs in receives.items()},
-        copies=tuple(copies),
+        local=tuple(local),
         digests={index: order for order, (_, index) in enumerate(sorted(final.items()))},
     )
 

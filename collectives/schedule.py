@@ -83,7 +83,16 @@ class Copy:
     stop: int
 
 
-Step: TypeAlias = Send | Receive | Reduce | Copy
+@dataclass(frozen=True, slots=True)
+class Accumulate:
+    """``WORK = WORK + INPUT`` over ``[start, stop)``; ``finish`` as for :class:`Reduce`."""
+
+    start: int
+    stop: int
+    finish: bool = False
+
+
+Step: TypeAlias = Send | Receive | Reduce | Copy | Accumulate
 
 
 @dataclass(frozen=True, slots=True)

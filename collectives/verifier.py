@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sparkle_mesh.collectives.plan import Plan, make_plan
-from sparkle_mesh.collectives.schedule import Receive, Reduce, Schedule, Send, Space, Step
+from sparkle_mesh.collectives.schedule import Accumulate, Receive, Reduce, Schedule, Send, Space, Step
 
 
 class ScheduleError(Exception):
@@ -124,7 +124,7 @@ class _Run:
             elif kind == "reduce":
                 self._reduce(rank, other, index)
             else:
-                self._copy(rank, index)
+                self._do_locally(rank, index)
         for rank, state in enumerate(self.ranks):
             if state.undone:
                 step = state.plan.schedule.steps[min(state.undone)]
@@ -148,8 +148,8 @@ class _Run:
                 if not state.waiting[reduction]:
                     actions.append(("reduce", rank, peer, reduction))
             actions += [
-                ("copy", rank, rank, index)
-                for index in state.plan.copies
+                ("local", rank, rank, index)
+                for index in state.plan.local
                 if index in state.undone and not state.waiting[index]
             ]
         return actions
@@ -197,20 +197,27 @@ class _Run:
         state = self.ranks[rank]
         step = state.plan.schedule.steps[index]
         assert isinstance(step, Reduce)
+        ours, theirs = self._read(rank, step, step.operand), state.scratch.pop(peer)
+        self._write(rank, step, self._sum(rank, step, ours, theirs, step.finish))
+        del state.reducing[peer]
+        self._done(rank, index)
+
+    def _sum(self, rank: int, step: Step, one: list[_Value], other: list[_Value], finish: bool) -> list[_Value]:
         result = []
-        for ours, theirs in zip(self._read(rank, step, step.operand), state.scratch.pop(peer), strict=True):
+        for ours, theirs in zip(one, other, strict=True):
             if twice := ours.ranks & theirs.ranks:
                 raise ScheduleError(f"rank {rank}: {step} counts the contribution of ranks {sorted(twice)} twice")
             if ours.finished or theirs.finished:
                 raise ScheduleError(f"rank {rank}: {step} reduces elements that were completed already")
-            result.append(_Value(ours.ranks | theirs.ranks, step.finish))
-        self._write(rank, step, result)
-        del state.reducing[peer]
-        self._done(rank, index)
+            result.append(_Value(ours.ranks | theirs.ranks, finish))
+        return result
 
-    def _copy(self, rank: int, index: int) -> None:
+    def _do_locally(self, rank: int, index: int) -> None:
         step = self.ranks[rank].plan.schedule.steps[index]
-        self._write(rank, step, self._read(rank, step, Space.INPUT))
+        values = self._read(rank, step, Space.INPUT)
+        if isinstance(step, Accumulate):
+            values = self._sum(rank, step, self._read(rank, step, Space.WORK), values, step.finish)
+        self._write(rank, step, values)
         self._done(rank, index)
 
     def _read(self, rank: int, step: Step, space: Space) -> list[_Value]:

@@ -163,8 +163,8 @@ class AsyncMesh:
         op
             ``"sum"`` or ``"mean"`` (floats only).
         algorithm
-            ``"ring"``, ``"tree"``, ``"shared"`` (one-sided, where all ranks share one host's memory), or ``"auto"``
-            to choose.
+            ``"ring"``, ``"tree"``, ``"direct"``, ``"shared"`` (one-sided, where all ranks share one host's memory), or
+            ``"auto"`` to choose.
         timeout_s
             Deadline in seconds, waiting for slow ranks included; ``limits.COLLECTIVE_TIMEOUT_S`` if None.
 

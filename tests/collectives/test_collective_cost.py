@@ -11,6 +11,7 @@ from sparkle_mesh.collectives.cost import (
     binary_tree_s,
     chain_s,
     choose_algorithm,
+    direct_s,
     ring_s,
     segment_bytes,
     tree_s,
@@ -18,9 +19,10 @@ from sparkle_mesh.collectives.cost import (
 from sparkle_mesh.errors import UsageError
 
 
-def test_little_data_goes_by_tree_and_much_by_ring() -> None:
+def test_little_data_goes_directly_or_by_tree_and_much_by_ring() -> None:
     for size in (4, 7, 8, 16, 64):
-        assert choose_algorithm(64, size) == "tree"
+        assert choose_algorithm(64, size) == ("direct" if size < 64 else "tree")
+        assert choose_algorithm(limits.COLLECTIVE_EAGER_MAX_BYTES + 1, size) != "direct"
         assert choose_algorithm(256 * limits.MIB, size) == "ring"
 
 
@@ -36,7 +38,7 @@ def test_the_one_asked_for_is_taken_or_refused() -> None:
         choose_algorithm(1, 4, asked="magic")
 
 
-@pytest.mark.parametrize("model", [ring_s, tree_s, chain_s, binary_tree_s])
+@pytest.mark.parametrize("model", [ring_s, tree_s, direct_s, chain_s, binary_tree_s])
 def test_more_data_slower_links_and_more_ranks_never_cost_less(model: object) -> None:
     assert callable(model)
     sizes = [2, 4, 8, 16]
