@@ -25,9 +25,9 @@ def test_processes_form_one_view_and_all_reduce(start_worker: Start, size: int) 
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("forked", ["0", "2"])
-def test_sigkill_in_a_collective_raises_on_every_survivor(start_worker: Start, forked: str) -> None:
-    workers = [start_worker("reduce_for_ever", "3", forked) for _ in range(3)]
+@pytest.mark.parametrize(("forked", "memory"), [("0", "ordinary"), ("2", "ordinary"), ("0", "allocated"), ("0", "tcp")])
+def test_sigkill_in_a_collective_raises_on_every_survivor(start_worker: Start, forked: str, memory: str) -> None:
+    workers = [start_worker("reduce_for_ever", "3", forked, memory) for _ in range(3)]
     ranks = {worker.wait_for("started"): worker for worker in workers}
     assert sorted(ranks) == ["0", "1", "2"]
     for worker in workers:
@@ -35,13 +35,18 @@ def test_sigkill_in_a_collective_raises_on_every_survivor(start_worker: Start, f
             assert worker.wait_for("child").startswith("ForkedProcessError")
     children = [child for worker in workers for child in psutil.Process(worker.process.pid).children()]
     assert len(children) == 3 * int(forked)
+    states: list[str] = []
     try:
         ranks["1"].signal(signal.SIGKILL)
         for rank in ("0", "2"):
+            states.append(ranks[rank].wait_for("state", 15))
             error = ranks[rank].wait_for("error", 15)
             assert error.startswith("PeerLostError"), error
             assert "rank 1" in error or "rank 2" in error or "rank 0" in error
             assert ranks[rank].end() == 0
+        # What the survivors hold is the last input, and over shared memory as many reductions came before on both.
+        assert all(state.endswith("1.0 1.0") for state in states), states
+        assert memory == "tcp" or len(set(states)) == 1, states
         if forked != "0":
             assert all(child.is_running() for child in children), "the forked workers live on"
     finally:

@@ -40,9 +40,12 @@ def reduce_once(mesh: str, size: str) -> None:
 
 
 @scenario
-def reduce_for_ever(mesh: str, size: str, workers: str = "0") -> None:
-    """All-reduce until an error; with ``workers`` forked children that outlive this process."""
-    with join(mesh, size) as m:
+def reduce_for_ever(mesh: str, size: str, workers: str = "0", memory: str = "ordinary") -> None:
+    """All-reduce until an error; with ``workers`` forked children that outlive this process.
+
+    ``memory``: ``ordinary`` or ``allocated`` arrays in whatever way is best, or ``tcp``.
+    """
+    with join(mesh, size, links=("tcp",) if memory == "tcp" else None) as m:
         for _ in range(int(workers)):
             if os.fork() == 0:
                 try:
@@ -53,14 +56,18 @@ def reduce_for_ever(mesh: str, size: str, workers: str = "0") -> None:
                 os.dup2(1, 2)
                 time.sleep(60)
                 os._exit(0)
-        data = np.ones(4_000_000, dtype=np.float32)
+        data = m.allocate(4_000_000) if memory == "allocated" else np.ones(4_000_000, dtype=np.float32)
         m.all_reduce(data)
+        rounds = 0
         say("started", m.rank)
         try:
             while True:
                 data[:] = 1
                 m.all_reduce(data, timeout_s=20)
+                assert (data == m.size).all()
+                rounds += 1
         except SparkleError as error:
+            say("state", rounds, data.min(), data.max())
             say("error", type(error).__name__, error)
 
 
