@@ -5,8 +5,23 @@ from __future__ import annotations
 import socket
 import sys
 from contextlib import suppress
+from typing import Final
+
+import trio
 
 from sparkle_mesh import limits
+
+#: Writing to a connection that is gone is an error, not a signal.
+NO_SIGNAL: Final = getattr(socket, "MSG_NOSIGNAL", 0)
+_LINGER_POLL_S: Final = 0.01
+
+
+def take_socket(stream: trio.SocketStream) -> socket.socket:
+    """Return the plain socket beneath ``stream``, which is of no more use; tuned, and it does not block."""
+    sock = socket.socket(fileno=stream.socket.detach())
+    sock.setblocking(False)
+    tune_socket(sock)
+    return sock
 
 
 def tune_socket(sock: socket.socket) -> None:
@@ -38,3 +53,38 @@ def tune_socket(sock: socket.socket) -> None:
 def _is_within_this_host(sock: socket.socket) -> bool:
     here, there = sock.getsockname()[0], sock.getpeername()[0]
     return bool(here == there)
+
+
+async def linger(sock: socket.socket, scratch: memoryview) -> None:
+    """Wait until the peer has all that was sent. Whoever calls this has a deadline.
+
+    Raises
+    ------
+    OSError
+        If the connection is gone.
+    """
+    # The mark that large records were awaited with would keep the peer's end from waking us.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+    while not all_acknowledged(sock):
+        try:
+            # What comes meanwhile is nobody's any more. Room for it lets the peer's end come through.
+            if not sock.recv_into(scratch):
+                return
+        except BlockingIOError:
+            with trio.move_on_after(_LINGER_POLL_S):
+                await trio.lowlevel.wait_readable(sock)
+
+
+if sys.platform == "linux":
+    import fcntl
+    import termios
+
+    def all_acknowledged(sock: socket.socket) -> bool:
+        """Whether the peer's kernel has everything that was sent, the end of the stream included."""
+        return not int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+
+else:  # pragma: no cover - elsewhere the peer's end of the stream is what tells
+
+    def all_acknowledged(sock: socket.socket) -> bool:
+        """Whether the peer's kernel has everything that was sent: nobody can tell."""
+        return False
