@@ -68,6 +68,12 @@ LINK_HANDSHAKE_MAX_BYTES = 16 * KIB
 LINK_CIPHERS_MAX_COUNT = 8
 LINK_STREAMS_MAX_COUNT = 16
 LINK_KINDS_MAX_COUNT = 8
+# How payloads are cut where a link has several streams: small enough that a message is soon spread over all of them, and
+# that a slow stream holds up little; large enough that the work per record does not count.
+LINK_STRIPE_BYTES = 64 * KIB
+# What one of several streams takes ahead of what its congestion window lets out. More would be bound to a stream that
+# may have stalled by the time; less would not last until the sender runs again.
+LINK_STREAM_UNSENT_MAX_BYTES = 128 * KIB
 # Links agreed on whose data streams have not come yet.
 LINK_PENDING_MAX_COUNT = 2048
 LINK_PENDING_PER_PEER_MAX_COUNT = 4
@@ -260,6 +266,8 @@ OUTPUT_FLUSH_TIMEOUT_S = 2.0
 
 # --- Relations -----------------------------------------------------------------------------------
 assert LINK_HEADER_MAX_BYTES + LINK_INLINE_PAYLOAD_MAX_BYTES < RECORD_MAX_BYTES < 2**24
+assert LINK_INLINE_PAYLOAD_MAX_BYTES < LINK_STRIPE_BYTES <= RECORD_MAX_BYTES
+assert COLLECTIVE_PART_BYTES % LINK_STRIPE_BYTES == 0
 assert LINK_DIAL_TIMEOUT_S < LINK_HANDSHAKE_TIMEOUT_S
 assert LINK_PENDING_PER_PEER_MAX_COUNT < LINK_PENDING_MAX_COUNT
 assert MESH_MEMBERS_MAX_COUNT < LINK_PENDING_MAX_COUNT

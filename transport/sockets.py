@@ -55,6 +55,16 @@ def _is_within_this_host(sock: socket.socket) -> bool:
     return bool(here == there)
 
 
+def limit_unsent(sock: socket.socket) -> None:
+    """Let the kernel take little more than it can send now, so that it tells which of several connections can go on.
+
+    Without, it buffers megabytes for a connection that has just stalled, while others would have carried them.
+    """
+    option = getattr(socket, "TCP_NOTSENT_LOWAT", None)
+    if option is not None:
+        sock.setsockopt(socket.IPPROTO_TCP, option, limits.LINK_STREAM_UNSENT_MAX_BYTES)
+
+
 async def linger(sock: socket.socket, scratch: memoryview) -> None:
     """Wait until the peer has all that was sent. Whoever calls this has a deadline.
 

@@ -26,11 +26,12 @@ from sparkle_mesh.transport.testing import LINK_CHECKS, Check, run_check
 MIB = limits.MIB
 
 
+@pytest.mark.parametrize("streams", [1, 2, 5])
 @pytest.mark.parametrize("check", LINK_CHECKS, ids=lambda check: check.__name__)
-async def test_conformance(check: Check, tcp_pair: Callable[..., Any]) -> None:
+async def test_conformance(check: Check, streams: int, tcp_pair: Callable[..., Any]) -> None:
     @asynccontextmanager
     async def make_pair() -> AsyncIterator[tuple[Link, Link]]:
-        async with tcp_pair() as pair:
+        async with tcp_pair(streams=streams) as pair:
             yield pair
 
     await run_check(check, make_pair)
