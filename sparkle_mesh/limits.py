@@ -68,8 +68,8 @@ LINK_HANDSHAKE_MAX_BYTES = 16 * KIB
 LINK_CIPHERS_MAX_COUNT = 8
 LINK_STREAMS_MAX_COUNT = 16
 LINK_KINDS_MAX_COUNT = 8
-# How payloads are cut where a link has several streams: small enough that a message is soon spread over all of them, and
-# that a slow stream holds up little; large enough that the work per record does not count.
+# How payloads are cut where a link has several streams: small enough that a message is soon spread over all of them
+# and that a slow stream holds up little; large enough that the work per record does not count.
 LINK_STRIPE_BYTES = 64 * KIB
 # What one of several streams takes ahead of what its congestion window lets out. More would be bound to a stream that
 # may have stalled by the time; less would not last until the sender runs again.

@@ -114,7 +114,10 @@ class Strand:
         if self._place is None:
             await self._fill(PLACED_PREFIX_BYTES)
             kind, length = parse_prefix(self._rx[:PREFIX_BYTES])
-            if not (kind == STRIPE and 0 < length <= limits.LINK_STRIPE_BYTES) and (kind, length) != (STRAND_GOODBYE, 0):
+            if not (kind == STRIPE and 0 < length <= limits.LINK_STRIPE_BYTES) and (kind, length) != (
+                STRAND_GOODBYE,
+                0,
+            ):
                 raise ProtocolError(
                     f"a record of kind {kind} and {length} bytes came where one of kind {STRIPE} and 1 to "
                     f"{limits.LINK_STRIPE_BYTES} bytes belongs"
@@ -163,9 +166,7 @@ class Strand:
                 self._gone(error)
             if not count:
                 inside = " in the middle of a record" if self._held else ""
-                raise LinkClosedError(
-                    f"one of the connections to peer {self._peer_id} ended{inside} without a goodbye"
-                )
+                raise LinkClosedError(f"one of the connections to peer {self._peer_id} ended{inside} without a goodbye")
             self._held += count
         if not waited and need > PLACED_PREFIX_BYTES:
             await trio.lowlevel.checkpoint()
@@ -200,7 +201,7 @@ class Strand:
         self.sock.close()
 
     async def finish(self, number: int, *, whole: bool) -> None:
-        """Say goodbye if all that was sent is ``whole``, and wait until it arrived. Whoever calls this has a deadline."""
+        """Say goodbye if all that was sent is ``whole``, and wait until it has arrived; the caller has a deadline."""
         with suppress(OSError, LinkClosedError):
             if whole:
                 record = memoryview(bytearray(self._sealer.overhead_bytes))

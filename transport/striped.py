@@ -24,7 +24,6 @@ import trio
 
 from sparkle_mesh import limits
 from sparkle_mesh.errors import LinkClosedError, ProtocolError
-from sparkle_mesh.transport.link import LinkStats
 from sparkle_mesh.transport.records import RecordOpener, RecordSealer
 from sparkle_mesh.transport.strand import STRAND_GOODBYE, Strand, StripePlace
 from sparkle_mesh.transport.stripes import Arrivals, Window, stripes
@@ -52,9 +51,7 @@ class StripedTcpLink(TcpLink):
         on_released: Callable[[TcpLink], None] | None = None,
     ) -> None:
         first, *others = streams
-        super().__init__(
-            first[0], peer_id, first[1], first[2], latency_s=latency_s, on_released=on_released
-        )
+        super().__init__(first[0], peer_id, first[1], first[2], latency_s=latency_s, on_released=on_released)
         self._strands = [Strand(stream, peer_id, sealer, opener) for stream, sealer, opener in others]
         # Messages with striped payloads so far, per direction.
         self._sent_number = 0
@@ -62,6 +59,10 @@ class StripedTcpLink(TcpLink):
         # Of the payload that is being received; None if it came with its header.
         self._arrivals: Arrivals | None = None
         self._scattered = memoryview(bytearray())
+
+    def __repr__(self) -> str:
+        closed = " closed" if self.closed else ""
+        return f"<TcpLink to {self.peer_id} over {1 + len(self._strands)} connections{closed}>"
 
     # --- Sending ---------------------------------------------------------------------------------
 
@@ -77,7 +78,8 @@ class StripedTcpLink(TcpLink):
         async def pump(strand: Strand) -> None:
             try:
                 for offset, plaintext in rest:
-                    self._stats.bytes_sent += await strand.send(number, offset, plaintext)
+                    sent_bytes = await strand.send(number, offset, plaintext)
+                    self._stats.bytes_sent += sent_bytes
             except LinkClosedError as error:
                 failures.append(error)
                 nursery.cancel_scope.cancel()
