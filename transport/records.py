@@ -2,8 +2,8 @@
 
 A record is a *prefix* of 4 bytes, the ciphertext, and a tag (16 or 32 bytes, by cipher). The prefix is the record's
 kind (one byte) and the length of its plaintext (three bytes, big-endian), and is authenticated with it (AEAD
-associated data). The nonce is the number of the record in its direction, so that a record that is replayed, reordered or left
-out does not open.
+associated data). The nonce is the number of the record in its direction, so that a record that is
+replayed, reordered or left out does not open.
 Each direction of each stream has a key of its own, so that a record sent back to its sender does not open either.
 
 Where a link has several streams, nothing but its place says what a record of one of them belongs to: its prefix is
