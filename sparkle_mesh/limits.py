@@ -68,6 +68,12 @@ LINK_HANDSHAKE_MAX_BYTES = 16 * KIB
 LINK_CIPHERS_MAX_COUNT = 8
 LINK_STREAMS_MAX_COUNT = 16
 LINK_KINDS_MAX_COUNT = 8
+# Up to this round trip a link has one stream: the host, the room or the campus.
+LINK_NEAR_ROUND_TRIP_S = 2e-3
+# A link over a longer way has so many streams that together they carry this rate though one packet in a thousand is
+# lost, by Mathis's formula: a stream then has 1460 bytes * 1.22 / sqrt(0.001) in flight, whatever the round trip.
+LINK_LOSSY_RATE_BYTES_PER_S = 8e6
+LINK_LOSSY_STREAM_BYTES = 56_000
 # How payloads are cut where a link has several streams: small enough that a message is soon spread over all of them
 # and that a slow stream holds up little; large enough that the work per record does not count.
 LINK_STRIPE_BYTES = 64 * KIB

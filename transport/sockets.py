@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 from contextlib import suppress
+from math import ceil
 from typing import Final
 
 import trio
@@ -53,6 +54,13 @@ def tune_socket(sock: socket.socket) -> None:
 def _is_within_this_host(sock: socket.socket) -> bool:
     here, there = sock.getsockname()[0], sock.getpeername()[0]
     return bool(here == there)
+
+
+def stream_count(round_trip_s: float, most: int) -> int:
+    """Return how many streams a link over so long a way gets, the first, which carries no large payloads, included."""
+    if round_trip_s < limits.LINK_NEAR_ROUND_TRIP_S:
+        return 1
+    return min(1 + ceil(limits.LINK_LOSSY_RATE_BYTES_PER_S * round_trip_s / limits.LINK_LOSSY_STREAM_BYTES), most)
 
 
 def limit_unsent(sock: socket.socket) -> None:
