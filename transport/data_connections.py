@@ -23,7 +23,7 @@ from sparkle_mesh.transport.link import Link
 from sparkle_mesh.transport.local_sockets import connect_local
 from sparkle_mesh.transport.records import RecordOpener, RecordSealer
 from sparkle_mesh.transport.shared_memory import SharedMemory
-from sparkle_mesh.transport.sockets import stream_count
+from sparkle_mesh.transport.sockets import congestion_control, stream_count, tune_socket
 from sparkle_mesh.transport.striped import StripedTcpLink
 from sparkle_mesh.transport.tcp import TcpLink
 
@@ -115,7 +115,8 @@ class DataConnections:
             info = read_tcp_info(first)
             if info is not None and info.round_trip_s is not None:
                 round_trip_s = info.round_trip_s
-            count = stream_count(round_trip_s, len(keys.streams))
+            tune_socket(first)
+            count = stream_count(round_trip_s, congestion_control(first), len(keys.streams))
 
             async def open_stream(number: int) -> None:
                 if number:
@@ -144,7 +145,6 @@ class DataConnections:
         self._dialing.add(sock)
         try:
             await sock.connect((str(ip), port))
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except BaseException:
             self._dialing.discard(sock)
             sock.close()

@@ -31,6 +31,7 @@ from sparkle_mesh import limits
 from sparkle_mesh.errors import LinkClosedError, ProtocolError, UsageError
 from sparkle_mesh.transport.buffers import byte_views, check_header, check_sizes, grown, payload_records, scatter
 from sparkle_mesh.transport.link import Buffer, Link, LinkStats
+from sparkle_mesh.transport.path_meter import PathMeter
 from sparkle_mesh.transport.records import (
     PREFIX_BYTES,
     RECORD_OVERHEAD_MAX_BYTES,
@@ -85,7 +86,8 @@ class TcpLink(Link):
     ) -> None:
         self.peer_id = peer_id
         self._on_released = on_released
-        self._stats = LinkStats(latency_s=latency_s)
+        self._stats = LinkStats()
+        self._path = PathMeter(latency_s)
         # The plain socket beneath trio's: its methods are what the hot path calls.
         self._sock = take_socket(stream)
         self._sealer = sealer
@@ -112,6 +114,17 @@ class TcpLink(Link):
 
     def __repr__(self) -> str:
         return f"<TcpLink to {self.peer_id}{' closed' if self.closed else ''}>"
+
+    @property
+    def stats(self) -> LinkStats:
+        self._path.measure(self._sockets())
+        self._stats.latency_s = self._path.latency_s
+        self._stats.bandwidth_bytes_per_s = self._path.bandwidth_bytes_per_s
+        return self._stats
+
+    def _sockets(self) -> list[socket.socket]:
+        """Return all sockets of the link, the first one's first."""
+        return [self._sock]
 
     # --- Sending ---------------------------------------------------------------------------------
 
