@@ -60,7 +60,10 @@ logger = logging.getLogger("sparkle_mesh.transport")
 
 @dataclass(slots=True)
 class _Expected:
-    """A link that was agreed on and whose data streams are to be opened by ``peer_id``, and those that came."""
+    """A link that was agreed on and whose data streams are to be opened by ``peer_id``.
+
+    ``streams`` are those that came; a link takes them away. ``opened`` is set when it has, or never will.
+    """
 
     peer_id: PeerId
     attempt: Attempt
@@ -312,9 +315,7 @@ class LinkConnector:
         finally:
             self._pending.discard(keys.link_id)
             del self._expected[keys.link_id]
-            # Left over when others of the same link did not come. A link takes them away.
-            for data_stream in expected.streams.values():
-                data_stream.socket.close()
+            expected.opened.set()
 
     async def _hear_failure(self, stream: FabricStream, attempt: Attempt, done: trio.CancelScope) -> None:
         """Wait for the dialer to say that it cannot reach this process, or to close the stream."""
@@ -345,6 +346,9 @@ class LinkConnector:
                 raise LinkClosedError(f"nobody wants the link that peer {expected.peer_id} opened any more")
             expected.streams[number] = stream
             if len(expected.streams) < count:
+                await expected.opened.wait()
+                if number in expected.streams:
+                    raise LinkClosedError(f"peer {expected.peer_id} did not open the other streams of its link")
                 return
             streams = [expected.streams.pop(each) for each in range(count)]
             link = await self._data.accepted(streams, kind, expected.peer_id, keys)

@@ -142,9 +142,9 @@ class PortedFabric:
     def handle_raw(self, magic: bytes, handler: RawHandler) -> None:
         self._handlers[magic] = handler
 
-    async def listen(self, nursery: trio.Nursery) -> None:
-        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
-        self.addresses = (f"/ip4/127.0.0.1/tcp/{listener.socket.getsockname()[1]}",)
+    async def listen(self, nursery: trio.Nursery, host: str = "127.0.0.1") -> None:
+        (listener,) = await trio.open_tcp_listeners(0, host=host)
+        self.addresses = (f"/ip{6 if ':' in host else 4}/{host}/tcp/{listener.socket.getsockname()[1]}",)
         nursery.start_soon(trio.serve_listeners, self._serve, [listener])
 
     async def _serve(self, stream: trio.SocketStream) -> None:
@@ -161,7 +161,9 @@ def open_fabrics() -> Callable[..., AbstractAsyncContextManager[list[PortedFabri
     """``count`` connected fabrics with real raw ports, in the order of their peer ids."""
 
     @asynccontextmanager
-    async def make(count: int = 2, *, connect: bool = True) -> AsyncIterator[list[PortedFabric]]:
+    async def make(
+        count: int = 2, *, connect: bool = True, host: str = "127.0.0.1"
+    ) -> AsyncIterator[list[PortedFabric]]:
         network = MemoryFabricNetwork()
         async with trio.open_nursery() as nursery:
             async with trio.open_nursery() as opening:
@@ -178,7 +180,7 @@ def open_fabrics() -> Callable[..., AbstractAsyncContextManager[list[PortedFabri
                 await trio.testing.wait_all_tasks_blocked()
                 fabrics.sort(key=lambda fabric: str(fabric.peer_id))
                 for fabric in fabrics:
-                    await fabric.listen(nursery)
+                    await fabric.listen(nursery, host)
                 if connect:
                     for number, fabric in enumerate(fabrics):
                         for other in fabrics[number + 1 :]:

@@ -94,8 +94,7 @@ async def test_latency_and_bandwidth_are_measured_by_what_passes(streams: int, t
             assert stats.latency_s is not None
             # On loopback; the other end's socket waits for this task's turns.
             assert 0 < stats.latency_s < 0.4
-            # Within a process, a striped sender may never have had more than was taken at once.
-            assert streams > 1 or stats.bandwidth_bytes_per_s is not None
+            # Where the receiver kept up, there never was more to send than was taken at once.
             assert stats.bandwidth_bytes_per_s is None or stats.bandwidth_bytes_per_s > 1e6
             assert other.stats.bandwidth_bytes_per_s is None
         else:
