@@ -74,8 +74,8 @@ LINK_NEAR_ROUND_TRIP_S = 2e-3
 # lost, by Mathis's formula: a stream then has 1460 bytes * 1.22 / sqrt(0.001) in flight, whatever the round trip.
 LINK_LOSSY_RATE_BYTES_PER_S = 8e6
 LINK_LOSSY_STREAM_BYTES = 56_000
-# Streams for large payloads where they do not slow down for a loss (BBR).
-LINK_STREAMS_BBR_COUNT = 3
+# Streams for large payloads where they do not slow down for a loss (BBR): more compete with each other.
+LINK_STREAMS_BBR_COUNT = 1
 # In this time what was measured of a link's bandwidth fades to a third of what is shown.
 LINK_BANDWIDTH_SMOOTHING_S = 2.0
 # How payloads are cut where a link has several streams: small enough that a message is soon spread over all of them
