@@ -9,6 +9,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import msgspec
 import numpy as np
 import trio
 from numpy.typing import DTypeLike
@@ -109,8 +110,23 @@ class AsyncMesh:
         )
 
     def peers(self) -> list[PeerStatus]:
-        """Return all peers of the mesh that are connected now: members, latecomers and nodes."""
-        return self._node.peers()
+        """Return all peers of the mesh that are connected now: members, latecomers and nodes.
+
+        Latency and bandwidth of a member are those of the data link to it, measured by what passes over it.
+        """
+        return [self._with_link(peer) for peer in self._node.peers()]
+
+    def _with_link(self, peer: PeerStatus) -> PeerStatus:
+        link = None if peer.rank is None else self._links.get(peer.rank)
+        if link is None or link.peer_id != peer.peer_id:
+            return peer
+        stats = link.stats
+        return msgspec.structs.replace(
+            peer,
+            link=link.kind,
+            latency_ms=peer.latency_ms if stats.latency_s is None else stats.latency_s * 1e3,
+            bandwidth_bytes_per_s=stats.bandwidth_bytes_per_s,
+        )
 
     def invite(self) -> str:
         """Return one line of text with which others can join this mesh; it holds the key if there is one."""

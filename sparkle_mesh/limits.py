@@ -68,6 +68,23 @@ LINK_HANDSHAKE_MAX_BYTES = 16 * KIB
 LINK_CIPHERS_MAX_COUNT = 8
 LINK_STREAMS_MAX_COUNT = 16
 LINK_KINDS_MAX_COUNT = 8
+# Up to this round trip a link has one stream: the host, the room or the campus.
+LINK_NEAR_ROUND_TRIP_S = 2e-3
+# A link over a longer way has so many streams that together they carry this rate though one packet in a thousand is
+# lost, by Mathis's formula: a stream then has 1460 bytes * 1.22 / sqrt(0.001) in flight, whatever the round trip.
+LINK_LOSSY_RATE_BYTES_PER_S = 8e6
+LINK_LOSSY_STREAM_BYTES = 56_000
+# Streams for large payloads where they do not slow down for a loss (BBR): more compete with each other.
+LINK_STREAMS_BBR_COUNT = 1
+# In this time what was measured of a link's bandwidth fades to a third of what is shown.
+LINK_BANDWIDTH_SMOOTHING_S = 2.0
+# How payloads are cut where a link has several streams: small enough that a message is soon spread over all of them
+# and that a slow stream holds up little; large enough that the work per record does not count.
+LINK_STRIPE_BYTES = 64 * KIB
+# What the kernel takes for one of several streams ahead of what its congestion window lets out. More would be bound to
+# a stream that may have stalled by the time. Less would not last until the sender's next turn on a busy machine: with
+# 128 KiB, 16 MiB over 4 hosts at 100 Mbit/s took 5 s on two cores with a load of 8, with 1 MiB 2.7 s.
+LINK_STREAM_UNSENT_MAX_BYTES = 1 * MIB
 # Links agreed on whose data streams have not come yet.
 LINK_PENDING_MAX_COUNT = 2048
 LINK_PENDING_PER_PEER_MAX_COUNT = 4
@@ -260,6 +277,8 @@ OUTPUT_FLUSH_TIMEOUT_S = 2.0
 
 # --- Relations -----------------------------------------------------------------------------------
 assert LINK_HEADER_MAX_BYTES + LINK_INLINE_PAYLOAD_MAX_BYTES < RECORD_MAX_BYTES < 2**24
+assert LINK_INLINE_PAYLOAD_MAX_BYTES < LINK_STRIPE_BYTES <= RECORD_MAX_BYTES
+assert COLLECTIVE_PART_BYTES % LINK_STRIPE_BYTES == 0
 assert LINK_DIAL_TIMEOUT_S < LINK_HANDSHAKE_TIMEOUT_S
 assert LINK_PENDING_PER_PEER_MAX_COUNT < LINK_PENDING_MAX_COUNT
 assert MESH_MEMBERS_MAX_COUNT < LINK_PENDING_MAX_COUNT

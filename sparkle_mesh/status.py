@@ -30,8 +30,13 @@ class PeerStatus(wire.Message, frozen=True, kw_only=True):
         Where it says that it listens, without the ``/p2p/…`` tail.
     connected_s
         Seconds since it was admitted.
+    link
+        The kind of the data link to it (``"shared_memory"``, ``"tcp"``, …); None where there is none, as for nodes.
     latency_ms
-        Half the last measured round trip, in milliseconds; None until one was measured.
+        Half a round trip, in milliseconds: of the data link if there is one, of the control connection if not; None
+        until one was measured.
+    bandwidth_bytes_per_s
+        What the way to it carried of late when there was enough to send; None until there was.
     rank
         Its rank in the view the node knows of; None if it is not a member.
     admitted
@@ -42,7 +47,9 @@ class PeerStatus(wire.Message, frozen=True, kw_only=True):
     role: wire.NameText
     addresses: StatusAddresses
     connected_s: Seconds
+    link: wire.NameText | None = None
     latency_ms: float | None = None
+    bandwidth_bytes_per_s: float | None = None
     rank: int | None = None
     admitted: bool
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -71,3 +71,44 @@ def check_sizes(total: int, left: int) -> None:
     """
     if total > left:
         raise UsageError(f"the buffers hold {total} bytes and only {left} bytes of the announced payload are left")
+
+
+def payload_records(views: list[memoryview]) -> Iterator[memoryview | bytes]:
+    """Cut the payload into the plaintexts of records: large buffers as they lie, small ones gathered."""
+    small: list[memoryview] = []
+    small_bytes = 0
+    for view in views:
+        if len(view) < limits.LINK_GATHER_MAX_BYTES and len(views) > 1:
+            small.append(view)
+            small_bytes += len(view)
+            if small_bytes >= limits.LINK_GATHER_MAX_BYTES:
+                yield b"".join(small)
+                small, small_bytes = [], 0
+            continue
+        if small:
+            yield b"".join(small)
+            small, small_bytes = [], 0
+        for start in range(0, len(view), limits.RECORD_MAX_BYTES):
+            yield view[start : start + limits.RECORD_MAX_BYTES]
+    if small:
+        yield b"".join(small)
+
+
+def scatter(data: memoryview, views: list[memoryview], index: int, offset: int) -> tuple[int, int]:
+    """Copy ``data`` into ``views`` from ``offset`` of ``views[index]`` on; return where the next byte goes."""
+    while data:
+        view = views[index]
+        count = min(len(data), len(view) - offset)
+        view[offset : offset + count] = data[:count]
+        data = data[count:]
+        offset += count
+        if offset == len(view):
+            index, offset = index + 1, 0
+    return index, offset
+
+
+def grown(buffer: memoryview, nbytes: int, keep: int) -> memoryview:
+    """Return a larger buffer that begins with the first ``keep`` bytes of ``buffer``."""
+    grown = memoryview(bytearray(nbytes))
+    grown[:keep] = buffer[:keep]
+    return grown

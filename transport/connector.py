@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, Self
 
@@ -60,11 +60,15 @@ logger = logging.getLogger("sparkle_mesh.transport")
 
 @dataclass(slots=True)
 class _Expected:
-    """A link that was agreed on and whose data stream is to be opened by ``peer_id``."""
+    """A link that was agreed on and whose data streams are to be opened by ``peer_id``.
+
+    ``streams`` are those that came; a link takes them away. ``opened`` is set when it has, or never will.
+    """
 
     peer_id: PeerId
     attempt: Attempt
     opened: trio.Event
+    streams: dict[int, trio.SocketStream] = field(default_factory=dict)
 
 
 class LinkConnector:
@@ -109,6 +113,7 @@ class LinkConnector:
             preferred_ciphers(),
             tuple(kind for kind in LINK_KINDS if kind in allowed and (kind != SHARED_MEMORY or self._memory)),
             self._memory.address if self._memory else "",
+            limits.LINK_STREAMS_MAX_COUNT,
         )
         self._attempts: dict[PeerId, Attempt] = {}
         self._offers: dict[PeerId, WaitingOffer] = {}
@@ -298,20 +303,19 @@ class LinkConnector:
         peer_id = stream.peer_id
         answer, keys = self._party.answer(offer, peer_id, self._fabric.addresses, self._entropy)
         self._pending.add(keys, peer_id, trio.current_time())
-        opened = trio.Event()
-
-        self._expected[keys.link_id] = _Expected(peer_id, attempt, opened)
+        expected = self._expected[keys.link_id] = _Expected(peer_id, attempt, trio.Event())
         attempt.last_failure = "it did not open the data connection that was agreed on"
         try:
             await send_message(stream, answer)
             with attempt.scope(), trio.move_on_after(limits.LINK_HANDSHAKE_TIMEOUT_S):
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._hear_failure, stream, attempt, nursery.cancel_scope)
-                    await opened.wait()
+                    await expected.opened.wait()
                     nursery.cancel_scope.cancel()
         finally:
             self._pending.discard(keys.link_id)
             del self._expected[keys.link_id]
+            expected.opened.set()
 
     async def _hear_failure(self, stream: FabricStream, attempt: Attempt, done: trio.CancelScope) -> None:
         """Wait for the dialer to say that it cannot reach this process, or to close the stream."""
@@ -334,13 +338,20 @@ class LinkConnector:
     async def _accept(self, stream: trio.SocketStream, kind: str) -> None:
         with trio.fail_after(limits.LINK_HANDSHAKE_TIMEOUT_S):
             opening = await receive_exactly(stream, OPENING_BYTES)
-            keys, number = self._pending.open(opening, trio.current_time())
+            keys, number, count = self._pending.open(opening, trio.current_time())
             expected = self._expected[keys.link_id]
-            await stream.send_all(keys.welcome(number))
+            await stream.send_all(keys.welcome(number, count))
             self._data.check_open()
-            if expected.attempt.done.is_set():
+            if expected.attempt.done.is_set() or self._expected.get(keys.link_id) is not expected:
                 raise LinkClosedError(f"nobody wants the link that peer {expected.peer_id} opened any more")
-            link = await self._data.accepted(stream, kind, expected.peer_id, keys)
+            expected.streams[number] = stream
+            if len(expected.streams) < count:
+                await expected.opened.wait()
+                if number in expected.streams:
+                    raise LinkClosedError(f"peer {expected.peer_id} did not open the other streams of its link")
+                return
+            streams = [expected.streams.pop(each) for each in range(count)]
+            link = await self._data.accepted(streams, kind, expected.peer_id, keys)
         expected.attempt.succeed(link)
         expected.opened.set()
 

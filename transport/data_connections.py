@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
 
 import trio
@@ -14,12 +15,16 @@ import trio
 from sparkle_mesh import limits
 from sparkle_mesh.errors import AuthenticationError, LinkClosedError, SparkleError, UnreachableError
 from sparkle_mesh.fabric.interface import Fabric, PeerId
+from sparkle_mesh.nurseries import bare_errors
+from sparkle_mesh.tcp_info import read_tcp_info
 from sparkle_mesh.transport.addresses import IpAddress, dial_order
 from sparkle_mesh.transport.handshake import SHARED_MEMORY, WELCOME_BYTES, LinkAnswer, LinkKeys
 from sparkle_mesh.transport.link import Link
 from sparkle_mesh.transport.local_sockets import connect_local
 from sparkle_mesh.transport.records import RecordOpener, RecordSealer
 from sparkle_mesh.transport.shared_memory import SharedMemory
+from sparkle_mesh.transport.sockets import congestion_control, stream_count, tune_socket
+from sparkle_mesh.transport.striped import StripedTcpLink
 from sparkle_mesh.transport.tcp import TcpLink
 
 
@@ -90,7 +95,7 @@ class DataConnections:
             reason = f"no answer within {limits.LINK_DIAL_TIMEOUT_S:g} s"
             with trio.move_on_after(limits.LINK_DIAL_TIMEOUT_S):
                 try:
-                    return await self._open_stream(peer_id, ip, port, keys)
+                    return await self._open_link(peer_id, ip, port, keys)
                 except (OSError, trio.BrokenResourceError, AuthenticationError, LinkClosedError) as error:
                     reason = str(error)
             reasons.append(f"{ip} port {port}: {reason}")
@@ -98,31 +103,61 @@ class DataConnections:
             f"peer {peer_id} answered, but a direct connection failed: {'; '.join(reasons) or 'it gave no address'}"
         )
 
-    async def _open_stream(self, peer_id: PeerId, ip: IpAddress, port: int, keys: LinkKeys) -> Link:
+    async def _open_link(self, peer_id: PeerId, ip: IpAddress, port: int, keys: LinkKeys) -> Link:
+        """Open as many streams to one address as its distance asks for, and make a link of them."""
+        streams: dict[int, trio.SocketStream] = {}
+        try:
+            asked_at = trio.current_time()
+            first = await self._connect(ip, port)
+            streams[0] = trio.SocketStream(first)
+            round_trip_s = trio.current_time() - asked_at
+            # The kernel's own measurement has no waiting for this process's turn in it.
+            info = read_tcp_info(first)
+            if info is not None and info.round_trip_s is not None:
+                round_trip_s = info.round_trip_s
+            tune_socket(first)
+            count = stream_count(round_trip_s, congestion_control(first), len(keys.streams))
+
+            async def open_stream(number: int) -> None:
+                if number:
+                    streams[number] = trio.SocketStream(await self._connect(ip, port))
+                await streams[number].send_all(keys.opening(number, count))
+                welcome = await receive_exactly(streams[number], WELCOME_BYTES)
+                keys.check_welcome(number, welcome, count)
+
+            # The others only where the first has shown that the right peer is there.
+            await open_stream(0)
+            with bare_errors():
+                async with trio.open_nursery() as nursery:
+                    for number in range(1, count):
+                        nursery.start_soon(open_stream, number)
+            self.check_open()
+            ordered = [streams[number] for number in range(count)]
+            return self._keep(self._encrypted(ordered, peer_id, keys, dialer=True, latency_s=round_trip_s / 2))
+        finally:
+            for stream in streams.values():
+                self._dialing.discard(stream.socket)
+                # Does nothing if a link took it over.
+                stream.socket.close()
+
+    async def _connect(self, ip: IpAddress, port: int) -> trio.socket.SocketType:
         sock = trio.socket.socket(socket.AF_INET if ip.version == 4 else socket.AF_INET6, socket.SOCK_STREAM)
         self._dialing.add(sock)
         try:
             await sock.connect((str(ip), port))
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            stream = trio.SocketStream(sock)
-            asked_at = trio.current_time()
-            await stream.send_all(keys.opening(0))
-            keys.check_welcome(0, await receive_exactly(stream, WELCOME_BYTES))
-            latency_s = (trio.current_time() - asked_at) / 2
-            self.check_open()
-            return self._keep(self._encrypted(stream, peer_id, keys, dialer=True, latency_s=latency_s))
-        finally:
+        except BaseException:
             self._dialing.discard(sock)
-            # Does nothing if a link took it over.
             sock.close()
+            raise
+        return sock
 
     # --- Being dialed ----------------------------------------------------------------------------
 
-    async def accepted(self, stream: trio.SocketStream, kind: str, peer_id: PeerId, keys: LinkKeys) -> Link:
-        """Make a link of ``stream``, which a peer has dialed and opened. Raises SparkleError, OSError."""
+    async def accepted(self, streams: Sequence[trio.SocketStream], kind: str, peer_id: PeerId, keys: LinkKeys) -> Link:
+        """Make a link of ``streams``, which a peer has dialed and opened. Raises SparkleError, OSError."""
         if kind == SHARED_MEMORY:
-            return await self._share(stream, peer_id)
-        return self._keep(self._encrypted(stream, peer_id, keys, dialer=False, latency_s=None))
+            return await self._share(streams[0], peer_id)
+        return self._keep(self._encrypted(streams, peer_id, keys, dialer=False, latency_s=None))
 
     # --- Making links ----------------------------------------------------------------------------
 
@@ -131,18 +166,25 @@ class DataConnections:
         return self._keep(await self._memory.share(stream, peer_id, self.links.discard))
 
     def _encrypted(
-        self, stream: trio.SocketStream, peer_id: PeerId, keys: LinkKeys, *, dialer: bool, latency_s: float | None
-    ) -> TcpLink:
-        there, back = keys.streams[0].dialer_to_answerer, keys.streams[0].answerer_to_dialer
-        mine, theirs = (there, back) if dialer else (back, there)
-        return TcpLink(
-            stream,
-            peer_id,
-            RecordSealer(keys.cipher, mine),
-            RecordOpener(keys.cipher, theirs),
-            latency_s=latency_s,
-            on_released=self.links.discard,
-        )
+        self,
+        streams: Sequence[trio.SocketStream],
+        peer_id: PeerId,
+        keys: LinkKeys,
+        *,
+        dialer: bool,
+        latency_s: float | None,
+    ) -> Link:
+        ends = []
+        for number, (stream, of_stream) in enumerate(zip(streams, keys.streams, strict=False)):
+            there, back = of_stream.dialer_to_answerer, of_stream.answerer_to_dialer
+            mine, theirs = (there, back) if dialer else (back, there)
+            placed = number > 0
+            sealer = RecordSealer(keys.cipher, mine, placed=placed)
+            ends.append((stream, sealer, RecordOpener(keys.cipher, theirs, placed=placed)))
+        released = self.links.discard
+        if len(ends) > 1:
+            return StripedTcpLink(ends, peer_id, latency_s=latency_s, on_released=released)
+        return TcpLink(ends[0][0], peer_id, ends[0][1], ends[0][2], latency_s=latency_s, on_released=released)
 
     def _keep(self, link: Link) -> Link:
         """Count ``link`` among those that stand, until it is released."""

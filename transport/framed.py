@@ -85,7 +85,7 @@ class FramedLink(Link):
     ) -> None:
         self.kind = kind
         self.peer_id = peer_id
-        self.stats = LinkStats(latency_s=latency_s)
+        self._stats = LinkStats(latency_s=latency_s)
         self._stream = stream
         self._on_released = on_released
         self._closed_because: str | None = None
@@ -142,8 +142,8 @@ class FramedLink(Link):
             # What the peer sent before can still be received.
             self._sends_fail_because = f"the connection to peer {self.peer_id} is gone: {error}"
             raise LinkClosedError(self._sends_fail_because) from error
-        self.stats.bytes_sent += len(head) + total
-        self.stats.messages_sent += 1
+        self._stats.bytes_sent += len(head) + total
+        self._stats.messages_sent += 1
 
     def _check_can_send(self) -> None:
         reason = self._closed_because or self._sends_fail_because
@@ -178,8 +178,8 @@ class FramedLink(Link):
         start = self._start + HEAD.size
         self._start = start + header_bytes
         self._payload_left = payload_bytes
-        self.stats.messages_received += 1
-        self.stats.bytes_received += HEAD.size + header_bytes
+        self._stats.messages_received += 1
+        self._stats.bytes_received += HEAD.size + header_bytes
         return self._buffer[start : self._start], payload_bytes
 
     async def receive_into(self, buffers: Sequence[Buffer]) -> None:
@@ -219,7 +219,7 @@ class FramedLink(Link):
 
     def _count_payload(self, count: int) -> None:
         self._payload_left -= count
-        self.stats.bytes_received += count
+        self._stats.bytes_received += count
 
     async def _take_turn(self, nbytes: int) -> None:
         if self._receive_budget < 0:

@@ -7,6 +7,9 @@ everything that was agreed (the *transcript*), yields the keys. The dialer then 
 addresses and sends an *opening*: 64 bytes that name the link and prove the keys. The answerer replies with a
 *welcome*, 32 bytes that prove them in turn, and records follow.
 
+Offer and answer agree on how many data streams there may be, and keys are made for all of them. How many there are is
+the dialer's choice when it has seen how long the way is, and stands in every opening.
+
 The transcript covers both peer ids, so that keys cannot be made to count for another pair; the mesh id, so that a
 link of one mesh cannot serve another; version and cipher, so that nobody can talk the two into weaker ones.
 """
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import struct
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Final, TypeAlias
@@ -38,6 +42,8 @@ OPENING_BYTES: Final = 64
 WELCOME_BYTES: Final = 32
 _LINK_ID_BYTES: Final = 16
 _PROOF_BYTES: Final = 32
+# How many streams will be opened beside the first, and which this one is.
+_WHICH_STREAM: Final = struct.Struct(">II")
 
 CipherList = Annotated[
     tuple[Annotated[str, msgspec.Meta(min_length=1, max_length=32)], ...],
@@ -159,18 +165,18 @@ class LinkKeys:
     opening_key: bytes = field(repr=False)
     welcome_key: bytes = field(repr=False)
 
-    def opening(self, stream: int) -> bytes:
-        """Return the 64 bytes with which the dialer opens data stream ``stream``."""
-        named = MAGIC + self.link_id + stream.to_bytes(8, "big")
+    def opening(self, stream: int, count: int = 1) -> bytes:
+        """Return the 64 bytes with which the dialer opens data stream ``stream`` of ``count`` that it will open."""
+        named = MAGIC + self.link_id + _WHICH_STREAM.pack(count - 1, stream)
         return named + hmac.digest(self.opening_key, named, "sha256")
 
-    def welcome(self, stream: int) -> bytes:
+    def welcome(self, stream: int, count: int = 1) -> bytes:
         """Return the 32 bytes with which the answerer replies to :meth:`opening`."""
-        return hmac.digest(self.welcome_key, self.opening(stream), "sha256")
+        return hmac.digest(self.welcome_key, self.opening(stream, count), "sha256")
 
-    def check_welcome(self, stream: int, data: bytes | bytearray) -> None:
+    def check_welcome(self, stream: int, data: bytes | bytearray, count: int = 1) -> None:
         """Raise AuthenticationError unless ``data`` is :meth:`welcome`."""
-        if not hmac.compare_digest(self.welcome(stream), data):
+        if not hmac.compare_digest(self.welcome(stream, count), data):
             raise AuthenticationError("whoever answered at that address does not hold the keys of the link")
 
 
@@ -222,6 +228,7 @@ class LinkParty:
     ciphers: tuple[str, ...]
     kinds: tuple[str, ...] = ("tcp",)
     local_address: str = ""
+    streams: int = 1
 
     def offer(self, addresses: Sequence[str], entropy: Entropy, *, without: Collection[str] = ()) -> LinkOffer:
         """Return a new offer, of all kinds of links but those in ``without``."""
@@ -231,6 +238,7 @@ class LinkParty:
             link_id=entropy.token(_LINK_ID_BYTES),
             secret=entropy.token(KEY_BYTES),
             ciphers=self.ciphers,
+            streams=self.streams,
             host_id=self.host_id,
             addresses=tuple(addresses)[: limits.ADDRESSES_PER_PEER_MAX_COUNT],
             kinds=tuple(kind for kind in self.kinds if kind not in without),
@@ -264,6 +272,7 @@ class LinkParty:
             version=LINK_VERSION,
             secret=entropy.token(KEY_BYTES),
             cipher=cipher,
+            streams=min(self.streams, offer.streams),
             host_id=self.host_id,
             addresses=tuple(addresses)[: limits.ADDRESSES_PER_PEER_MAX_COUNT],
             kinds=kinds,
@@ -293,7 +302,9 @@ class _Pending:
     keys: LinkKeys
     peer_id: str
     expires_at: float
-    unopened: set[int]
+    opened: set[int] = field(default_factory=set)
+    #: How many streams the dialer opens; None before it has opened the first of them.
+    count: int | None = None
 
 
 class PendingLinks:
@@ -323,9 +334,7 @@ class PendingLinks:
         of_peer = sum(pending.peer_id == peer_id for pending in self._pending.values())
         if len(self._pending) >= limits.LINK_PENDING_MAX_COUNT or of_peer >= limits.LINK_PENDING_PER_PEER_MAX_COUNT:
             raise LinkRefusedError(f"too many links are being opened: {len(self._pending)}, of this peer {of_peer}")
-        self._pending[keys.link_id] = _Pending(
-            keys, peer_id, now + limits.LINK_HANDSHAKE_TIMEOUT_S, set(range(len(keys.streams)))
-        )
+        self._pending[keys.link_id] = _Pending(keys, peer_id, now + limits.LINK_HANDSHAKE_TIMEOUT_S)
 
     def discard(self, link_id: bytes) -> None:
         """Expect the streams of that link no longer."""
@@ -336,13 +345,15 @@ class PendingLinks:
         for link_id in [link_id for link_id, pending in self._pending.items() if pending.expires_at <= now]:
             del self._pending[link_id]
 
-    def open(self, opening: bytes | bytearray, now: float) -> tuple[LinkKeys, int]:
-        """Return the keys and the number of the stream that ``opening`` opens, which cannot be opened again.
+    def open(self, opening: bytes | bytearray, now: float) -> tuple[LinkKeys, int, int]:
+        """Return the keys, the number of the stream that ``opening`` opens, and how many its link will have.
+
+        It cannot be opened again.
 
         Raises
         ------
         ProtocolError
-            If it is no opening.
+            If it is no opening, or of another number of streams than those before it.
         AuthenticationError
             If no such link or stream is expected (any longer), or the proof is wrong.
         """
@@ -350,14 +361,18 @@ class PendingLinks:
             raise ProtocolError(f"{len(opening)} bytes are not the opening of a data stream")
         self.expire(now)
         link_id = bytes(opening[len(MAGIC) : len(MAGIC) + _LINK_ID_BYTES])
-        stream = int.from_bytes(opening[len(MAGIC) + _LINK_ID_BYTES : OPENING_BYTES - _PROOF_BYTES], "big")
+        others, stream = _WHICH_STREAM.unpack_from(opening, len(MAGIC) + _LINK_ID_BYTES)
+        count = others + 1
         pending = self._pending.get(link_id)
-        if pending is None or stream not in pending.unopened:
+        if pending is None or stream in pending.opened or not stream < count <= len(pending.keys.streams):
             raise AuthenticationError("a data stream was opened that nobody expects: unknown, expired or open already")
         # A wrong proof must not use up the place of the right one.
-        if not hmac.compare_digest(pending.keys.opening(stream), bytes(opening)):
+        if not hmac.compare_digest(pending.keys.opening(stream, count), bytes(opening)):
             raise AuthenticationError("a data stream was opened with a wrong proof")
-        pending.unopened.remove(stream)
-        if not pending.unopened:
+        if pending.count not in (None, count):
+            raise ProtocolError(f"a data stream of {count} was opened where the one before was of {pending.count}")
+        pending.count = count
+        pending.opened.add(stream)
+        if len(pending.opened) == count:
             del self._pending[link_id]
-        return pending.keys, stream
+        return pending.keys, stream, count

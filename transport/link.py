@@ -20,13 +20,22 @@ Buffer: TypeAlias = Any
 
 @dataclass(slots=True)
 class LinkStats:
-    """Counters of one link since it opened. Latency is half the handshake's or last probe's round trip."""
+    """Counters of one link since it opened, and what is known of the way that its bytes take.
+
+    Attributes
+    ----------
+    latency_s
+        Half a round trip, in seconds; None until one was measured.
+    bandwidth_bytes_per_s
+        What the way to the peer carried of late when there was enough to send; None until there was.
+    """
 
     bytes_sent: int = 0
     bytes_received: int = 0
     messages_sent: int = 0
     messages_received: int = 0
     latency_s: float | None = None
+    bandwidth_bytes_per_s: float | None = None
 
 
 class Link(ABC):
@@ -36,7 +45,12 @@ class Link(ABC):
     kind: str
     #: The authenticated identity of the other end.
     peer_id: str
-    stats: LinkStats
+    _stats: LinkStats
+
+    @property
+    def stats(self) -> LinkStats:
+        """What passed so far, and what is known now of the way there; measured without load of its own."""
+        return self._stats
 
     @abstractmethod
     async def send(self, header: bytes, buffers: Sequence[Buffer] = ()) -> None:

@@ -121,7 +121,7 @@ class MemoryLink(Link):
 
     def __init__(self, peer_id: str, incoming: _Pipe, outgoing: _Pipe) -> None:
         self.peer_id = peer_id
-        self.stats = LinkStats()
+        self._stats = LinkStats()
         self._incoming = incoming
         self._outgoing = outgoing
         self._turn = trio.Lock()
@@ -152,8 +152,8 @@ class MemoryLink(Link):
             except trio.Cancelled:
                 self._close("a send was cancelled halfway")
                 raise
-        self.stats.messages_sent += 1
-        self.stats.bytes_sent += len(header) + total
+        self._stats.messages_sent += 1
+        self._stats.bytes_sent += len(header) + total
 
     async def _put(self, header: bytes, *, nbytes: int) -> None:
         cost_bytes = len(header) + _MESSAGE_OVERHEAD_BYTES
@@ -188,8 +188,8 @@ class MemoryLink(Link):
         finally:
             self._receiving = False
         self._payload_left = piece.nbytes
-        self.stats.messages_received += 1
-        self.stats.bytes_received += len(piece.data) + piece.nbytes
+        self._stats.messages_received += 1
+        self._stats.bytes_received += len(piece.data) + piece.nbytes
         return memoryview(piece.data), piece.nbytes
 
     async def receive_into(self, buffers: Sequence[Buffer]) -> None:

@@ -1,10 +1,13 @@
 """Authenticated, encrypted records: what an encrypted link puts on the wire.
 
-A record is a 4-byte *prefix*, the ciphertext, and a tag (16 or 32 bytes, by cipher). The prefix is the record's kind
-(one byte) and the length of its plaintext (three bytes, big-endian), and is authenticated with it (AEAD associated
-data). The nonce is the number of the record in its direction, so that a record that is replayed, reordered or left
-out does not open.
+A record is a *prefix* of 4 bytes, the ciphertext, and a tag (16 or 32 bytes, by cipher). The prefix is the record's
+kind (one byte) and the length of its plaintext (three bytes, big-endian), and is authenticated with it (AEAD
+associated data). The nonce is the number of the record in its direction, so that a record that is
+replayed, reordered or left out does not open.
 Each direction of each stream has a key of its own, so that a record sent back to its sender does not open either.
+
+Where a link has several streams, nothing but its place says what a record of one of them belongs to: its prefix is
+*extended* by 16 bytes, the number of the message and the offset in its payload, authenticated like the rest.
 
 Every ``limits.REKEY_INTERVAL_RECORDS`` records the key is replaced by HKDF-Expand of itself and the old one dropped:
 who takes a key from memory cannot read what was sent before the last change.
@@ -16,6 +19,7 @@ section 5) and RFC 5116.
 
 from __future__ import annotations
 
+import struct
 from typing import Final, final
 
 from cryptography.exceptions import InvalidTag
@@ -27,8 +31,11 @@ from sparkle_mesh.errors import AuthenticationError, ProtocolError
 from sparkle_mesh.transport.ciphers import KEY_BYTES, make_cipher
 
 PREFIX_BYTES: Final = 4
+#: How a prefix is extended: the number of a message, and the offset in its payload.
+PLACE: Final = struct.Struct(">QQ")
+PLACED_PREFIX_BYTES: Final = PREFIX_BYTES + PLACE.size
 #: What a record takes beside its plaintext, at most; ``overhead_bytes`` of a sealer or opener is what it takes.
-RECORD_OVERHEAD_MAX_BYTES: Final = PREFIX_BYTES + limits.RECORD_TAG_MAX_BYTES
+RECORD_OVERHEAD_MAX_BYTES: Final = PLACED_PREFIX_BYTES + limits.RECORD_TAG_MAX_BYTES
 
 _REKEY_INFO: Final = b"sparkle link 1 rekey"
 _LENGTH_MASK: Final = 0xFFFFFF
@@ -63,15 +70,18 @@ class RecordSealer:
         One of :func:`preferred_ciphers`.
     key
         32 bytes that no other sealer has ever had.
+    placed
+        Whether the prefixes are extended by a place; all of a stream's are, or none.
     """
 
-    __slots__ = ("_ratchet", "overhead_bytes")
+    __slots__ = ("_prefix_bytes", "_ratchet", "overhead_bytes")
 
-    def __init__(self, cipher_name: str, key: bytes) -> None:
+    def __init__(self, cipher_name: str, key: bytes, *, placed: bool = False) -> None:
         self._ratchet = _Ratchet(cipher_name, key)
-        self.overhead_bytes = PREFIX_BYTES + self._ratchet.aead.tag_bytes
+        self._prefix_bytes = PLACED_PREFIX_BYTES if placed else PREFIX_BYTES
+        self.overhead_bytes = self._prefix_bytes + self._ratchet.aead.tag_bytes
 
-    def seal_into(self, kind: int, plaintext: memoryview | bytes, out: memoryview) -> int:
+    def seal_into(self, kind: int, plaintext: memoryview | bytes, out: memoryview, place: bytes = b"") -> int:
         """Write the next record to the start of ``out``.
 
         Parameters
@@ -82,6 +92,8 @@ class RecordSealer:
             At most ``limits.RECORD_MAX_BYTES`` bytes; may lie in ``out``, exactly where its ciphertext goes.
         out
             Writable, at least ``len(plaintext) + overhead_bytes`` bytes.
+        place
+            What extends the prefix, if it is extended: a :data:`PLACE`.
 
         Returns
         -------
@@ -94,12 +106,12 @@ class RecordSealer:
         ratchet = self._ratchet
         if ratchet.number == ratchet.rekey_at:
             ratchet.rekey()
-        prefix = (kind << 24 | length).to_bytes(PREFIX_BYTES, "big")
+        prefix = (kind << 24 | length).to_bytes(PREFIX_BYTES, "big") + place
         end = length + self.overhead_bytes
-        out[:PREFIX_BYTES] = prefix
+        out[: self._prefix_bytes] = prefix
         number = ratchet.number
         ratchet.number += 1
-        ratchet.aead.encrypt_into(number, plaintext, prefix, out[PREFIX_BYTES:end])
+        ratchet.aead.encrypt_into(number, plaintext, prefix, out[self._prefix_bytes : end])
         return end
 
 
@@ -122,12 +134,13 @@ def parse_prefix(prefix: memoryview | bytes) -> tuple[int, int]:
 class RecordOpener:
     """Opens the records of one direction, in order. After an error it opens none."""
 
-    __slots__ = ("_ratchet", "overhead_bytes")
+    __slots__ = ("_prefix_bytes", "_ratchet", "overhead_bytes")
 
-    def __init__(self, cipher_name: str, key: bytes) -> None:
+    def __init__(self, cipher_name: str, key: bytes, *, placed: bool = False) -> None:
         ratchet = _Ratchet(cipher_name, key)
         self._ratchet: _Ratchet | None = ratchet
-        self.overhead_bytes = PREFIX_BYTES + ratchet.aead.tag_bytes
+        self._prefix_bytes = PLACED_PREFIX_BYTES if placed else PREFIX_BYTES
+        self.overhead_bytes = self._prefix_bytes + ratchet.aead.tag_bytes
 
     def open_into(self, record: memoryview, out: memoryview) -> None:
         """Authenticate and decrypt the next record.
@@ -154,7 +167,8 @@ class RecordOpener:
         try:
             if len(record) != len(out) + self.overhead_bytes:
                 raise InvalidTag
-            ratchet.aead.decrypt_into(ratchet.number, record[PREFIX_BYTES:], bytes(record[:PREFIX_BYTES]), out)
+            prefix_bytes = self._prefix_bytes
+            ratchet.aead.decrypt_into(ratchet.number, record[prefix_bytes:], bytes(record[:prefix_bytes]), out)
         except InvalidTag:
             self._ratchet = None
             raise AuthenticationError(

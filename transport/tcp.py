@@ -21,8 +21,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final, NoReturn
 
@@ -30,8 +29,9 @@ import trio
 
 from sparkle_mesh import limits
 from sparkle_mesh.errors import LinkClosedError, ProtocolError, UsageError
-from sparkle_mesh.transport.buffers import byte_views, check_header, check_sizes
+from sparkle_mesh.transport.buffers import byte_views, check_header, check_sizes, grown, payload_records, scatter
 from sparkle_mesh.transport.link import Buffer, Link, LinkStats
+from sparkle_mesh.transport.path_meter import PathMeter
 from sparkle_mesh.transport.records import (
     PREFIX_BYTES,
     RECORD_OVERHEAD_MAX_BYTES,
@@ -39,19 +39,20 @@ from sparkle_mesh.transport.records import (
     RecordSealer,
     parse_prefix,
 )
-from sparkle_mesh.transport.sockets import tune_socket
+from sparkle_mesh.transport.sockets import NO_SIGNAL, linger, take_socket
 
 MESSAGE: Final = 1
 PAYLOAD: Final = 2
 GOODBYE: Final = 3
+
+CUT_SENDING: Final = "a send was cancelled halfway, so that a message may have been cut"
+CUT_RECEIVING: Final = "receiving a payload was cancelled halfway"
 
 #: Header bytes and payload bytes.
 HEAD: Final = struct.Struct(">HQ")
 _MESSAGE_RECORD_MAX_BYTES: Final = HEAD.size + limits.LINK_HEADER_MAX_BYTES + limits.LINK_INLINE_PAYLOAD_MAX_BYTES
 _RX_INITIAL_BYTES: Final = limits.LINK_READ_AHEAD_BYTES + _MESSAGE_RECORD_MAX_BYTES
 _PAYLOAD_READ_AHEAD_BYTES: Final = 4 * limits.KIB
-_LINGER_POLL_S: Final = 0.01
-_NO_SIGNAL: Final = getattr(socket, "MSG_NOSIGNAL", 0)
 
 
 class TcpLink(Link):
@@ -85,11 +86,10 @@ class TcpLink(Link):
     ) -> None:
         self.peer_id = peer_id
         self._on_released = on_released
-        self.stats = LinkStats(latency_s=latency_s)
+        self._stats = LinkStats()
+        self._path = PathMeter(latency_s)
         # The plain socket beneath trio's: its methods are what the hot path calls.
-        self._sock = socket.socket(fileno=stream.socket.detach())
-        self._sock.setblocking(False)
-        tune_socket(self._sock)
+        self._sock = take_socket(stream)
         self._sealer = sealer
         self._opener = opener
         self._closed_because: str | None = None
@@ -115,6 +115,17 @@ class TcpLink(Link):
     def __repr__(self) -> str:
         return f"<TcpLink to {self.peer_id}{' closed' if self.closed else ''}>"
 
+    @property
+    def stats(self) -> LinkStats:
+        self._path.measure(self._sockets())
+        self._stats.latency_s = self._path.latency_s
+        self._stats.bandwidth_bytes_per_s = self._path.bandwidth_bytes_per_s
+        return self._stats
+
+    def _sockets(self) -> list[socket.socket]:
+        """Return all sockets of the link, the first one's first."""
+        return [self._sock]
+
     # --- Sending ---------------------------------------------------------------------------------
 
     async def send(self, header: bytes, buffers: Sequence[Buffer] = ()) -> None:
@@ -139,34 +150,37 @@ class TcpLink(Link):
                 self._sending = False
 
     async def _send_message(self, header: bytes, views: list[memoryview], total: int) -> None:
-        stats = self.stats
         head = HEAD.pack(len(header), total) + header
         try:
             if total <= limits.LINK_INLINE_PAYLOAD_MAX_BYTES:
                 length = self._sealer.seal_into(MESSAGE, b"".join((head, *views)) if total else head, self._tx)
-                stats.bytes_sent += length
+                self._stats.bytes_sent += length
                 await self._write(length)
             else:
-                length = self._sealer.seal_into(MESSAGE, head, self._tx)
-                for plaintext in _payload_records(views):
-                    end = length + len(plaintext) + self._sealer.overhead_bytes
-                    if end > len(self._tx):
-                        self._tx = _grown(self._tx, end, length)
-                    self._sealer.seal_into(PAYLOAD, plaintext, self._tx[length:])
-                    stats.bytes_sent += end
-                    await self._write(end)
-                    length = 0
+                await self._send_large(head, views)
         except trio.Cancelled:
-            self._abort("a send was cancelled halfway, so that a message may have been cut")
+            self._abort(CUT_SENDING)
             raise
-        stats.messages_sent += 1
+        self._stats.messages_sent += 1
+
+    async def _send_large(self, head: bytes, views: list[memoryview]) -> None:
+        """Send a message whose payload takes records of its own; the first travels with the head."""
+        length = self._sealer.seal_into(MESSAGE, head, self._tx)
+        for plaintext in payload_records(views):
+            end = length + len(plaintext) + self._sealer.overhead_bytes
+            if end > len(self._tx):
+                self._tx = grown(self._tx, end, length)
+            self._sealer.seal_into(PAYLOAD, plaintext, self._tx[length:])
+            self._stats.bytes_sent += end
+            await self._write(end)
+            length = 0
 
     async def _write(self, length: int) -> None:
         """Send ``length`` bytes of the transmit buffer."""
         sent = 0
         while True:
             try:
-                sent += self._sock.send(self._tx[sent:length], _NO_SIGNAL)
+                sent += self._sock.send(self._tx[sent:length], NO_SIGNAL)
             except BlockingIOError:
                 pass
             except OSError as error:
@@ -224,7 +238,7 @@ class TcpLink(Link):
             self._receiving = False
         self._opened = inline
         self._payload_left = payload_bytes
-        self.stats.messages_received += 1
+        self._stats.messages_received += 1
         return message[HEAD.size : header_end], payload_bytes
 
     async def receive_into(self, buffers: Sequence[Buffer]) -> None:
@@ -270,12 +284,12 @@ class TcpLink(Link):
                     self._open(length, self._opened)
                     data = self._opened[:wanted]
                 if views is not None:
-                    index, offset = _scatter(data, views, index, offset)
+                    index, offset = scatter(data, views, index, offset)
                 self._opened = self._opened[len(data) :]
                 self._payload_left -= len(data)
                 wanted -= len(data)
         except trio.Cancelled:
-            self._abort("receiving a payload was cancelled halfway")
+            self._abort(CUT_RECEIVING)
             raise
         except ProtocolError as error:
             self._fail(error)
@@ -316,7 +330,7 @@ class TcpLink(Link):
         start = self._start
         end = start + length + self._opener.overhead_bytes
         self._opener.open_into(self._rx[start:end], out)
-        self.stats.bytes_received += end - start
+        self._stats.bytes_received += end - start
         self._start = end
 
     async def _fill(self, need: int, ahead: int) -> None:
@@ -326,7 +340,7 @@ class TcpLink(Link):
         if self._start + need > len(self._rx):
             have = self._end - self._start
             if need > len(self._rx):
-                self._rx = _grown(self._rx[self._start :], need + limits.LINK_READ_AHEAD_BYTES, have)
+                self._rx = grown(self._rx[self._start :], need + limits.LINK_READ_AHEAD_BYTES, have)
             else:
                 self._rx[:have] = self._rx[self._start : self._end]
             self._start, self._end = 0, have
@@ -387,7 +401,7 @@ class TcpLink(Link):
         with suppress(OSError):
             # A message that another task has half sent stays cut; a goodbye would be garbage within it.
             if not self._sending and self._sends_fail_because is None:
-                self._sock.send(self._tx[: self._sealer.seal_into(GOODBYE, b"", self._tx)], _NO_SIGNAL)
+                self._sock.send(self._tx[: self._sealer.seal_into(GOODBYE, b"", self._tx)], NO_SIGNAL)
         trio.lowlevel.notify_closing(self._sock)
         with suppress(OSError):
             self._sock.shutdown(socket.SHUT_WR)
@@ -399,17 +413,8 @@ class TcpLink(Link):
 
         Shielded, because the last thing that a member says must get through when its work was cancelled.
         """
-        if self._low_water != 1:
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
         with trio.move_on_after(limits.LINK_LINGER_S, shield=True):
-            while not _all_acknowledged(self._sock):
-                try:
-                    # What comes meanwhile is nobody's any more. Room for it lets the peer's end come through.
-                    if not self._sock.recv_into(self._rx):
-                        return
-                except BlockingIOError:
-                    with trio.move_on_after(_LINGER_POLL_S):
-                        await trio.lowlevel.wait_readable(self._sock)
+            await linger(self._sock, self._rx)
 
     @property
     def closed(self) -> bool:
@@ -421,58 +426,3 @@ class TcpLink(Link):
         if descriptor >= 0:
             with suppress(OSError):
                 os.close(descriptor)
-
-
-def _payload_records(views: list[memoryview]) -> Iterator[memoryview | bytes]:
-    """Cut the payload into the plaintexts of records: large buffers as they lie, small ones gathered."""
-    small: list[memoryview] = []
-    small_bytes = 0
-    for view in views:
-        if len(view) < limits.LINK_GATHER_MAX_BYTES and len(views) > 1:
-            small.append(view)
-            small_bytes += len(view)
-            if small_bytes >= limits.LINK_GATHER_MAX_BYTES:
-                yield b"".join(small)
-                small, small_bytes = [], 0
-            continue
-        if small:
-            yield b"".join(small)
-            small, small_bytes = [], 0
-        for start in range(0, len(view), limits.RECORD_MAX_BYTES):
-            yield view[start : start + limits.RECORD_MAX_BYTES]
-    if small:
-        yield b"".join(small)
-
-
-def _scatter(data: memoryview, views: list[memoryview], index: int, offset: int) -> tuple[int, int]:
-    """Copy ``data`` into ``views`` from ``offset`` of ``views[index]`` on; return where the next byte goes."""
-    while data:
-        view = views[index]
-        count = min(len(data), len(view) - offset)
-        view[offset : offset + count] = data[:count]
-        data = data[count:]
-        offset += count
-        if offset == len(view):
-            index, offset = index + 1, 0
-    return index, offset
-
-
-def _grown(buffer: memoryview, nbytes: int, keep: int) -> memoryview:
-    """Return a larger buffer that begins with the first ``keep`` bytes of ``buffer``."""
-    grown = memoryview(bytearray(nbytes))
-    grown[:keep] = buffer[:keep]
-    return grown
-
-
-if sys.platform == "linux":
-    import fcntl
-    import termios
-
-    def _all_acknowledged(sock: socket.socket) -> bool:
-        """Whether the peer's kernel has everything that was sent, the end of the stream included."""
-        return not int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
-
-else:  # pragma: no cover - elsewhere the peer's end of the stream is what tells
-
-    def _all_acknowledged(sock: socket.socket) -> bool:
-        return False

@@ -157,13 +157,15 @@ def peers_text(peers: Sequence[PeerStatus]) -> str:
     """Return a table of peers, one a line, with a heading."""
     if not peers:
         return "no peers"
-    table = [("PEER", "ROLE", "RANK", "LATENCY", "CONNECTED", "ADDRESS")]
+    table = [("PEER", "ROLE", "RANK", "LINK", "LATENCY", "BANDWIDTH", "CONNECTED", "ADDRESS")]
     table += [
         (
             printable(peer.peer_id),
             printable(peer.role) if peer.admitted else "not admitted",
             "-" if peer.rank is None else str(peer.rank),
+            "-" if peer.link is None else printable(peer.link),
             "-" if peer.latency_ms is None else f"{peer.latency_ms:.1f} ms",
+            "-" if peer.bandwidth_bytes_per_s is None else rate(peer.bandwidth_bytes_per_s),
             duration(peer.connected_s),
             printable(peer.addresses[0]) if peer.addresses else "-",
         )
@@ -209,6 +211,14 @@ def duration(seconds: float) -> str:
         if whole >= unit_s:
             return f"{whole // unit_s} {unit} {whole % unit_s // lesser_s} {lesser}"
     return f"{whole} s"
+
+
+def rate(bytes_per_s: float) -> str:
+    """Return bytes per second with a unit that fits."""
+    for unit, size in (("GB/s", 1e9), ("MB/s", 1e6), ("kB/s", 1e3)):
+        if bytes_per_s >= size:
+            return f"{bytes_per_s / size:.3g} {unit}"
+    return f"{bytes_per_s:.0f} B/s"
 
 
 def short_id(peer_id: str) -> str:

@@ -87,11 +87,14 @@ def test_status_for_people(fake: ModuleType) -> None:
 
 
 def test_a_table_of_peers(fake: ModuleType) -> None:
-    peers = [fake.peer(), fake.peer("12D3", rank=None, latency_ms=None, addresses=(), admitted=False, connected_s=0.0)]
+    peers = [
+        fake.peer(link="tcp", bandwidth_bytes_per_s=11.94e6),
+        fake.peer("12D3", rank=None, latency_ms=None, addresses=(), admitted=False, connected_s=0.0),
+    ]
     assert render.peers_text(peers).splitlines() == [
-        "PEER          ROLE          RANK  LATENCY  CONNECTED  ADDRESS",
-        "12D3KooWPeer  trainer       1     0.2 ms   1 min 1 s  /ip4/10.0.0.2/tcp/4",
-        "12D3          not admitted  -     -        0 s        -",
+        "PEER          ROLE          RANK  LINK  LATENCY  BANDWIDTH  CONNECTED  ADDRESS",
+        "12D3KooWPeer  trainer       1     tcp   0.2 ms   11.9 MB/s  1 min 1 s  /ip4/10.0.0.2/tcp/4",
+        "12D3          not admitted  -     -     -        -          0 s        -",
     ]
     assert render.peers_text([]) == "no peers"
 
@@ -112,6 +115,14 @@ def test_devices_for_people(fake: ModuleType) -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert render.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("bytes_per_s", "text"),
+    [(0, "0 B/s"), (999, "999 B/s"), (1500, "1.5 kB/s"), (2e6, "2 MB/s"), (1.234e10, "12.3 GB/s")],
+)
+def test_rates(bytes_per_s: float, text: str) -> None:
+    assert render.rate(bytes_per_s) == text
 
 
 def test_peers_cannot_write_on_the_terminal(fake: ModuleType) -> None:

@@ -14,6 +14,7 @@ LEAVES = (
     "sparkle_mesh.broadcast",
     "sparkle_mesh.nurseries",
     "sparkle_mesh.portal",
+    "sparkle_mesh.tcp_info",
 )
 # The interface, and messages over its streams.
 FABRIC_INTERFACE = ("sparkle_mesh.fabric.interface", "sparkle_mesh.fabric.framing")
@@ -46,6 +47,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "sparkle_mesh.broadcast": LEAVES,
     "sparkle_mesh.nurseries": LEAVES,
     "sparkle_mesh.portal": LEAVES,
+    "sparkle_mesh.tcp_info": LEAVES,
     "sparkle_mesh.transport": (*LEAVES, *FABRIC_INTERFACE),
     "sparkle_mesh.collectives": (*LEAVES, "sparkle_mesh.transport"),
     "sparkle_mesh.devices": LEAVES,

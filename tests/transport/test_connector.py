@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from sparkle_mesh.errors import LinkClosedError, LinkRefusedError, UnreachableEr
 from sparkle_mesh.fabric.framing import receive_message, send_message
 from sparkle_mesh.fabric.identity import Identity
 from sparkle_mesh.fabric.libp2p_fabric import open_libp2p_fabric
+from sparkle_mesh.transport import data_connections
 from sparkle_mesh.transport.attempts import Attempt
 from sparkle_mesh.transport.connector import LINK_PROTOCOL, LinkConnector
 from sparkle_mesh.transport.handshake import LINK_KINDS, MAGIC, TCP, LinkAnswer, LinkOffer, LinkRefusal
@@ -474,6 +476,79 @@ async def test_a_forked_child_lets_go_of_all_links(kind: str, open_fabrics: Open
         one._data._dialing.discard(sock)
         sock.close()
         await exchange(*links)
+
+
+def far_away(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(data_connections, "stream_count", lambda _round_trip_s, _control, most: min(count, most))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+@pytest.mark.parametrize("count", [1, 2, 5])
+async def test_links_of_several_streams(
+    count: int, host: str, open_fabrics: OpenFabrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if host == "::1" and not has_ipv6():
+        pytest.skip("this host has no IPv6")
+    far_away(monkeypatch, count)
+    async with open_fabrics(host=host) as (a, b), connector(a, kinds=["tcp"]) as one, connector(b) as other:
+        for _ in range(2):
+            link, peer_link = await connect_both(one, other)
+            assert len(link._sockets()) == len(peer_link._sockets()) == count
+            await exchange(link, peer_link)
+            payload, got = bytes(range(256)) * 4000, bytearray(256 * 4000)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(peer_link.send, b"large", (payload,))
+                await link.receive_header()
+                await link.receive_into((got,))
+            assert got == payload
+            await link.aclose()
+            with pytest.raises(LinkClosedError, match="closed the link"):
+                await peer_link.receive_header()
+        assert not one._data._dialing
+        assert not other._expected
+        assert len(other._pending) == 0
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
+async def test_a_link_whose_other_streams_do_not_come(
+    open_fabrics: OpenFabrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far_away(monkeypatch, 3)
+    monkeypatch.setattr(limits, "LINK_DIAL_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(limits, "LINK_HANDSHAKE_TIMEOUT_S", 0.1)
+    async with two_connectors(open_fabrics, ["tcp"]) as (one, other):
+        connect = one._data._connect
+        calls = 0
+
+        async def connect_twice(*address: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls % 3 == 0:
+                await trio.sleep_forever()
+            return await connect(*address)
+
+        monkeypatch.setattr(one._data, "_connect", connect_twice)
+        async with trio.open_nursery() as nursery:
+
+            async def fail(mine: LinkConnector, peer: LinkConnector) -> None:
+                with pytest.raises(UnreachableError):
+                    await mine.connect(peer._fabric.peer_id, timeout_s=0.25)
+
+            nursery.start_soon(fail, one, other)
+            nursery.start_soon(fail, other, one)
+        await wait_all_tasks_blocked(0.15)
+        assert not one.links
+        assert not other.links
+        assert not one._data._dialing
+        assert not other._expected
+        assert any("did not open the other streams" in str(error) for error in other._fabric.refused)
 
 
 async def test_over_real_fabrics() -> None:

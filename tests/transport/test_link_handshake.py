@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparkle_mesh import limits, wire
+from sparkle_mesh.clock import SYSTEM_ENTROPY
 from sparkle_mesh.errors import AuthenticationError, LinkRefusedError, ProtocolError, VersionError
 from sparkle_mesh.transport.ciphers import AES_256_GCM, CHACHA20_POLY1305
 from sparkle_mesh.transport.handshake import (
@@ -215,9 +216,9 @@ def pending(*all_keys: LinkKeys, now: float = 0.0) -> PendingLinks:
 def test_a_stream_opens_once() -> None:
     table = pending(keys(streams=2))
     for number in (1, 0):
-        assert table.open(keys().opening(number), 1.0) == (keys(streams=2), number)
+        assert table.open(keys().opening(number, 2), 1.0) == (keys(streams=2), number, 2)
         with pytest.raises(AuthenticationError, match="nobody expects"):
-            table.open(keys().opening(number), 1.0)
+            table.open(keys().opening(number, 2), 1.0)
     assert len(table) == 0
 
 
@@ -232,7 +233,7 @@ def test_a_wrong_proof_does_not_use_up_the_place() -> None:
 
 @pytest.mark.parametrize(
     "opening",
-    [keys(b"x" * 16).opening(0), keys().opening(1), keys().opening(2**63), keys().opening(0)[:31] + b"\1" + b"0" * 32],
+    [keys(b"x" * 16).opening(0), keys().opening(1), keys().opening(2**31), keys().opening(0)[:31] + b"\1" + b"0" * 32],
 )
 def test_what_is_not_expected_is_refused(opening: bytes) -> None:
     with pytest.raises(AuthenticationError, match="nobody expects"):
@@ -288,3 +289,29 @@ def test_a_link_id_in_use_is_refused_and_can_be_given_up() -> None:
     table.discard(keys().link_id)
     table.discard(keys().link_id)
     assert len(table) == 0
+
+
+def test_the_dialer_chooses_how_many_streams_and_keeps_to_it() -> None:
+    table = pending(keys(streams=4))
+    assert table.open(keys().opening(2, 3), 0.0)[1:] == (2, 3)
+    with pytest.raises(ProtocolError, match="of 2 was opened where the one before was of 3"):
+        table.open(keys().opening(0, 2), 0.0)
+    for wrong in (keys().opening(3, 3), keys().opening(0, 5), keys().opening(4, 5)):
+        with pytest.raises(AuthenticationError, match="nobody expects"):
+            table.open(wrong, 0.0)
+    assert table.open(keys().opening(0, 3), 0.0)[1:] == (0, 3)
+    assert table.open(keys().opening(1, 3), 0.0)[1:] == (1, 3)
+    assert not len(table)
+    # Fewer than were agreed on are as good.
+    assert pending(keys(streams=4)).open(keys().opening(0), 0.0)[1:] == (0, 1)
+
+
+def test_streams_are_what_both_sides_can() -> None:
+    ours = LinkParty("A", b"m" * 32, b"h" * 16, (AES_256_GCM,), streams=5)
+    theirs = LinkParty("B", b"m" * 32, b"h" * 16, (AES_256_GCM,), streams=3)
+    for dialer, answerer in ((ours, theirs), (theirs, ours)):
+        offer = dialer.offer((), SYSTEM_ENTROPY)
+        assert offer.streams == dialer.streams
+        answer, derived = answerer.answer(offer, dialer.peer_id, (), SYSTEM_ENTROPY)
+        assert answer.streams == len(derived.streams) == 3
+        assert dialer.accept(offer, answer, answerer.peer_id) == derived

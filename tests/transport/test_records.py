@@ -21,7 +21,7 @@ from sparkle_mesh.transport.ciphers import (
     choose_cipher,
     preferred_ciphers,
 )
-from sparkle_mesh.transport.records import RecordOpener, RecordSealer, parse_prefix
+from sparkle_mesh.transport.records import PLACE, RecordOpener, RecordSealer, parse_prefix
 
 KEY = bytes(range(32))
 CIPHERS = [AEGIS_128L, AES_256_GCM, CHACHA20_POLY1305]
@@ -268,3 +268,53 @@ def test_preference_without_cpuinfo(
     monkeypatch.setattr(ciphers, "_CPUINFO", tmp_path / "none")
     monkeypatch.setattr(platform, "machine", lambda: machine)
     assert preferred_ciphers()[0] == expected
+
+
+# --- Extended prefixes ---------------------------------------------------------------------------
+
+
+def placed_pair(cipher: str = AES_256_GCM) -> tuple[RecordSealer, RecordOpener]:
+    return RecordSealer(cipher, KEY, placed=True), RecordOpener(cipher, KEY, placed=True)
+
+
+def seal_placed(sealer: RecordSealer, plaintext: bytes, number: int, offset: int) -> bytes:
+    out = bytearray(len(plaintext) + sealer.overhead_bytes)
+    assert sealer.seal_into(4, plaintext, memoryview(out), PLACE.pack(number, offset)) == len(out)
+    return bytes(out)
+
+
+@pytest.mark.parametrize(("cipher", "aead"), [(AES_256_GCM, AESGCM), (CHACHA20_POLY1305, ChaCha20Poly1305)])
+def test_a_place_is_authenticated_and_not_encrypted(cipher: str, aead: type[AESGCM]) -> None:
+    sealer, opener = placed_pair(cipher)
+    record = seal_placed(sealer, b"stripe", 5, 2**40)
+    prefix = bytes.fromhex("0400000600000000000000050000010000000000")
+    assert record == prefix + aead(KEY).encrypt(bytes(12), b"stripe", prefix)
+    assert open_record(opener, record) == b"stripe"
+
+
+@pytest.mark.parametrize("cipher", CIPHERS)
+@pytest.mark.parametrize("position", range(20))
+def test_a_forged_place(cipher: str, position: int) -> None:
+    sealer, opener = placed_pair(cipher)
+    record = bytearray(seal_placed(sealer, b"x" * 20, 1, 65536))
+    record[position] ^= 1
+    refuses(opener, bytes(record))
+
+
+def test_prefixes_are_extended_always_or_never() -> None:
+    plain, placed = pair(), placed_pair()
+    with pytest.raises(ValueError, match="structures"):
+        seal(placed[0], b"no place")
+    with pytest.raises(ValueError, match="structures"):
+        seal_placed(plain[0], b"a place too many", 0, 0)
+    refuses(pair()[1], seal_placed(placed_pair()[0], b"x", 0, 0))
+    refuses(placed_pair()[1], seal(pair()[0], b"x" * 20))
+
+
+@given(st.integers(0, 60), st.binary(max_size=8), st.integers(0, 60))
+def test_mutations_of_placed_records_never_open(start: int, new: bytes, count: int) -> None:
+    sealer, opener = placed_pair()
+    record = seal_placed(sealer, b"some plaintext of forty bytes or nearly.", 7, 65536)
+    changed = record[:start] + new + record[start + count :]
+    if changed != record:
+        refuses(opener, changed)

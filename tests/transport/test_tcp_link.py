@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from itertools import pairwise
@@ -17,8 +18,10 @@ from trio.testing import wait_all_tasks_blocked
 
 from sparkle_mesh import limits
 from sparkle_mesh.errors import AuthenticationError, LinkClosedError, ProtocolError, UsageError
+from sparkle_mesh.tcp_info import TcpInfo
 from sparkle_mesh.transport.ciphers import AES_256_GCM, CHACHA20_POLY1305
 from sparkle_mesh.transport.link import Link
+from sparkle_mesh.transport.path_meter import PathMeter
 from sparkle_mesh.transport.records import RecordOpener, RecordSealer
 from sparkle_mesh.transport.tcp import GOODBYE, HEAD, MESSAGE, PAYLOAD, TcpLink
 from sparkle_mesh.transport.testing import LINK_CHECKS, Check, run_check
@@ -26,14 +29,23 @@ from sparkle_mesh.transport.testing import LINK_CHECKS, Check, run_check
 MIB = limits.MIB
 
 
+@pytest.mark.parametrize("streams", [1, 2, 5])
 @pytest.mark.parametrize("check", LINK_CHECKS, ids=lambda check: check.__name__)
-async def test_conformance(check: Check, tcp_pair: Callable[..., Any]) -> None:
+async def test_conformance(check: Check, streams: int, tcp_pair: Callable[..., Any]) -> None:
     @asynccontextmanager
     async def make_pair() -> AsyncIterator[tuple[Link, Link]]:
-        async with tcp_pair() as pair:
+        async with tcp_pair(streams=streams) as pair:
             yield pair
 
     await run_check(check, make_pair)
+
+
+class FixedClock:
+    def now(self) -> float:
+        return 0.0
+
+    def wall_time(self) -> float:
+        return 0.0
 
 
 def seal(sealer: RecordSealer, kind: int, plaintext: bytes) -> bytes:
@@ -65,10 +77,59 @@ async def test_chacha20(tcp_pair: Callable[..., Any]) -> None:
 async def test_what_it_says_of_itself(tcp_pair: Callable[..., Any]) -> None:
     async with tcp_pair() as (one, other):
         assert (one.kind, one.peer_id, other.peer_id) == ("tcp", "b", "a")
-        assert (one.stats.latency_s, other.stats.latency_s) == (0.5, None)
         assert repr(one) == "<TcpLink to b>"
         await one.aclose()
         assert repr(one) == "<TcpLink to b closed>"
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+async def test_latency_and_bandwidth_are_measured_by_what_passes(streams: int, tcp_pair: Callable[..., Any]) -> None:
+    async with tcp_pair(streams=streams) as (one, other):
+        assert one.stats.bandwidth_bytes_per_s is None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one.send, b"", (bytes(16 * MIB),))
+            await receive(other)
+        stats = one.stats
+        if sys.platform == "linux":
+            assert stats.latency_s is not None
+            # On loopback; the other end's socket waits for this task's turns.
+            assert 0 < stats.latency_s < 0.4
+            # Where the receiver kept up, there never was more to send than was taken at once.
+            assert stats.bandwidth_bytes_per_s is None or stats.bandwidth_bytes_per_s > 1e6
+            assert other.stats.bandwidth_bytes_per_s is None
+        else:
+            assert stats.latency_s == 0.5
+        await one.aclose()
+        # What was measured stays known.
+        assert one.stats == stats
+
+
+def info(round_trip_s: float | None, bytes_per_s: float | None = None, limited: bool = False) -> TcpInfo:
+    return TcpInfo(round_trip_s, bytes_per_s, limited)
+
+
+def test_what_is_shown_of_a_way_follows_what_the_kernel_measured() -> None:
+    now = 0.0
+    meter = PathMeter(0.5, clock=FixedClock())
+    meter.take([], now)
+    assert (meter.latency_s, meter.bandwidth_bytes_per_s) == (0.5, None)
+    # As much as there was to send says nothing of the way.
+    meter.take([info(0.2, 10.0, limited=True), info(0.1)], now)
+    assert (meter.latency_s, meter.bandwidth_bytes_per_s) == (0.05, None)
+    meter.take([info(0.1, 100.0), info(0.2, 200.0, limited=True)], now)
+    assert meter.bandwidth_bytes_per_s == 300.0
+    meter.take([info(0.1, 1.0, limited=True)], now)
+    assert meter.bandwidth_bytes_per_s == 300.0
+    meter.take([info(0.1, 400.0, limited=True)], now)
+    assert meter.bandwidth_bytes_per_s == 400.0
+    # Asking often does not make older measurements fade sooner.
+    for _ in range(100):
+        meter.take([info(0.1, 100.0)], now)
+    assert meter.bandwidth_bytes_per_s == 400.0
+    meter.take([info(0.1, 100.0)], now + limits.LINK_BANDWIDTH_SMOOTHING_S)
+    assert meter.bandwidth_bytes_per_s == pytest.approx(100 + 300 / 2.718281828)
+    meter.take([info(0.1, 100.0)], now + 100 * limits.LINK_BANDWIDTH_SMOOTHING_S)
+    assert meter.bandwidth_bytes_per_s == pytest.approx(100)
 
 
 async def test_nothing_is_readable_on_the_wire(wire_pair: Callable[..., Any]) -> None:
