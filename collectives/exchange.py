@@ -99,24 +99,29 @@ class Exchange:
 
     async def _write(self) -> None:
         while True:
-            if self._outbox:
-                await self.link.send(self._outbox.popleft())
-                self.unsent -= 1
-                if not self.unsent and self._group.operation is not None:
-                    self._group.progress(self._group.operation)
-                continue
+            batch: list[tuple[bytes, tuple[Array, ...]]] = []
+            while self._outbox:
+                batch.append((self._outbox.popleft(), ()))
+            said = len(batch)
             operation = self._group.operation
             message = None
             if operation is not None:
                 begun = self.rank in operation.agreement.begins
                 message = operation.execution.next_send(self.rank, begun, self.wake)
-            if operation is None or message is None:
+                if message is not None:
+                    # With what is said before: a small message costs as much as both.
+                    batch.append((message.header, (message.data,)))
+            if not batch:
                 self._wake = trio.Event()
                 await self._wake.wait()
                 continue
-            await self.link.send(message.header, (message.data,))
-            operation.execution.sent(self.rank, message)
-            self._group.progress(operation)
+            await self.link.send_all(batch)
+            self.unsent -= said
+            if operation is not None and message is not None:
+                operation.execution.sent(self.rank, message)
+                self._group.progress(operation)
+            elif not self.unsent and self._group.operation is not None:
+                self._group.progress(self._group.operation)
 
     # --- Reading ---------------------------------------------------------------------------------
 

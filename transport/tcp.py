@@ -129,8 +129,13 @@ class TcpLink(Link):
     # --- Sending ---------------------------------------------------------------------------------
 
     async def send(self, header: bytes, buffers: Sequence[Buffer] = ()) -> None:
-        check_header(header)
-        views, total = byte_views(buffers) if buffers else ([], 0)
+        await self.send_all(((header, buffers),))
+
+    async def send_all(self, messages: Sequence[tuple[bytes, Sequence[Buffer]]]) -> None:
+        checked = []
+        for header, buffers in messages:
+            check_header(header)
+            checked.append((header, *(byte_views(buffers) if buffers else ([], 0))))
         if self._sending:
             # Whoever sends hands its turn over to the first that waits.
             await self._turns.park()
@@ -140,28 +145,35 @@ class TcpLink(Link):
             if self._send_budget < 0:
                 self._send_budget = limits.LINK_TURN_BYTES
                 await trio.lowlevel.checkpoint()
-            self._send_budget -= total + limits.LINK_TURN_OPERATION_BYTES
+            self._send_budget -= sum(total for _, _, total in checked) + limits.LINK_TURN_OPERATION_BYTES
             self._check_can_send()
-            await self._send_message(header, views, total)
+            await self._send_messages(checked)
         finally:
             if self._turns:
                 self._turns.unpark()
             else:
                 self._sending = False
 
-    async def _send_message(self, header: bytes, views: list[memoryview], total: int) -> None:
-        head = HEAD.pack(len(header), total) + header
+    async def _send_messages(self, messages: list[tuple[bytes, list[memoryview], int]]) -> None:
+        length = 0
         try:
-            if total <= limits.LINK_INLINE_PAYLOAD_MAX_BYTES:
-                length = self._sealer.seal_into(MESSAGE, b"".join((head, *views)) if total else head, self._tx)
-                self._stats.bytes_sent += length
-                await self._write(length)
-            else:
-                await self._send_large(head, views)
+            for header, views, total in messages:
+                head = HEAD.pack(len(header), total) + header
+                if total > limits.LINK_INLINE_PAYLOAD_MAX_BYTES:
+                    await self._write(length)
+                    length = 0
+                    await self._send_large(head, views)
+                    continue
+                data = b"".join((head, *views)) if total else head
+                if length + len(data) + self._sealer.overhead_bytes > len(self._tx):
+                    await self._write(length)
+                    length = 0
+                length += self._sealer.seal_into(MESSAGE, data, self._tx[length:])
+            await self._write(length)
         except trio.Cancelled:
             self._abort(CUT_SENDING)
             raise
-        self._stats.messages_sent += 1
+        self._stats.messages_sent += len(messages)
 
     async def _send_large(self, head: bytes, views: list[memoryview]) -> None:
         """Send a message whose payload takes records of its own; the first travels with the head."""
@@ -171,14 +183,14 @@ class TcpLink(Link):
             if end > len(self._tx):
                 self._tx = grown(self._tx, end, length)
             self._sealer.seal_into(PAYLOAD, plaintext, self._tx[length:])
-            self._stats.bytes_sent += end
             await self._write(end)
             length = 0
 
     async def _write(self, length: int) -> None:
         """Send ``length`` bytes of the transmit buffer."""
+        self._stats.bytes_sent += length
         sent = 0
-        while True:
+        while sent < length:
             try:
                 sent += self._sock.send(self._tx[sent:length], NO_SIGNAL)
             except BlockingIOError:

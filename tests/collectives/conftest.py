@@ -37,7 +37,7 @@ class PairLink(Link):
         delay_s: float,
     ) -> None:
         self.peer_id = peer_id
-        self.stats = LinkStats()
+        self._stats = LinkStats()
         #: Cut the link instead of sending this many-th message.
         self.cut_at: int | None = None
         #: Keep a send from returning for so long after its message has arrived.
