@@ -72,6 +72,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     changes.add_argument("--delay", type=parse_delay, help="half a round trip: 25ms")
     changes.add_argument("--loss", type=parse_loss, help="of segments: 0.1%%")
     changes.add_argument("--queue", type=int, metavar="BYTES", help="of each link")
+    changes.add_argument("--uplink", choices=("router", "card"), help="see wan_emulator.py")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows and the machine, for programs")
     options = parser.parse_args(arguments)
     if options.rounds < 1 or options.warmup < 0 or (options.iterations is not None and options.iterations < 1):
@@ -87,8 +88,10 @@ def change(scenario: Scenario, options: argparse.Namespace) -> Scenario:
     for name, value in (("delay_s", options.delay), ("loss", options.loss), ("queue_bytes", options.queue)):
         if value is not None:
             changes[name] = value
-    if changes.keys() - {"queue_bytes"} != {"rates"} or changes["rates"] != scenario.rates:
-        changes["goal"] = None  # it was for the network as it was
+    if options.uplink is not None:
+        changes["card"] = options.uplink == "card"
+    if changes.keys() - {"queue_bytes", "card"} != {"rates"} or changes["rates"] != scenario.rates:
+        changes["goal"] = None  # it was for a network of that speed
     return dataclasses.replace(scenario, **changes)
 
 
