@@ -68,7 +68,6 @@ class StripedTcpLink(TcpLink):
 
     async def _send_large(self, head: bytes, views: list[memoryview]) -> None:
         length = self._sealer.seal_into(MESSAGE, head, self._tx)
-        self._stats.bytes_sent += length
         await self._write(length)
         number = self._sent_number
         self._sent_number += 1
