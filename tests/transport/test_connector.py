@@ -522,7 +522,6 @@ async def test_a_link_whose_other_streams_do_not_come(
 ) -> None:
     far_away(monkeypatch, 3)
     monkeypatch.setattr(limits, "LINK_DIAL_TIMEOUT_S", 0.1)
-    monkeypatch.setattr(limits, "LINK_HANDSHAKE_TIMEOUT_S", 0.1)
     async with two_connectors(open_fabrics, ["tcp"]) as (one, other):
         connect = one._data._connect
         calls = 0
