@@ -122,7 +122,10 @@ async def replies(rng: Random, note: Note) -> None:
     try:
         answer = decode_reply(memoryview(data))
         assert decode_reply(wire.encode(answer)) == answer
-        dial_order(answer.addresses, same_host=True, proven=None, mine=OFFER.addresses)
+        for ip, port in dial_order(answer.addresses, same_host=True, proven=None, mine=OFFER.addresses):
+            # Anything but figures would be looked up as a name.
+            socket.inet_pton(socket.AF_INET if ip.version == 4 else socket.AF_INET6, str(ip))
+            assert 0 < port < 2**16
         keys = PARTY.accept(OFFER, answer, "B")
     except (ProtocolError, LinkRefusedError):
         return

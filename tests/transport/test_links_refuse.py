@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
@@ -16,16 +19,19 @@ from trio.testing import wait_all_tasks_blocked
 from sparkle_mesh.clock import SYSTEM_ENTROPY
 from sparkle_mesh.errors import AuthenticationError, LinkClosedError, ProtocolError, UnreachableError
 from sparkle_mesh.fabric.framing import receive_message, send_message
+from sparkle_mesh.fabric.interface import FabricStream
 from sparkle_mesh.transport.arena import Arena, can_share_memory
 from sparkle_mesh.transport.ciphers import CIPHERS
 from sparkle_mesh.transport.connector import LINK_PROTOCOL, LinkConnector
 from sparkle_mesh.transport.handshake import (
     OPENING_BYTES,
     SHARED_MEMORY,
+    TCP,
     WELCOME_BYTES,
     LinkAnswer,
     LinkKeys,
     LinkOffer,
+    LinkRefusal,
 )
 from sparkle_mesh.transport.local_sockets import LocalListener, connect_local, send_descriptors
 from sparkle_mesh.transport.records import RecordOpener, RecordSealer
@@ -172,31 +178,40 @@ async def test_a_reflected_record_is_refused(cipher: str, stream_pair: Callable[
 # --- Connections for shared memory -----------------------------------------------------------------
 
 
+@dataclass
+class HalfOpened:
+    """A link that two connectors have agreed on, by hand at the dialing end: only the connection is missing."""
+
+    one: LinkConnector
+    other: LinkConnector
+    stream: FabricStream
+    offer: LinkOffer
+    answer: LinkAnswer
+    keys: LinkKeys
+
+
 @asynccontextmanager
-async def half_opened(open_fabrics: Callable[..., Any]) -> AsyncIterator[tuple[LinkConnector, LinkAnswer, LinkKeys]]:
-    """Agree on a link for which only the connection is missing; yield who waits for it, its answer, and the keys."""
+async def half_opened(open_fabrics: Callable[..., Any], kind: str) -> AsyncIterator[HalfOpened]:
+    """Agree on a link of this kind; ``other`` waits for its connection meanwhile."""
 
     def make(fabric: Any) -> LinkConnector:
-        return LinkConnector(fabric, mesh_id=bytes(32), authorize=lambda _: True, kinds=[SHARED_MEMORY])
+        return LinkConnector(fabric, mesh_id=bytes(32), authorize=lambda _: True, kinds=[kind])
 
     async with open_fabrics() as (a, b), make(a) as one, make(b) as other, trio.open_nursery() as nursery:
-
-        async def wait() -> None:
-            await other.connect(a.peer_id)
-
-        nursery.start_soon(wait)
+        nursery.start_soon(other.connect, a.peer_id)
         await wait_all_tasks_blocked()
         stream = await a.open_stream(b.peer_id, LINK_PROTOCOL)
-        offer: LinkOffer = one._party.offer((), SYSTEM_ENTROPY)
+        offer = one._party.offer((), SYSTEM_ENTROPY)
         await send_message(stream, offer)
         answer = await receive_message(stream, LinkAnswer)
-        yield other, answer, one._party.accept(offer, answer, b.peer_id)
+        yield HalfOpened(one, other, stream, offer, answer, one._party.accept(offer, answer, b.peer_id))
         nursery.cancel_scope.cancel()
 
 
 @needs_shared_memory
 async def test_a_local_connection_with_a_wrong_proof_is_refused(open_fabrics: Callable[..., Any]) -> None:
-    async with half_opened(open_fabrics) as (other, answer, keys):
+    async with half_opened(open_fabrics, SHARED_MEMORY) as half:
+        other, answer, keys = half.other, half.answer, half.keys
         wrong = bytearray(keys.opening(0))
         wrong[-1] ^= 1
         for opening in (wrong, keys.opening(1), bytes(OPENING_BYTES)):
@@ -214,11 +229,11 @@ async def test_a_local_connection_with_a_wrong_proof_is_refused(open_fabrics: Ca
 
 @needs_shared_memory
 async def test_a_local_listener_with_a_wrong_proof_is_refused(open_fabrics: Callable[..., Any]) -> None:
-    async with half_opened(open_fabrics) as (other, _, keys), LocalListener(SYSTEM_ENTROPY) as impostor:
+    async with half_opened(open_fabrics, SHARED_MEMORY) as half, LocalListener(SYSTEM_ENTROPY) as impostor:
         answer = LinkAnswer(
             version=1,
             secret=bytes(32),
-            cipher=keys.cipher,
+            cipher=half.keys.cipher,
             host_id=bytes(16),
             kinds=(SHARED_MEMORY,),
             local_address=impostor.address,
@@ -235,7 +250,16 @@ async def test_a_local_listener_with_a_wrong_proof_is_refused(open_fabrics: Call
         async with trio.open_nursery() as nursery:
             nursery.start_soon(welcome)
             with pytest.raises(UnreachableError, match="does not hold the keys"):
-                await other._data.reach("mallory", answer, keys, set())
+                await half.one._data.reach("mallory", answer, half.keys, set())
+
+
+@needs_shared_memory
+@pytest.mark.parametrize(
+    "address", ["", "@", "/tmp/socket", "@sparkle-", f"@sparkle-{'0' * 33}", f"@other---{'0' * 32}", "\0", "é" * 255]
+)
+async def test_a_local_address_that_is_no_links_is_not_connected_to(address: str) -> None:
+    with pytest.raises(ProtocolError, match="is none"):
+        await connect_local(address)
 
 
 def connect_as_another_user(address: str) -> tuple[int, int]:
@@ -335,3 +359,41 @@ async def test_an_arena_cannot_be_shrunk_by_those_who_read_it() -> None:
         os.ftruncate(arena._fd, 4096)
     os.close(descriptor)
     arena.close()
+
+
+# --- Answers and reports over the control plane ----------------------------------------------------
+
+
+async def test_an_answer_with_addresses_that_are_none_does_not_end_the_connector(
+    open_fabrics: Callable[..., Any],
+) -> None:
+    addresses = ("/ip6/fe80::1%\0/tcp/1", f"/ip6/fe80::1%{'x' * 100}/tcp/1", "/ip6/fe80::1%é/tcp/1")
+    async with half_opened(open_fabrics, TCP) as half:
+        answer = msgspec.structs.replace(half.answer, addresses=addresses)
+        with pytest.raises(UnreachableError, match="it gave no address"):
+            await half.one._data.reach("mallory", answer, half.keys, set())
+
+
+async def test_a_link_id_in_use_is_refused_while_its_link_is_being_made(open_fabrics: Callable[..., Any]) -> None:
+    async with half_opened(open_fabrics, TCP) as half:
+        fabric, other_id = half.one._fabric, half.other._fabric.peer_id
+        # As it is once the connection has come, and the link is not there yet.
+        half.other._pending.discard(half.offer.link_id)
+        stream = await fabric.open_stream(other_id, LINK_PROTOCOL)
+        await send_message(stream, half.offer)
+        assert (await receive_message(stream, LinkRefusal)).reason == "the link id is in use"
+        assert half.offer.link_id in half.other._expected
+
+
+@pytest.mark.parametrize("report", [b"\0\0\0\1\xc1", b"\xff\xff\xff\xff", b"\0\0\0\1\x80"])
+async def test_a_garbled_report_counts_as_a_failed_connection(report: bytes, open_fabrics: Callable[..., Any]) -> None:
+    async with half_opened(open_fabrics, TCP) as half:
+        (expected,) = half.other._expected.values()
+        await half.stream.write(report)
+        await wait_all_tasks_blocked()
+        assert not half.other._expected
+        assert re.search("not a valid|announced", expected.attempt.last_failure)
+        # It still wants a link, and gets one.
+        assert not expected.attempt.done.is_set()
+        await half.one.connect(half.other._fabric.peer_id)
+        assert expected.attempt.done.is_set()
