@@ -301,6 +301,8 @@ class LinkConnector:
     async def _answer(self, stream: FabricStream, offer: LinkOffer, attempt: Attempt) -> None:
         """Answer ``offer`` and wait for its data stream."""
         peer_id = stream.peer_id
+        if offer.link_id in self._expected:
+            raise LinkRefusedError("the link id is in use")
         answer, keys = self._party.answer(offer, peer_id, self._fabric.addresses, self._entropy)
         self._pending.add(keys, peer_id, trio.current_time())
         expected = self._expected[keys.link_id] = _Expected(peer_id, attempt, trio.Event())
@@ -321,10 +323,12 @@ class LinkConnector:
         """Wait for the dialer to say that it cannot reach this process, or to close the stream."""
         try:
             data = await receive_message(stream, msgspec.Raw, max_bytes=limits.LINK_HANDSHAKE_MAX_BYTES)
+            attempt.last_failure = decode_refusal(memoryview(data)).reason
         except LinkClosedError:
             # The dialer has its link, and the data connection may be a moment behind; or it has given up.
             return
-        attempt.last_failure = decode_refusal(memoryview(data)).reason
+        except ProtocolError as error:
+            attempt.last_failure = str(error)
         done.cancel()
 
     async def _serve_data_stream(self, stream: trio.SocketStream) -> None:

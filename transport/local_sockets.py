@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import array
 import os
+import re
 import socket
 import struct
 import sys
@@ -24,6 +25,7 @@ from sparkle_mesh.clock import Entropy
 from sparkle_mesh.errors import AuthenticationError, ProtocolError
 
 _ABSTRACT: Final = "@"
+_ABSTRACT_ADDRESS: Final = re.compile("@sparkle-[0-9a-f]{32}")
 _UCRED: Final = struct.Struct("3i")
 _HAS_SOCKETS: Final = hasattr(socket, "AF_UNIX") and hasattr(socket, "SCM_RIGHTS")
 
@@ -86,7 +88,11 @@ async def connect_local(address: str) -> trio.socket.SocketType:
         If nobody listens there.
     AuthenticationError
         If it is another user who does.
+    ProtocolError
+        If no such listener has that address: a peer must not make this process talk to just any local socket.
     """
+    if sys.platform == "linux" and not _ABSTRACT_ADDRESS.fullmatch(address):
+        raise ProtocolError("the local address that the peer gave is none")
     sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         await sock.connect(f"\0{address[1:]}" if address.startswith(_ABSTRACT) else address)
