@@ -170,8 +170,9 @@ async def openings(rng: Random, note: Note) -> None:
     expected, unexpected = some_keys(rng, 2), some_keys(rng)
     table = PendingLinks()
     table.add(expected, "B", 0.0)
-    closed = {expected.opening(number): number for number in range(2)}
-    known = [*closed, expected.opening(2), unexpected.opening(0), MAGIC + bytes(56)]
+    # By how many streams the link will have: it is the first opening that tells.
+    closed = {expected.opening(number, count): (number, count) for number, count in ((0, 1), (0, 2), (1, 2))}
+    known = [*closed, expected.opening(2, 3), unexpected.opening(0), MAGIC + bytes(56)]
     for _ in range(4):
         opening = rng.choice(known)
         if rng.random() < 0.7:
@@ -181,11 +182,12 @@ async def openings(rng: Random, note: Note) -> None:
             table.expire(limits.LINK_HANDSHAKE_TIMEOUT_S)
             closed.clear()
         try:
-            keys, number = table.open(bytearray(opening), 1.0)
+            keys, number, count = table.open(bytearray(opening), 1.0)
         except ProtocolError:
             assert opening not in closed, "a right opening was refused"
         else:
-            assert (keys, number) == (expected, closed.pop(opening))
+            assert (keys, (number, count)) == (expected, closed.pop(opening))
+            closed = {other: which for other, which in closed.items() if which[1] == count}
         assert len(table) == bool(closed)
 
 
