@@ -78,6 +78,9 @@ Condition: TypeAlias = tuple[Word, int]
 assert (Word.LANES + 2 * limits.SHARED_LANES_MAX_COUNT) * 8 <= _DESCRIPTION_OFFSET_BYTES
 
 
+_yield: Final = getattr(os, "sched_yield", lambda: None)
+
+
 def fence() -> None:
     """Order all stores and loads before this before all after it: taking a lock does, on every processor."""
     with _fence:
@@ -243,7 +246,7 @@ class Boards:
         for _ in range(limits.SHARED_YIELDS_COUNT):
             if any(self._reached(*condition) for condition in conditions):
                 return
-            os.sched_yield()
+            _yield()
         first, second = conditions[0], conditions[-1]
         own[Word.WAITS_FOR], own[Word.WAITS_VALUE] = first
         own[Word.WAITS_FOR_TOO], own[Word.WAITS_VALUE_TOO] = second

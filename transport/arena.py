@@ -1,12 +1,14 @@
 """Memory of one process that processes of the same host and user map and can only read.
 
 Every process has one *arena*, a sparse file without a name that lives in memory: pages cost nothing before they are
-touched. Peers get a read-only descriptor of it over a Unix-domain socket, and map the whole of it once. It is gone
+touched. Peers get a descriptor of it over a Unix-domain socket, and map the whole of it once, for reading. It is gone
 when the last process that maps it has ended, however it ends. A peer that dies leaves its arena readable to those
 who map it: what it had written can still be used.
 
-A peer cannot make a reader fault: the file's size is sealed. Nothing that is read from a peer's arena is trusted
-beyond that: offsets are checked against its size, and numbers are just numbers.
+On Linux it is a memory file whose size is sealed, so that a peer cannot make a reader fault by cutting it short, and
+the descriptor that peers get cannot write. Elsewhere it is a segment of the standard library's
+:mod:`multiprocessing.shared_memory`, whose name is taken away before anybody could learn it. Nothing that is read from
+a peer's arena is trusted beyond its bounds: offsets are checked against its size, and numbers are just numbers.
 
 The first page tells a reader whether it may also read the rest of the owner's memory (:mod:`.cross_memory`).
 """
@@ -47,9 +49,31 @@ _SHRINK_SEALED: Final = 0x2
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def can_share_memory() -> bool:
+def has_sealed_files() -> bool:
     """Whether this platform has memory files whose size can be sealed."""
-    return hasattr(os, "memfd_create") and sys.platform == "linux"
+    return sys.platform == "linux" and hasattr(os, "memfd_create")
+
+
+def _make_file(nbytes: int) -> int:
+    """Return the descriptor of a new file of zeros in memory that has no name."""
+    if not has_sealed_files():
+        from multiprocessing.shared_memory import SharedMemory
+
+        segment = SharedMemory(create=True, size=nbytes)
+        try:
+            return os.dup(segment._fd)  # type: ignore[attr-defined]
+        finally:
+            segment.close()
+            segment.unlink()
+    descriptor = os.memfd_create("sparkle", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(descriptor, nbytes)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+        os.fchmod(descriptor, stat.S_IRUSR)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 class Arena:
@@ -73,10 +97,7 @@ class Arena:
         self.nbytes = -(-wanted // _PAGE_BYTES) * _PAGE_BYTES
         self._fd = -1
         try:
-            self._fd = os.memfd_create("sparkle", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            os.ftruncate(self._fd, self.nbytes)
-            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS)
-            os.fchmod(self._fd, stat.S_IRUSR)
+            self._fd = _make_file(self.nbytes)
             self._map = mmap.mmap(self._fd, self.nbytes, mmap.MAP_SHARED)
         except (OSError, ValueError) as error:
             if self._fd >= 0:
@@ -95,7 +116,9 @@ class Arena:
         self._returned: deque[tuple[int, int]] = deque()
 
     def open_for_reading(self) -> int:
-        """Return a new descriptor, through which the arena can be read and not written."""
+        """Return a new descriptor for a peer, through which, on Linux, the arena can be read and not written."""
+        if not has_sealed_files():
+            return os.dup(self._fd)
         return os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
 
     def allocate(self, nbytes: int) -> Array:
@@ -139,9 +162,13 @@ class Arena:
         """
         if self._fd < 0:
             return
-        with suppress(OSError):
-            # The system gets the pages back; the addresses stay.
-            self._map.madvise(mmap.MADV_REMOVE, offset, nbytes)
+        if has_sealed_files():
+            with suppress(OSError):
+                # The system gets the pages back; the addresses stay.
+                self._map.madvise(mmap.MADV_REMOVE, offset, nbytes)
+        else:
+            # What is allocated is zeros.
+            self._view[offset : offset + nbytes] = bytes(nbytes)
         self._returned.append((offset, nbytes))
 
     def offset_of(self, array: Array) -> int | None:
@@ -181,7 +208,7 @@ class PeerArena:
     def __init__(self, descriptor: int) -> None:
         try:
             self.nbytes = os.fstat(descriptor).st_size
-            sealed = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+            sealed = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) if has_sealed_files() else _SEALS
         except OSError as error:
             raise ProtocolError(f"what a peer sent as its shared memory is none: {error.strerror}") from error
         if not sealed & _SHRINK_SEALED or not _HEAD_BYTES <= self.nbytes <= limits.ARENA_MAX_BYTES:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -23,7 +24,7 @@ import trio
 from sparkle_mesh import limits
 from sparkle_mesh.clock import Entropy
 from sparkle_mesh.errors import LinkClosedError, ProtocolError, SparkleError, UnreachableError
-from sparkle_mesh.transport.arena import Arena, PeerArena, can_share_memory
+from sparkle_mesh.transport.arena import Arena, PeerArena
 from sparkle_mesh.transport.cross_memory import can_read, read_memory
 from sparkle_mesh.transport.framed import FramedLink
 from sparkle_mesh.transport.link import Link
@@ -36,6 +37,7 @@ from sparkle_mesh.transport.local_sockets import (
 )
 
 _RING: Final = (1).to_bytes(8, sys.byteorder)
+_RINGS_READ_BYTES: Final = 4096
 _NO_SIGNAL: Final = getattr(socket, "MSG_NOSIGNAL", 0)
 
 
@@ -52,14 +54,14 @@ class SharedMemory:
 
     def __init__(self, entropy: Entropy) -> None:
         self.arena = Arena(entropy)
-        self.bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.bell, self._ringer = _make_bell()
         self._listener = LocalListener(entropy)
         self._serving = trio.CancelScope()
 
     @classmethod
     def open(cls, entropy: Entropy) -> SharedMemory | None:
         """Return it, or None where the system does not give what it takes."""
-        if not (can_share_memory() and can_meet_locally()):
+        if not can_meet_locally():
             return None
         try:
             return cls(entropy)
@@ -111,7 +113,7 @@ class SharedMemory:
         asked_at = trio.current_time()
         arena = self.arena.open_for_reading()
         try:
-            await send_descriptors(stream.socket, [arena, self.bell])
+            await send_descriptors(stream.socket, [arena, self._ringer])
         finally:
             os.close(arena)
         arena, bell = await receive_descriptors(stream.socket, 2)
@@ -129,28 +131,29 @@ class SharedMemory:
     def quiet(self) -> None:
         """Forget the rings that were heard."""
         with suppress(BlockingIOError):
-            os.eventfd_read(self.bell)
+            while os.read(self.bell, _RINGS_READ_BYTES) and self.bell != self._ringer:
+                pass  # a pipe may hold more than that
 
     def ring_own_bell(self) -> None:
         """Wake whoever waits for :attr:`bell`."""
-        _ring(self.bell)
+        _ring(self._ringer)
 
     def close(self) -> None:
         """Let go of everything. Arrays in the arena stay usable here. Idempotent."""
         self._serving.cancel()
         self._listener.close()
-        self.arena.close()
-        if self.bell >= 0:
-            os.close(self.bell)
-            self.bell = -1
+        self._close_descriptors()
 
     def close_in_child(self) -> None:
         """In a forked child: release inherited descriptors. Never raises."""
         self._listener.close_in_child()
+        self._close_descriptors()
+
+    def _close_descriptors(self) -> None:
         self.arena.close()
-        if self.bell >= 0:
-            os.close(self.bell)
-            self.bell = -1
+        for descriptor in {self.bell, self._ringer} - {-1}:
+            os.close(descriptor)
+        self.bell = self._ringer = -1
 
 
 class PeerMemory:
@@ -276,10 +279,30 @@ def _check_bell(descriptor: int) -> None:
     ------
     ProtocolError
     """
-    what = Path(f"/proc/self/fd/{descriptor}").readlink().name
-    if what != "anon_inode:[eventfd]":
+    if _has_event_descriptors():
+        what = Path(f"/proc/self/fd/{descriptor}").readlink().name
+        fits = what == "anon_inode:[eventfd]"
+    else:
+        mode = os.fstat(descriptor).st_mode
+        what, fits = stat.filemode(mode), stat.S_ISFIFO(mode)
+    if not fits:
         raise ProtocolError(f"a peer sent {what!r} as its bell")
     os.set_blocking(descriptor, False)
+
+
+def _has_event_descriptors() -> bool:
+    return sys.platform == "linux" and hasattr(os, "eventfd")
+
+
+def _make_bell() -> tuple[int, int]:
+    """Return the descriptors to listen to, and to ring by; they may be one."""
+    if _has_event_descriptors():
+        bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        return bell, bell
+    bell, ringer = os.pipe()
+    os.set_blocking(bell, False)
+    os.set_blocking(ringer, False)
+    return bell, ringer
 
 
 def _ring(bell: int) -> None:

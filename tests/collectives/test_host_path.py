@@ -26,12 +26,12 @@ from sparkle_mesh.errors import (
     PeerLostError,
     UsageError,
 )
-from sparkle_mesh.transport.arena import can_share_memory
+from sparkle_mesh.transport.arena import has_sealed_files
 from sparkle_mesh.transport.link import Link
 from sparkle_mesh.transport.memory import memory_link_pair
 from sparkle_mesh.transport.shared_memory import SharedMemory
 
-pytestmark = pytest.mark.skipif(not can_share_memory(), reason="memory files are Linux's own")
+pytestmark = pytest.mark.skipif(not has_sealed_files(), reason="memory files are Linux's own")
 
 LINEAGE = b"H" * 32
 

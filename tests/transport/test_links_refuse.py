@@ -20,7 +20,7 @@ from sparkle_mesh.clock import SYSTEM_ENTROPY
 from sparkle_mesh.errors import AuthenticationError, LinkClosedError, ProtocolError, UnreachableError
 from sparkle_mesh.fabric.framing import receive_message, send_message
 from sparkle_mesh.fabric.interface import FabricStream
-from sparkle_mesh.transport.arena import Arena, can_share_memory
+from sparkle_mesh.transport.arena import Arena, has_sealed_files
 from sparkle_mesh.transport.ciphers import CIPHERS
 from sparkle_mesh.transport.connector import LINK_PROTOCOL, LinkConnector
 from sparkle_mesh.transport.handshake import (
@@ -38,7 +38,7 @@ from sparkle_mesh.transport.records import RecordOpener, RecordSealer
 from sparkle_mesh.transport.shared_memory import SharedMemory
 from sparkle_mesh.transport.tcp import GOODBYE, HEAD, MESSAGE, PAYLOAD, TcpLink
 
-needs_shared_memory = pytest.mark.skipif(not can_share_memory(), reason="memory files are Linux's own")
+needs_shared_memory = pytest.mark.skipif(not has_sealed_files(), reason="memory files are Linux's own")
 THERE, BACK, WRONG = b"t" * 32, b"b" * 32, b"w" * 32
 
 

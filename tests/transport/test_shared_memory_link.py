@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ import trio
 from sparkle_mesh.clock import SYSTEM_ENTROPY
 from sparkle_mesh.errors import AuthenticationError, LinkClosedError, ProtocolError
 from sparkle_mesh.transport import local_sockets
-from sparkle_mesh.transport.arena import Arena, PeerArena, can_share_memory
+from sparkle_mesh.transport.arena import Arena, PeerArena, has_sealed_files
 from sparkle_mesh.transport.cross_memory import can_read, read_memory
 from sparkle_mesh.transport.framed import FramedLink
 from sparkle_mesh.transport.link import Link
@@ -25,7 +27,7 @@ from sparkle_mesh.transport.shared_memory import SharedMemory, SharedMemoryLink,
 from sparkle_mesh.transport.tcp import HEAD
 from sparkle_mesh.transport.testing import LINK_CHECKS, Check, run_check
 
-pytestmark = pytest.mark.skipif(not can_share_memory(), reason="memory files are Linux's own")
+pytestmark = pytest.mark.skipif(not has_sealed_files(), reason="memory files are Linux's own")
 
 
 def socket_pair() -> tuple[trio.SocketStream, trio.SocketStream]:
@@ -244,3 +246,60 @@ async def test_kind_and_representation() -> None:
         assert repr(one) == "<SharedMemoryLink (shared_memory) to b>"
         await one.aclose()
         assert repr(one).endswith("closed>")
+
+
+ELSEWHERE = """
+import os, sys
+import numpy as np, trio
+from sparkle_mesh.clock import SYSTEM_ENTROPY
+from sparkle_mesh.transport import arena, shared_memory
+arena.has_sealed_files = lambda: False
+shared_memory._has_event_descriptors = lambda: False
+sys.path.insert(0, sys.argv[1])
+import test_shared_memory_link as tests
+from sparkle_mesh.transport.testing import check_link
+
+
+async def main():
+    arena.Arena.__init__.__defaults__ = (2**24,)
+    await check_link(tests.shared_pair)
+    async with tests.shared_pair() as (one, other):
+        memory = shared_memory.SharedMemory(SYSTEM_ENTROPY)
+        memory.ring_own_bell()
+        memory.ring_own_bell()
+        await trio.lowlevel.wait_readable(memory.bell)
+        memory.quiet()
+        with trio.move_on_after(0.01) as scope:
+            await trio.lowlevel.wait_readable(memory.bell)
+        assert scope.cancelled_caught
+        array = memory.arena.allocate(5000)
+        array[:] = 7
+        del array
+        assert not memory.arena.allocate(5000).any()
+        memory.close()
+        read, write = os.pipe()
+        shared_memory._check_bell(write)
+        for descriptor in (read, write):
+            os.close(descriptor)
+        try:
+            shared_memory._check_bell(0 if os.isatty(0) else os.open("/dev/null", os.O_RDONLY))
+        except arena.ProtocolError as error:
+            print(error)
+    print([name for name in os.listdir("/dev/shm") if name.startswith("psm_")])
+
+
+trio.run(main)
+"""
+
+
+def test_what_other_systems_have_conforms_too(tmp_path: Path) -> None:
+    """Segments of the standard library and pipes as bells, in a process of its own: the former starts another."""
+    folder = str(Path(__file__).resolve().parent)
+    before = sorted(path.name for path in Path("/dev/shm").glob("psm_*"))
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, folder], capture_output=True, text=True, timeout=50, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    refused, left = done.stdout.splitlines()
+    assert "as its bell" in refused
+    assert left == str(before)
