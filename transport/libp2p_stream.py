@@ -14,9 +14,8 @@ from collections.abc import Callable
 from sparkle_mesh import limits
 from sparkle_mesh.fabric.interface import FabricStream
 from sparkle_mesh.transport.framed import FramedLink
+from sparkle_mesh.transport.handshake import LIBP2P_STREAM
 from sparkle_mesh.transport.link import Link
-
-LIBP2P_STREAM = "libp2p_stream"
 
 
 class FabricStreamBytes:

@@ -17,7 +17,7 @@ import trio
 from sparkle_mesh import limits
 from sparkle_mesh.errors import LinkClosedError, ProtocolError, UnreachableError, UsageError
 from sparkle_mesh.transport.framed import FramedLink, PeerMoved
-from sparkle_mesh.transport.link import Buffer, Link
+from sparkle_mesh.transport.link import Buffer, Link, LinkStats
 from sparkle_mesh.transport.turns import Turns
 
 _READY: Final = b"ready"
@@ -38,7 +38,7 @@ class UpgradableLink(Link):
         self.link_id = link_id
         self.kind = first.kind
         self.peer_id = first.peer_id
-        self.stats = first.stats
+        self._stats = first.stats
         self._first = first
         self._outgoing: Link = first
         self._incoming: Link = first
@@ -53,6 +53,11 @@ class UpgradableLink(Link):
 
     def __repr__(self) -> str:
         return f"<UpgradableLink ({self.kind}) to {self.peer_id}{' closed' if self.closed else ''}>"
+
+    @property
+    def stats(self) -> LinkStats:
+        """As for every link; what is known of the way there is known of the one that is used."""
+        return self._outgoing.stats
 
     @property
     def parts(self) -> set[Link]:
@@ -106,9 +111,8 @@ class UpgradableLink(Link):
                 raise ProtocolError(
                     f"peer {self.peer_id} said {bytes(header[:20])!r} on a new link, not that it is ready"
                 )
-            self.stats.latency_s = link.stats.latency_s or self.stats.latency_s
             # One account for both.
-            link.stats = self.stats
+            link._stats = self._stats
             return
         raise UnreachableError(
             f"peer {self.peer_id} did not confirm a new link within {limits.LINK_HANDSHAKE_TIMEOUT_S:g} s"
