@@ -91,8 +91,11 @@ LINK_PENDING_PER_PEER_MAX_COUNT = 4
 # Offers of a peer that wait until this process wants the link too; the newest counts.
 LINK_OFFERS_WAITING_MAX_COUNT = 2048
 LINK_OFFER_WAIT_S = 600.0
-# One address of several; a host that drops packets must not use up the time of the others.
+# Connecting to all addresses of a peer, each tried a little after the one before; a host that drops packets must not
+# use up the time of the others.
 LINK_DIAL_TIMEOUT_S = 3.0
+# Who was connected to is there, and may be busy.
+LINK_WELCOME_TIMEOUT_S = 6.0
 LINK_RETRY_S = 0.2
 # How long closing waits for the peer to take what was sent.
 LINK_LINGER_S = 1.0
@@ -104,6 +107,14 @@ LINK_READ_AHEAD_BYTES = 64 * KIB
 LINK_TURN_BYTES = 8 * MIB
 LINK_TURN_OPERATION_BYTES = 128 * KIB
 MEMORY_LINK_CAPACITY_BYTES = 1 * MIB
+# Of a stream of the control plane that carries data: what one round trip can carry, and what a message of membership
+# may have to wait behind, on a slow line for so many bytes' time.
+LINK_STREAM_WINDOW_BYTES = 1 * MIB
+LINK_STREAM_READ_MAX_BYTES = 256 * KIB
+# How long after a link began to go over the control plane a direct connection is tried for it; each later pause is
+# twice as long, up to the second.
+LINK_UPGRADE_PAUSE_MIN_S = 1.0
+LINK_UPGRADE_PAUSE_MAX_S = 300.0
 SENDMSG_BUFFERS_MAX_COUNT = 64
 # Addresses, not memory: pages of an arena are there once they are touched.
 ARENA_MAX_BYTES = 2**40
@@ -279,10 +290,11 @@ OUTPUT_FLUSH_TIMEOUT_S = 2.0
 assert LINK_HEADER_MAX_BYTES + LINK_INLINE_PAYLOAD_MAX_BYTES < RECORD_MAX_BYTES < 2**24
 assert LINK_INLINE_PAYLOAD_MAX_BYTES < LINK_STRIPE_BYTES <= RECORD_MAX_BYTES
 assert COLLECTIVE_PART_BYTES % LINK_STRIPE_BYTES == 0
-assert LINK_DIAL_TIMEOUT_S < LINK_HANDSHAKE_TIMEOUT_S
+assert LINK_DIAL_TIMEOUT_S + LINK_WELCOME_TIMEOUT_S < LINK_HANDSHAKE_TIMEOUT_S
 assert LINK_PENDING_PER_PEER_MAX_COUNT < LINK_PENDING_MAX_COUNT
 assert MESH_MEMBERS_MAX_COUNT < LINK_PENDING_MAX_COUNT
 assert MEMORY_LINK_CAPACITY_BYTES > LINK_HEADER_MAX_BYTES
+assert LINK_STREAM_WINDOW_BYTES * CONNECTIONS_PER_PEER_MAX_COUNT < UNREAD_BYTES_PER_CONNECTION_MAX
 assert CONNECTIONS_MAX_COUNT < FABRIC_EVENTS_MAX_COUNT
 assert UPGRADE_TIMEOUT_S < DIAL_TIMEOUT_S
 assert COLLECTIVE_PART_BYTES <= RECORD_MAX_BYTES

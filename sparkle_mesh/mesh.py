@@ -212,8 +212,9 @@ def join(
     lan
         Whether to look for peers on the local networks by multicast.
     links
-        The kinds of data links that may be used, of ``"shared_memory"`` (on one host) and ``"tcp"``; the best that
-        both ends can do if None.
+        The kinds of data links that may be used, of ``"shared_memory"`` (on one host), ``"tcp"`` and
+        ``"libp2p_stream"`` (over the control plane, where no direct connection comes about); all if None, the best
+        that both ends can do first.
 
     Raises
     ------

@@ -1,21 +1,20 @@
-"""Opens links to peers: the handshake over the control plane, then shared memory or direct TCP.
+"""Opens links to peers: the handshake over the control plane, then shared memory, direct TCP, or the same stream.
 
 Both sides call :meth:`LinkConnector.connect`. The one with the smaller peer id *dials*: it offers a link over the
 control plane, and connects to an address of the answer. The other *waits*: an offer is answered only while this
 process wants a link to that peer, so that nobody is given a link that nobody uses. Each handshake tries one kind of
-link, the best that both can do; where it fails, the next handshake offers one kind less.
+link, the best that both can do; where it fails, the next handshake offers one kind less. Where nothing but the control
+plane is left, the handshake's own stream becomes the link, which moves to a direct connection once there is one.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Final, Self
+from typing import Self
 
-import msgspec
 import trio
 
 from sparkle_mesh import limits
@@ -29,31 +28,33 @@ from sparkle_mesh.errors import (
     UsageError,
     VersionError,
 )
-from sparkle_mesh.fabric.framing import receive_message, send_message
+from sparkle_mesh.fabric.framing import send_message
 from sparkle_mesh.fabric.interface import Fabric, FabricStream, PeerId
 from sparkle_mesh.transport.addresses import host_id
 from sparkle_mesh.transport.attempts import Attempt, WaitingOffer
 from sparkle_mesh.transport.ciphers import preferred_ciphers
 from sparkle_mesh.transport.data_connections import DataConnections, receive_exactly
 from sparkle_mesh.transport.handshake import (
+    LIBP2P_STREAM,
     LINK_KINDS,
-    LINK_VERSION,
     MAGIC,
     OPENING_BYTES,
     SHARED_MEMORY,
     TCP,
+    LinkAnswer,
     LinkOffer,
     LinkParty,
     LinkRefusal,
+    LinkUpgrade,
     PendingLinks,
+    decode_last_word,
     decode_offer,
-    decode_refusal,
     decode_reply,
 )
+from sparkle_mesh.transport.handshake_streams import LINK_PROTOCOL, end_stream, receive_raw, refuse, until_ended
 from sparkle_mesh.transport.link import Link
 from sparkle_mesh.transport.shared_memory import SharedMemory
-
-LINK_PROTOCOL: Final = "/sparkle/link/1"
+from sparkle_mesh.transport.stream_links import StreamLinks
 
 logger = logging.getLogger("sparkle_mesh.transport")
 
@@ -120,6 +121,7 @@ class LinkConnector:
         self._pending = PendingLinks()
         self._expected: dict[bytes, _Expected] = {}
         self._data = DataConnections(fabric, self._party.host_id, self._memory)
+        self._streams = StreamLinks(fabric, self._party, self._data, entropy)
         self._nursery_manager = trio.open_nursery()
         self._nursery: trio.Nursery
 
@@ -141,7 +143,7 @@ class LinkConnector:
     @property
     def links(self) -> frozenset[Link]:
         """The links that stand."""
-        return frozenset(self._data.links)
+        return frozenset(map(self._streams.whole, self._data.links))
 
     @property
     def memory(self) -> SharedMemory | None:
@@ -220,52 +222,63 @@ class LinkConnector:
 
     async def _dial_once(self, peer_id: PeerId, attempt: Attempt) -> Link:
         stream = await self._fabric.open_stream(peer_id, LINK_PROTOCOL)
-        done = False
+        done = kept = False
         try:
             offer = self._party.offer(self._fabric.addresses, self._entropy, without=attempt.failed_kinds)
             await send_message(stream, offer)
             attempt.last_failure = "it has the offer, and does not want a link (yet)"
-            reply = await receive_message(stream, msgspec.Raw, max_bytes=limits.LINK_HANDSHAKE_MAX_BYTES)
-            answer = decode_reply(memoryview(reply))
+            answer = decode_reply(await receive_raw(stream))
             keys = self._party.accept(offer, answer, peer_id)
-            try:
-                link = await self._data.reach(peer_id, answer, keys, attempt.failed_kinds)
-            except UnreachableError as error:
-                await _refuse(stream, str(error))
-                raise
-            done = True
+            if answer.kinds[0] != LIBP2P_STREAM:
+                try:
+                    link = await self._data.reach(peer_id, answer, keys, attempt.failed_kinds)
+                    done = True
+                    return link
+                except UnreachableError as error:
+                    if answer.kinds[1:2] != (LIBP2P_STREAM,):
+                        await refuse(stream, str(error))
+                        raise
+                    logger.info("a link goes over the control plane: %s", error)
+            link = await self._streams.dial(stream, offer, self._nursery)
+            kept = True
             return link
         finally:
-            await _end_stream(stream, done)
+            if not kept:
+                await end_stream(stream, done)
 
     # --- Being dialed ----------------------------------------------------------------------------
 
     async def _serve_offer(self, stream: FabricStream) -> None:
         peer_id = stream.peer_id
-        done = False
+        done = kept = False
         try:
             reason = self._objection(peer_id)
             if reason is not None:
-                await _refuse(stream, reason)
+                await refuse(stream, reason)
                 done = True
                 return
             with trio.fail_after(limits.LINK_HANDSHAKE_TIMEOUT_S):
-                data = await receive_message(stream, msgspec.Raw, max_bytes=limits.LINK_HANDSHAKE_MAX_BYTES)
+                data = await receive_raw(stream)
             try:
-                offer = decode_offer(memoryview(data))
-                attempt = await self._until_wanted(stream)
-                if attempt is not None:
-                    await self._answer(stream, offer, attempt)
+                offer = decode_offer(data)
+                if isinstance(offer, LinkUpgrade):
+                    await self._answer_upgrade(stream, offer)
+                elif peer_id > self._fabric.peer_id:
+                    raise LinkRefusedError("the peer with the smaller id is the one to offer")
+                else:
+                    attempt = await self._until_wanted(stream)
+                    kept = attempt is not None and await self._answer(stream, offer, attempt)
             except VersionError as error:
                 attempt = self._wanting(peer_id)
                 if attempt is not None:
                     attempt.fail(error)
-                await _refuse(stream, str(error))
+                await refuse(stream, str(error))
             except LinkRefusedError as error:
-                await _refuse(stream, str(error))
+                await refuse(stream, str(error))
             done = True
         finally:
-            await _end_stream(stream, done)
+            if not kept:
+                await end_stream(stream, done)
 
     def _objection(self, peer_id: PeerId) -> str | None:
         """Return why ``peer_id`` gets no link, whatever it offers."""
@@ -273,8 +286,6 @@ class LinkConnector:
             return "the peer is closing"
         if not self._authorize(peer_id):
             return "you are not admitted to the mesh there"
-        if peer_id > self._fabric.peer_id:
-            return "the peer with the smaller id is the one to offer"
         if peer_id not in self._offers and len(self._offers) >= limits.LINK_OFFERS_WAITING_MAX_COUNT:
             return "too many peers are waiting for a link"
         return None
@@ -289,7 +300,7 @@ class LinkConnector:
             offered = self._offers[peer_id] = WaitingOffer()
             with offered.scope:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(_until_ended, stream, nursery.cancel_scope)
+                    nursery.start_soon(until_ended, stream, nursery.cancel_scope)
                     await offered.wanted.wait()
                     nursery.cancel_scope.cancel()
             if self._offers.get(peer_id) is offered:
@@ -298,37 +309,72 @@ class LinkConnector:
                 return None
         return self._wanting(peer_id)
 
-    async def _answer(self, stream: FabricStream, offer: LinkOffer, attempt: Attempt) -> None:
-        """Answer ``offer`` and wait for its data stream."""
+    async def _answer(self, stream: FabricStream, offer: LinkOffer, attempt: Attempt) -> bool:
+        """Answer ``offer`` and wait for its data stream; return whether ``stream`` has become the link."""
         peer_id = stream.peer_id
         if offer.link_id in self._expected:
             raise LinkRefusedError("the link id is in use")
         answer, keys = self._party.answer(offer, peer_id, self._fabric.addresses, self._entropy)
         self._pending.add(keys, peer_id, trio.current_time())
+        over_stream = trio.Event()
         expected = self._expected[keys.link_id] = _Expected(peer_id, attempt, trio.Event())
         attempt.last_failure = "it did not open the data connection that was agreed on"
         try:
             await send_message(stream, answer)
             with attempt.scope(), trio.move_on_after(limits.LINK_HANDSHAKE_TIMEOUT_S):
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._hear_failure, stream, attempt, nursery.cancel_scope)
+                    nursery.start_soon(self._hear_failure, stream, answer, attempt, over_stream, nursery.cancel_scope)
                     await expected.opened.wait()
                     nursery.cancel_scope.cancel()
         finally:
             self._pending.discard(keys.link_id)
             del self._expected[keys.link_id]
             expected.opened.set()
+        if not over_stream.is_set() or attempt.done.is_set():
+            return False
+        link = await self._streams.accept(stream, offer, self._nursery)
+        attempt.succeed(link)
+        if not attempt.waiters:
+            # All gave up at the last moment.
+            await link.aclose()
+        return True
 
-    async def _hear_failure(self, stream: FabricStream, attempt: Attempt, done: trio.CancelScope) -> None:
+    async def _answer_upgrade(self, stream: FabricStream, offer: LinkUpgrade) -> None:
+        """Answer an offer of a direct connection for a link that goes over the control plane."""
+        link = self._streams.begin_move(stream.peer_id, offer.moves)
+        attempt = Attempt()
+        try:
+            await self._answer(stream, offer, attempt)
+        finally:
+            if attempt.link is not None and not self._data.closed:
+                self._nursery.start_soon(self._streams.move, link, attempt.link)
+            else:
+                self._streams.give_up_move(link)
+
+    async def _hear_failure(
+        self,
+        stream: FabricStream,
+        answer: LinkAnswer,
+        attempt: Attempt,
+        over_stream: trio.Event,
+        done: trio.CancelScope,
+    ) -> None:
         """Wait for the dialer to say that it cannot reach this process, or to close the stream."""
         try:
-            data = await receive_message(stream, msgspec.Raw, max_bytes=limits.LINK_HANDSHAKE_MAX_BYTES)
-            attempt.last_failure = decode_refusal(memoryview(data)).reason
+            word = decode_last_word(await receive_raw(stream))
         except LinkClosedError:
             # The dialer has its link, and the data connection may be a moment behind; or it has given up.
             return
         except ProtocolError as error:
             attempt.last_failure = str(error)
+            done.cancel()
+            return
+        if isinstance(word, LinkRefusal):
+            attempt.last_failure = word.reason
+        elif LIBP2P_STREAM in answer.kinds:
+            over_stream.set()
+        else:
+            attempt.last_failure = "it wants a link over the control plane, which was not agreed on"
         done.cancel()
 
     async def _serve_data_stream(self, stream: trio.SocketStream) -> None:
@@ -380,21 +426,3 @@ def check_kinds(kinds: Sequence[str]) -> None:
     """Refuse kinds of links that there are none of. Raises UsageError."""
     if not kinds or any(kind not in LINK_KINDS for kind in kinds):
         raise UsageError(f"links is {list(kinds)!r}; give at least one of {', '.join(map(repr, LINK_KINDS))}")
-
-
-async def _refuse(stream: FabricStream, reason: str) -> None:
-    """Tell the peer why there will be no link; if it has gone, it need not know."""
-    with suppress(LinkClosedError):
-        await send_message(stream, LinkRefusal(version=LINK_VERSION, reason=reason[: limits.REASON_MAX_CHARS]))
-
-
-async def _end_stream(stream: FabricStream, done: bool) -> None:
-    with trio.move_on_after(limits.CLOSE_TIMEOUT_S, shield=True):
-        await (stream.aclose() if done else stream.reset())
-
-
-async def _until_ended(stream: FabricStream, scope: trio.CancelScope) -> None:
-    """Cancel ``scope`` once the peer ends ``stream``, or says something out of turn."""
-    with suppress(LinkClosedError):
-        await stream.read(1)
-    scope.cancel()

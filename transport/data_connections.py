@@ -83,32 +83,74 @@ class DataConnections:
             sock.close()
 
     async def _reach_tcp(self, peer_id: PeerId, answer: LinkAnswer, keys: LinkKeys) -> Link:
-        """Connect to the first address of ``answer`` behind which the holder of ``keys`` is."""
+        """Make a link to an address of ``answer`` behind which the holder of ``keys`` is.
+
+        They are tried in order, the next one when the one before fails or takes long to be connected to.
+        """
         order = dial_order(
             answer.addresses,
             same_host=answer.host_id == self._host_id,
             proven=self._fabric.remote_address(peer_id),
             mine=self._fabric.addresses,
         )
-        reasons = []
-        for ip, port in order:
-            reason = f"no answer within {limits.LINK_DIAL_TIMEOUT_S:g} s"
-            with trio.move_on_after(limits.LINK_DIAL_TIMEOUT_S):
-                try:
-                    return await self._open_link(peer_id, ip, port, keys)
-                except (OSError, trio.BrokenResourceError, AuthenticationError, LinkClosedError) as error:
-                    reason = str(error)
-            reasons.append(f"{ip} port {port}: {reason}")
+        no_answer = f"no answer within {limits.LINK_DIAL_TIMEOUT_S:g} s"
+        reasons = dict.fromkeys(order, no_answer)
+        links: list[Link] = []
+
+        async def dial(address: tuple[IpAddress, int], connected: trio.Event, failed: trio.Event) -> None:
+            try:
+                links.append(await self._open_link(peer_id, *address, keys, connected, connect_by))
+                nursery.cancel_scope.cancel()
+            except (
+                OSError,
+                trio.BrokenResourceError,
+                trio.TooSlowError,
+                AuthenticationError,
+                LinkClosedError,
+            ) as error:
+                late = f"no welcome within {limits.LINK_WELCOME_TIMEOUT_S:g} s" if connected.is_set() else no_answer
+                reasons[address] = str(error) or late
+                connected.set()
+                failed.set()
+
+        connect_by = trio.current_time() + limits.LINK_DIAL_TIMEOUT_S
+        # All of them have at least half of the time.
+        stagger_s = min(limits.DIAL_STAGGER_S, limits.LINK_DIAL_TIMEOUT_S / 2 / max(1, len(order)))
+        async with trio.open_nursery() as nursery:
+            for address in order:
+                connected, failed = trio.Event(), trio.Event()
+                nursery.start_soon(dial, address, connected, failed)
+                with trio.move_on_after(stagger_s):
+                    await connected.wait()
+                if connected.is_set():
+                    with trio.move_on_after(limits.DIAL_HANDSHAKE_PATIENCE_S):
+                        await failed.wait()
+        for link in links[1:]:
+            # Of a peer that welcomes twice.
+            await link.aclose()
+        if links:
+            return links[0]
+        tried = "; ".join(f"{ip} port {port}: {reason}" for (ip, port), reason in reasons.items())
         raise UnreachableError(
-            f"peer {peer_id} answered, but a direct connection failed: {'; '.join(reasons) or 'it gave no address'}"
+            f"peer {peer_id} answered, but a direct connection failed: {tried or 'it gave no address'}"
         )
 
-    async def _open_link(self, peer_id: PeerId, ip: IpAddress, port: int, keys: LinkKeys) -> Link:
+    async def _open_link(
+        self,
+        peer_id: PeerId,
+        ip: IpAddress,
+        port: int,
+        keys: LinkKeys,
+        connected: trio.Event,
+        connect_by: float,
+    ) -> Link:
         """Open as many streams to one address as its distance asks for, and make a link of them."""
         streams: dict[int, trio.SocketStream] = {}
         try:
             asked_at = trio.current_time()
-            first = await self._connect(ip, port)
+            with trio.fail_at(connect_by):
+                first = await self._connect(ip, port)
+            connected.set()
             streams[0] = trio.SocketStream(first)
             round_trip_s = trio.current_time() - asked_at
             # The kernel's own measurement has no waiting for this process's turn in it.
@@ -125,15 +167,15 @@ class DataConnections:
                 welcome = await receive_exactly(streams[number], WELCOME_BYTES)
                 keys.check_welcome(number, welcome, count)
 
-            # The others only where the first has shown that the right peer is there.
-            await open_stream(0)
-            with bare_errors():
+            with trio.fail_after(limits.LINK_WELCOME_TIMEOUT_S), bare_errors():
+                # The others only where the first has shown that the right peer is there.
+                await open_stream(0)
                 async with trio.open_nursery() as nursery:
                     for number in range(1, count):
                         nursery.start_soon(open_stream, number)
             self.check_open()
             ordered = [streams[number] for number in range(count)]
-            return self._keep(self._encrypted(ordered, peer_id, keys, dialer=True, latency_s=round_trip_s / 2))
+            return self.keep(self._encrypted(ordered, peer_id, keys, dialer=True, latency_s=round_trip_s / 2))
         finally:
             for stream in streams.values():
                 self._dialing.discard(stream.socket)
@@ -157,13 +199,13 @@ class DataConnections:
         """Make a link of ``streams``, which a peer has dialed and opened. Raises SparkleError, OSError."""
         if kind == SHARED_MEMORY:
             return await self._share(streams[0], peer_id)
-        return self._keep(self._encrypted(streams, peer_id, keys, dialer=False, latency_s=None))
+        return self.keep(self._encrypted(streams, peer_id, keys, dialer=False, latency_s=None))
 
     # --- Making links ----------------------------------------------------------------------------
 
     async def _share(self, stream: trio.SocketStream, peer_id: PeerId) -> Link:
         assert self._memory is not None
-        return self._keep(await self._memory.share(stream, peer_id, self.links.discard))
+        return self.keep(await self._memory.share(stream, peer_id, self.links.discard))
 
     def _encrypted(
         self,
@@ -186,7 +228,7 @@ class DataConnections:
             return StripedTcpLink(ends, peer_id, latency_s=latency_s, on_released=released)
         return TcpLink(ends[0][0], peer_id, ends[0][1], ends[0][2], latency_s=latency_s, on_released=released)
 
-    def _keep(self, link: Link) -> Link:
+    def keep(self, link: Link) -> Link:
         """Count ``link`` among those that stand, until it is released."""
         self.links.add(link)
         return link

@@ -1,7 +1,8 @@
 """Links over a byte stream that is authenticated and private already: messages, and no encryption of their own.
 
-A message is a *head* (header length, payload length), the header, and the payload as it is. A head with a header
-length that no header has, and no payload, is a goodbye; an end without one is a lost connection.
+A message is a *head* (header length, payload length), the header, and the payload as it is. Two heads with header
+lengths that no header has are said between messages: a goodbye (an end without one is a lost connection), and, where
+links may move, that what follows comes over another link.
 """
 
 from __future__ import annotations
@@ -17,8 +18,14 @@ from sparkle_mesh.errors import LinkClosedError, ProtocolError, UsageError
 from sparkle_mesh.transport.buffers import byte_views, check_header, check_sizes
 from sparkle_mesh.transport.link import Buffer, Link, LinkStats
 from sparkle_mesh.transport.tcp import HEAD
+from sparkle_mesh.transport.turns import Turns
 
 _GOODBYE: Final = HEAD.pack(2**16 - 1, 0)
+_MOVED: Final = HEAD.pack(2**16 - 2, 0)
+
+
+class PeerMoved(Exception):
+    """All that the peer sends over this link was received; it goes on over another one."""
 
 
 class ByteStream(Protocol):
@@ -68,6 +75,8 @@ class FramedLink(Link):
         Who is at the other end.
     kind
         Of the link.
+    may_move
+        Whether :meth:`send_moved` may be called at the other end.
     latency_s
         One way, as measured so far.
     on_released
@@ -80,6 +89,7 @@ class FramedLink(Link):
         peer_id: str,
         *,
         kind: str,
+        may_move: bool = False,
         latency_s: float | None = None,
         on_released: Callable[[Link], None] | None = None,
     ) -> None:
@@ -90,8 +100,9 @@ class FramedLink(Link):
         self._on_released = on_released
         self._closed_because: str | None = None
         self._sends_fail_because: str | None = None
-        self._sending = False
-        self._turns = trio.lowlevel.ParkingLot()
+        self._may_move = may_move
+        self._peer_moved = False
+        self._turns = Turns()
         self._send_budget = limits.LINK_TURN_BYTES
         # Bytes from start to end of the buffer came and were not used yet.
         self._buffer = memoryview(bytearray(limits.LINK_READ_AHEAD_BYTES))
@@ -109,25 +120,33 @@ class FramedLink(Link):
     async def send(self, header: bytes, buffers: Sequence[Buffer] = ()) -> None:
         check_header(header)
         views, total = byte_views(buffers) if buffers else ([], 0)
-        if self._sending:
-            # Whoever sends hands its turn over to the first that waits.
-            await self._turns.park()
-        else:
-            self._sending = True
+        await self._send_in_turn(HEAD.pack(len(header), total) + header, views, total)
+        self._stats.bytes_sent += HEAD.size + len(header) + total
+        self._stats.messages_sent += 1
+
+    async def send_moved(self) -> None:
+        """Tell the peer that what follows comes over another link; nothing may be sent here after it.
+
+        Raises
+        ------
+        LinkClosedError
+            As for :meth:`send`.
+        """
+        await self._send_in_turn(_MOVED, [], 0)
+
+    async def _send_in_turn(self, head: bytes, views: list[memoryview], total: int) -> None:
+        await self._turns.take()
         try:
             if self._send_budget < 0:
                 self._send_budget = limits.LINK_TURN_BYTES
                 await trio.lowlevel.checkpoint()
             self._send_budget -= total + limits.LINK_TURN_OPERATION_BYTES
             self._check_can_send()
-            await self._send_message(HEAD.pack(len(header), total) + header, views, total)
+            await self._send_all(head, views, total)
         finally:
-            if self._turns:
-                self._turns.unpark()
-            else:
-                self._sending = False
+            self._turns.release()
 
-    async def _send_message(self, head: bytes, views: list[memoryview], total: int) -> None:
+    async def _send_all(self, head: bytes, views: list[memoryview], total: int) -> None:
         if total <= limits.LINK_INLINE_PAYLOAD_MAX_BYTES:
             pieces = [memoryview(b"".join((head, *views)))]
         else:
@@ -142,8 +161,6 @@ class FramedLink(Link):
             # What the peer sent before can still be received.
             self._sends_fail_because = f"the connection to peer {self.peer_id} is gone: {error}"
             raise LinkClosedError(self._sends_fail_because) from error
-        self._stats.bytes_sent += len(head) + total
-        self._stats.messages_sent += 1
 
     def _check_can_send(self) -> None:
         reason = self._closed_because or self._sends_fail_because
@@ -162,16 +179,7 @@ class FramedLink(Link):
                 )
             await self._take_turn(limits.LINK_TURN_OPERATION_BYTES)
             await self._fill(HEAD.size)
-            header_bytes, payload_bytes = HEAD.unpack_from(self._buffer, self._start)
-            if self._buffer[self._start : self._start + HEAD.size] == _GOODBYE:
-                self._abort(f"peer {self.peer_id} closed the link")
-                self._end_of_link()
-            if header_bytes > limits.LINK_HEADER_MAX_BYTES or payload_bytes > limits.LINK_PAYLOAD_MAX_BYTES:
-                self._abort(
-                    f"peer {self.peer_id} broke the protocol: it announced a header of {header_bytes} bytes and a "
-                    f"payload of {payload_bytes}"
-                )
-                raise ProtocolError(self._closed_because)
+            header_bytes, payload_bytes = self._parse_head()
             await self._fill(HEAD.size + header_bytes)
         finally:
             self._receiving = False
@@ -181,6 +189,29 @@ class FramedLink(Link):
         self._stats.messages_received += 1
         self._stats.bytes_received += HEAD.size + header_bytes
         return self._buffer[start : self._start], payload_bytes
+
+    def _parse_head(self) -> tuple[int, int]:
+        head = self._buffer[self._start : self._start + HEAD.size]
+        if head == _GOODBYE:
+            self._abort(f"peer {self.peer_id} closed the link")
+            self._end_of_link()
+        if self._peer_moved:
+            self._break("it sent more where it had moved to another link")
+        if head == _MOVED and self._may_move:
+            self._start += HEAD.size
+            after = self._buffer[self._start : self._end]
+            if after != _GOODBYE[: len(after)]:
+                self._break("it sent more where it had moved to another link")
+            self._peer_moved = True
+            raise PeerMoved
+        header_bytes, payload_bytes = HEAD.unpack(head)
+        if header_bytes > limits.LINK_HEADER_MAX_BYTES or payload_bytes > limits.LINK_PAYLOAD_MAX_BYTES:
+            self._break(f"it announced a header of {header_bytes} bytes and a payload of {payload_bytes}")
+        return header_bytes, payload_bytes
+
+    def _break(self, what: str) -> NoReturn:
+        self._abort(f"peer {self.peer_id} broke the protocol: {what}")
+        raise ProtocolError(self._closed_because)
 
     async def receive_into(self, buffers: Sequence[Buffer]) -> None:
         views, total = byte_views(buffers, writable=True)
@@ -279,7 +310,7 @@ class FramedLink(Link):
             return
         self._closed_because = "this end of the link was closed"
         # A message that another task has half sent stays cut; a goodbye would be garbage within it.
-        if not self._sending and self._sends_fail_because is None:
+        if not self._turns.taken and self._sends_fail_because is None:
             with trio.move_on_after(limits.LINK_LINGER_S, shield=True):
                 # Perhaps there is nobody any more to say goodbye to.
                 with suppress(LinkClosedError):

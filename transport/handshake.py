@@ -36,7 +36,8 @@ LINK_VERSION: Final = 1
 #: Every kind of link between processes, the best first.
 SHARED_MEMORY: Final = "shared_memory"
 TCP: Final = "tcp"
-LINK_KINDS: Final = (SHARED_MEMORY, TCP)
+LIBP2P_STREAM: Final = "libp2p_stream"
+LINK_KINDS: Final = (SHARED_MEMORY, TCP, LIBP2P_STREAM)
 MAGIC: Final = b"SPRKLNK1"
 OPENING_BYTES: Final = 64
 WELCOME_BYTES: Final = 32
@@ -73,6 +74,13 @@ class LinkOffer(wire.Message, frozen=True, kw_only=True, tag="offer"):
         return f"<LinkOffer {self.link_id.hex()} version {self.version}>"
 
 
+class LinkUpgrade(LinkOffer, frozen=True, kw_only=True, tag="upgrade"):
+    """An offer of a direct connection to which a link that goes over the control plane is to move: the one that the
+    offer with the link id ``moves`` made. Either side of that link may offer it."""
+
+    moves: wire.Bytes16
+
+
 class LinkAnswer(wire.Message, frozen=True, kw_only=True, tag="answer"):
     """The answerer's reply: what was chosen, and where to connect to.
 
@@ -100,6 +108,13 @@ class LinkRefusal(wire.Message, frozen=True, kw_only=True, tag="refusal"):
     reason: wire.ReasonText
 
 
+class LinkOverStream(wire.Message, frozen=True, kw_only=True, tag="over_stream"):
+    """The dialer's last message where no other kind of link came about: from here on, the control-plane stream that
+    the handshake went over is the link. The answerer says it back, and the link begins."""
+
+    version: wire.Count
+
+
 class _AnyVersion(wire.Message, frozen=True, kw_only=True):
     """What every version of every handshake message has."""
 
@@ -110,17 +125,20 @@ class _AnyVersion(wire.Message, frozen=True, kw_only=True):
 LinkReply: TypeAlias = LinkAnswer | LinkRefusal
 
 
-def _check_version(data: bytes | bytearray | memoryview) -> None:
-    version = wire.decode(data, _AnyVersion, max_bytes=limits.LINK_HANDSHAKE_MAX_BYTES).version
+def _check_version(data: bytes | bytearray | memoryview) -> str:
+    """Return the type of the message in ``data``, once its version is known to be this one."""
+    message = wire.decode(data, _AnyVersion, max_bytes=limits.LINK_HANDSHAKE_MAX_BYTES)
+    version = message.version
     if version != LINK_VERSION:
         raise VersionError(
             f"the peer speaks version {version} of the link protocol and this process version {LINK_VERSION}; "
             f"upgrade {'this process' if version > LINK_VERSION else 'the peer'}"
         )
+    return message.type
 
 
 def decode_offer(data: bytes | bytearray | memoryview) -> LinkOffer:
-    """Return the offer in ``data``.
+    """Return the offer in ``data``, which may be a :class:`LinkUpgrade`.
 
     Raises
     ------
@@ -129,21 +147,23 @@ def decode_offer(data: bytes | bytearray | memoryview) -> LinkOffer:
     ProtocolError
         If it is none.
     """
-    _check_version(data)
+    if _check_version(data) == "upgrade":
+        return wire.decode(data, LinkUpgrade, max_bytes=limits.LINK_HANDSHAKE_MAX_BYTES)
     return wire.decode(data, LinkOffer, max_bytes=limits.LINK_HANDSHAKE_MAX_BYTES)
 
 
 def decode_reply(data: bytes | bytearray | memoryview) -> LinkAnswer:
     """Return the answer in ``data``. Errors as :func:`decode_offer`, and LinkRefusedError with the peer's reason."""
-    _check_version(data)
-    if wire.decode(data, _AnyVersion, max_bytes=limits.LINK_HANDSHAKE_MAX_BYTES).type == "refusal":
-        raise LinkRefusedError(f"the peer refused the link: {decode_refusal(data).reason}")
+    if _check_version(data) == "refusal":
+        refusal = wire.decode(data, LinkRefusal, max_bytes=limits.LINK_HANDSHAKE_MAX_BYTES)
+        raise LinkRefusedError(f"the peer refused the link: {refusal.reason}")
     return wire.decode(data, LinkAnswer, max_bytes=limits.LINK_HANDSHAKE_MAX_BYTES)
 
 
-def decode_refusal(data: bytes | bytearray | memoryview) -> LinkRefusal:
-    """Return the refusal in ``data``. Errors as :func:`decode_offer`."""
-    _check_version(data)
+def decode_last_word(data: bytes | bytearray | memoryview) -> LinkRefusal | LinkOverStream:
+    """Return what either side says after an answer. Errors as :func:`decode_offer`."""
+    if _check_version(data) == "over_stream":
+        return wire.decode(data, LinkOverStream, max_bytes=limits.LINK_HANDSHAKE_MAX_BYTES)
     return wire.decode(data, LinkRefusal, max_bytes=limits.LINK_HANDSHAKE_MAX_BYTES)
 
 
@@ -243,6 +263,11 @@ class LinkParty:
             addresses=tuple(addresses)[: limits.ADDRESSES_PER_PEER_MAX_COUNT],
             kinds=tuple(kind for kind in self.kinds if kind not in without),
         )
+
+    def upgrade(self, moves: bytes, addresses: Sequence[str], entropy: Entropy) -> LinkUpgrade:
+        """Return a new offer of a direct connection for the link that was offered with the link id ``moves``."""
+        offer = self.offer(addresses, entropy, without=(SHARED_MEMORY, LIBP2P_STREAM))
+        return LinkUpgrade(**msgspec.structs.asdict(offer), moves=moves)
 
     def answer(
         self, offer: LinkOffer, dialer: str, addresses: Sequence[str], entropy: Entropy

@@ -373,6 +373,9 @@ class TcpLink(Link):
             self._end += count
 
     async def _wait_readable(self, missing: int) -> None:
+        if self._closed_because is not None:
+            # Closed between this task's being woken and its turn: what is left belongs to the linger.
+            self._end_of_link()
         low_water = missing if missing >= limits.LINK_LOW_WATER_MIN_BYTES else 1
         if low_water != self._low_water:
             self._low_water = low_water

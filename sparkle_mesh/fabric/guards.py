@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -16,10 +16,11 @@ import trio
 from libp2p.abc import INetConn, INetStream, ISecureConn
 from libp2p.custom_types import TProtocol
 from libp2p.host.basic_host import BasicHost
-from libp2p.io.exceptions import ConnectionClosedError
+from libp2p.io.exceptions import ConnectionClosedError, IOException
 from libp2p.network import swarm
 from libp2p.network.config import ConnectionConfig
 from libp2p.network.connection import swarm_connection
+from libp2p.network.connection.exceptions import RawConnError
 from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
@@ -27,8 +28,8 @@ from libp2p.peer.peerstore import PeerStore
 from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_PROTOCOL
 from libp2p.security.noise.transport import Transport as Noise
-from libp2p.stream_muxer.yamux.yamux import DEFAULT_WINDOW_SIZE, Yamux, YamuxStream
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_PROTOCOL
+from libp2p.stream_muxer.yamux.yamux import Yamux, YamuxStream
 from libp2p.transport.upgrader import TransportUpgrader
 
 from sparkle_mesh import limits
@@ -122,25 +123,57 @@ class _BoundedBuffers(dict[int, bytearray]):
         super().__setitem__(stream_id, buffer)
 
 
-class _FixedWindowStreams(dict[int, YamuxStream]):
-    """A connection's streams, whose receive windows stay as they begin and are refilled by the half.
+class GuardedStream(YamuxStream):
+    """A stream whose receive window stays as it is and is refilled by the half, whose waits are for events.
 
     The original doubles a window at every read that follows another closely, however small: the negotiation of
-    a protocol alone takes it to megabytes for a stream that nobody reads. And it answers most reads, of one
-    byte too, with a frame of its own.
+    a protocol alone takes it to megabytes for a stream that nobody reads. It answers most reads, of one byte too,
+    with a frame of its own, and loses what was read if it is cancelled meanwhile. Its writers look every 10 ms
+    whether the window has room, which caps a stream at a window per look.
     """
 
+    #: Where tasks wait for room in the peer's window, or for the stream's end.
+    changed: trio.lowlevel.ParkingLot
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name in ("send_window", "recv_closed", "closed"):
+            self.changed.unpark_all()
+
+    async def read(self, n: int | None = -1) -> bytes:
+        # The credit for what was read before: to be cancelled here loses nothing.
+        await self._return_credit()
+        return await super().read(n)
+
+    async def _auto_tune_and_send_window_update(self, *, bytes_read: int = 0) -> None:
+        self._pending_recv_release += bytes_read
+
+    async def _return_credit(self) -> None:
+        increment = self._pending_recv_release
+        if increment < self.target_recv_window // 2 or self.recv_closed:
+            return
+        # If the connection is gone, what has arrived can still be read.
+        with suppress(RawConnError, IOException):
+            await self.send_window_update(increment)
+        self._pending_recv_release -= increment
+        self.recv_window += increment
+
+    async def widen(self, window_bytes: int) -> None:
+        """Let the peer send up to ``window_bytes`` ahead of what is read here."""
+        increment = window_bytes - self.target_recv_window
+        if increment > 0:
+            self.recv_window += increment
+            await self.send_window_update(increment)
+            self.target_recv_window = window_bytes
+
+
+class _GuardedStreams(dict[int, YamuxStream]):
+    """A connection's streams, which become guarded ones: the original makes its own whatever the class."""
+
     def __setitem__(self, stream_id: int, stream: YamuxStream) -> None:
-        vars(stream)["_auto_tune_and_send_window_update"] = partial(_refill_window, stream)
+        vars(stream)["changed"] = trio.lowlevel.ParkingLot()
+        stream.__class__ = GuardedStream
         super().__setitem__(stream_id, stream)
-
-
-async def _refill_window(stream: YamuxStream, *, bytes_read: int = 0) -> None:
-    stream._pending_recv_release += bytes_read
-    if stream._pending_recv_release >= DEFAULT_WINDOW_SIZE // 2:
-        increment, stream._pending_recv_release = stream._pending_recv_release, 0
-        stream.recv_window += increment
-        await stream.send_window_update(increment)
 
 
 class GuardedUpgrader(TransportUpgrader):
@@ -166,7 +199,7 @@ class GuardedYamux(Yamux):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.streams = _FixedWindowStreams()
+        self.streams = _GuardedStreams()
         self.stream_buffers = _BoundedBuffers()
 
     async def _write_frame(self, data: bytes) -> None:

@@ -52,7 +52,7 @@ class FabricStream(Protocol):
     def peer_id(self) -> PeerId: ...
 
     async def read(self, max_bytes: int) -> bytes:
-        """Return 1 to ``max_bytes`` bytes, or ``b""`` once the peer has closed its side.
+        """Return 1 to ``max_bytes`` bytes, or ``b""`` once the peer has closed its side. Cancelling loses nothing.
 
         Raises
         ------
@@ -61,7 +61,7 @@ class FabricStream(Protocol):
         """
         ...
 
-    async def write(self, data: bytes) -> None:
+    async def write(self, data: bytes | memoryview) -> None:
         """Write all of ``data``, while the peer reads it; concurrent writers take turns.
 
         A cancelled call may have written part of it: reset the stream then.
@@ -79,6 +79,20 @@ class FabricStream(Protocol):
 
     async def reset(self) -> None:
         """Abort the stream: the peer's reads and writes fail. Never raises."""
+        ...
+
+    def abort(self) -> None:
+        """As :meth:`reset`, and the peer is told in the background. Those who wait here get LinkClosedError."""
+        ...
+
+    async def widen(self, window_bytes: int) -> None:
+        """Let the peer send up to ``window_bytes`` ahead of what is read here: for much data over long distances.
+
+        Raises
+        ------
+        LinkClosedError
+            As for :meth:`read`.
+        """
         ...
 
 

@@ -32,9 +32,8 @@ from sparkle_mesh.nurseries import bare_errors
 if TYPE_CHECKING:
     from libp2p.abc import INetConn, INetStream
 
+    from sparkle_mesh.fabric.guards import GuardedTasks
     from sparkle_mesh.fabric.tcp import TcpConnection
-
-_WINDOW_POLL_S = 0.01
 
 
 @asynccontextmanager
@@ -72,8 +71,9 @@ async def open_libp2p_fabric(
 class Libp2pStream:
     """A stream over libp2p; satisfies ``FabricStream``."""
 
-    def __init__(self, net_stream: INetStream) -> None:
+    def __init__(self, net_stream: INetStream, tasks: GuardedTasks) -> None:
         self._net_stream = net_stream
+        self._tasks = tasks
         self._muxed: Any = net_stream.muxed_stream  # type: ignore[attr-defined]
         self._peer_id: PeerId = net_stream.muxed_conn.peer_id.to_base58()
         self._closed = False
@@ -111,7 +111,7 @@ class Libp2pStream:
             return b""
         raise error
 
-    async def write(self, data: bytes) -> None:
+    async def write(self, data: bytes | memoryview) -> None:
         """As ``FabricStream.write``; waits while the peer's window is full."""
         from sparkle_mesh.fabric.guards import translated
 
@@ -125,7 +125,7 @@ class Libp2pStream:
                 rest = rest[window:]
 
     async def _wait_for_window(self) -> None:
-        # Yamux polls for its window too, and gives the stream up after five seconds.
+        # Yamux waits for its window too, and gives the stream up after five seconds.
         while True:
             if self._closed:
                 raise self._error("was closed here")
@@ -133,7 +133,14 @@ class Libp2pStream:
                 raise self._error("was closed by the peer")
             if self._muxed.send_window > 0:
                 return
-            await trio.sleep(_WINDOW_POLL_S)
+            await self._muxed.changed.park()
+
+    async def widen(self, window_bytes: int) -> None:
+        """As ``FabricStream.widen``."""
+        from sparkle_mesh.fabric.guards import translated
+
+        with translated(f"the stream to {self._peer_id} failed"):
+            await self._muxed.widen(window_bytes)
 
     def _error(self, what: str) -> LinkClosedError:
         return LinkClosedError(f"the stream to {self._peer_id} {what}")
@@ -141,17 +148,29 @@ class Libp2pStream:
     async def aclose(self) -> None:
         """As ``FabricStream.aclose``."""
         if not self._closed:
-            self._closed = True
-            self._muxed.recv_closed = True
-            event = self._muxed.conn.stream_events.get(self._muxed.stream_id)
-            if event is not None:
-                event.set()
+            self._close_here()
             await self._end(self._net_stream.close)
 
     async def reset(self) -> None:
         """As ``FabricStream.reset``."""
-        self._closed = True
+        self._close_here()
         await self._end(self._net_stream.reset)
+
+    def abort(self) -> None:
+        """As ``FabricStream.abort``."""
+        if not self._closed:
+            self._close_here()
+            self._tasks.run_task(self._end, self._net_stream.reset)
+
+    def _close_here(self) -> None:
+        """Wake who waits, and drop what nobody will read: yamux would keep it for a minute."""
+        self._closed = True
+        self._muxed.recv_closed = True
+        connection, stream_id = self._muxed.conn, self._muxed.stream_id
+        connection.stream_buffers.get(stream_id, bytearray()).clear()
+        event = connection.stream_events.get(stream_id)
+        if event is not None:
+            event.set()
 
     async def _end(self, end: Any) -> None:
         with trio.move_on_after(limits.CLOSE_TIMEOUT_S) as scope:
@@ -312,7 +331,7 @@ class Libp2pFabric:
             raise UnreachableError(f"peer {peer_id} is not connected; connect to it first")
         with trio.move_on_after(timeout_s):
             with translated(f"a {protocol} stream to {peer_id} could not be opened", UnreachableError):
-                return Libp2pStream(await self._new_stream(connections[0], protocol))
+                return Libp2pStream(await self._new_stream(connections[0], protocol), self._tasks)
         raise UnreachableError(
             f"peer {peer_id} did not answer within {timeout_s:g} s when a {protocol} stream was opened"
         )
@@ -327,7 +346,7 @@ class Libp2pFabric:
         from libp2p.custom_types import TProtocol
 
         async def serve(net_stream: INetStream) -> None:
-            stream = Libp2pStream(net_stream)
+            stream = Libp2pStream(net_stream, self._tasks)
             what = f"the {protocol} handler for {stream.peer_id}"
             await run_guarded(what, partial(handler, stream), stream.reset, self.counters)
 

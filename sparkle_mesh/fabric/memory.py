@@ -229,7 +229,7 @@ class MemoryStream:
         self._other._notify()
         return data
 
-    async def write(self, data: bytes) -> None:
+    async def write(self, data: bytes | memoryview) -> None:
         """As ``FabricStream.write``; waits while the peer has a full buffer unread."""
         async with self._writing:
             await self._write(memoryview(data))
@@ -261,8 +261,17 @@ class MemoryStream:
 
     async def reset(self) -> None:
         """As ``FabricStream.reset``."""
+        self.abort()
+        await trio.lowlevel.checkpoint()
+
+    def abort(self) -> None:
+        """As ``FabricStream.abort``."""
+        self._received.clear()
         self._break("the stream was reset here")
         self._tell_other(partial(self._other._break, f"peer {self._connection.fabric.peer_id} reset the stream"))
+
+    async def widen(self, window_bytes: int) -> None:
+        """As ``FabricStream.widen``; a buffer here is the same for all."""
         await trio.lowlevel.checkpoint()
 
 

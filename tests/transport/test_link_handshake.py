@@ -21,12 +21,14 @@ from sparkle_mesh.transport.handshake import (
     LinkAnswer,
     LinkKeys,
     LinkOffer,
+    LinkOverStream,
     LinkParty,
     LinkRefusal,
+    LinkUpgrade,
     PendingLinks,
     StreamKeys,
+    decode_last_word,
     decode_offer,
-    decode_refusal,
     decode_reply,
     derive_keys,
 )
@@ -46,8 +48,22 @@ ANSWER = LinkAnswer(
     version=1, secret=b"S" * 32, cipher=AES_256_GCM, streams=2, host_id=b"H" * 16, addresses=("/ip4/10.0.0.1/tcp/9",)
 )
 REFUSAL = LinkRefusal(version=1, reason="the peer is closing")
-MESSAGES = {"offer.1": OFFER, "answer.1": ANSWER, "refusal.1": REFUSAL}
-DECODERS = {"offer.1": decode_offer, "answer.1": decode_reply, "refusal.1": decode_refusal}
+UPGRADE = LinkUpgrade(**{**msgspec.structs.asdict(OFFER), "kinds": ("tcp",)}, moves=b"f" * 16)
+OVER_STREAM = LinkOverStream(version=1)
+MESSAGES = {
+    "offer.1": OFFER,
+    "answer.1": ANSWER,
+    "refusal.1": REFUSAL,
+    "upgrade.1": UPGRADE,
+    "over_stream.1": OVER_STREAM,
+}
+DECODERS = {
+    "offer.1": decode_offer,
+    "answer.1": decode_reply,
+    "refusal.1": decode_last_word,
+    "upgrade.1": decode_offer,
+    "over_stream.1": decode_last_word,
+}
 
 
 class FixedEntropy:
