@@ -374,7 +374,7 @@ class LinkConnector:
         elif LIBP2P_STREAM in answer.kinds:
             over_stream.set()
         else:
-            attempt.last_failure = "it wants a link over the control plane, which was not agreed on"
+            raise ProtocolError(f"peer {stream.peer_id} wants a link over the control plane, which was not agreed on")
         done.cancel()
 
     async def _serve_data_stream(self, stream: trio.SocketStream) -> None:

@@ -42,12 +42,13 @@ from sparkle_mesh.transport.handshake import (
     LinkAnswer,
     LinkKeys,
     LinkOffer,
+    LinkOverStream,
     LinkParty,
     LinkRefusal,
     PendingLinks,
     StreamKeys,
+    decode_last_word,
     decode_offer,
-    decode_refusal,
     decode_reply,
 )
 from sparkle_mesh.transport.link import Link
@@ -134,15 +135,15 @@ async def replies(rng: Random, note: Note) -> None:
 
 
 async def refusals(rng: Random, note: Note) -> None:
-    """A refusal is refused or understood."""
+    """What is said after an answer is refused or understood."""
     data = fuzz_inputs.message_bytes(rng, HANDSHAKE)
     note(data)
     try:
-        refusal = decode_refusal(memoryview(data))
+        word = decode_last_word(memoryview(data))
     except ProtocolError:
         return
-    assert len(refusal.reason) <= limits.REASON_MAX_CHARS
-    assert decode_refusal(wire.encode(refusal)) == refusal
+    assert isinstance(word, LinkOverStream) or len(word.reason) <= limits.REASON_MAX_CHARS
+    assert decode_last_word(wire.encode(word)) == word
 
 
 async def controls(rng: Random, note: Note) -> None:
