@@ -13,6 +13,7 @@ that share memory with each other or with themselves, masked arrays, other dtype
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ from sparkle_mesh import limits
 from sparkle_mesh.collectives.messages import call_digest
 from sparkle_mesh.collectives.reduction import Array
 from sparkle_mesh.errors import UsageError
+
+_LITTLE = sys.byteorder == "little"
 
 # Gives a staging vector: (elements, dtype).
 Allocate = Callable[[int, np.dtype[Any]], Array]
@@ -117,6 +120,10 @@ class Arrays:
         fill
             Whether staging vectors start with the arrays' contents.
         """
+        if len(self.named) == 1:
+            only = self.named[0].array
+            if only.flags.c_contiguous and only.dtype.isnative and _LITTLE:
+                return [Bucket(only.reshape(-1), [only], staged=False)]
         groups: dict[np.dtype[Any], list[Array]] = {}
         for item in self.named:
             groups.setdefault(item.array.dtype.newbyteorder("<"), []).append(item.array)
@@ -174,9 +181,10 @@ def check_arrays(data: object, check: Callable[[np.dtype[Any], str], None], *, w
         check(item.array.dtype, item.label)
         if written and not item.array.flags.writeable:
             raise UsageError(f"{item.label} is read-only, and the result is written into it; pass a copy()")
-        if _overlaps_itself(item.array):
+        if not item.array.flags.c_contiguous and _overlaps_itself(item.array):
             raise UsageError(f"{item.label} has strides by which elements share memory; pass a copy()")
-    _refuse_shared_memory(arrays.named)
+    if len(arrays.named) > 1:
+        _refuse_shared_memory(arrays.named)
     return arrays
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
 
 from sparkle_mesh import limits
@@ -99,6 +100,7 @@ _BROADCAST: dict[str, Callable[[int, int, LinkCost], float]] = {"chain": chain_s
 ALL_REDUCE_ALGORITHMS = tuple(_ALL_REDUCE)
 
 
+@lru_cache(maxsize=limits.COLLECTIVE_PLANS_CACHED_MAX_COUNT)
 def choose_algorithm(
     nbytes: int, size: int, *, kind: str = "all_reduce", asked: str = "auto", cost: LinkCost = DEFAULT_LINK_COST
 ) -> str:

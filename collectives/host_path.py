@@ -123,9 +123,8 @@ class HostPath:
         if self._boards.get(self._group.rank, Word.BEGUN) == operation.number:
             return
         lanes = [self._lane(bucket.data) for bucket in operation.buckets]
-        nbytes = work_bytes(
-            [lane.data.size for lane in lanes], [lane.data.itemsize for lane in lanes], self._group.size
-        )
+        counts, item_bytes = tuple(lane.data.size for lane in lanes), tuple(lane.data.itemsize for lane in lanes)
+        nbytes = work_bytes(counts, item_bytes, self._group.size)
         # The others may still take from the old one; once all have begun this operation nobody does.
         self._work_before, work = self._work, self._work
         if work.size < nbytes or work.size > max(4 * nbytes, limits.SHARED_WORK_KEPT_MAX_BYTES):

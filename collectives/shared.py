@@ -136,7 +136,7 @@ class SharedReduction:
         self.committed = False
         self._taken = 0
         self._budget_bytes = limits.LINK_TURN_BYTES
-        counts, item_bytes = [lane.data.size for lane in lanes], [lane.data.itemsize for lane in lanes]
+        counts, item_bytes = tuple(lane.data.size for lane in lanes), tuple(lane.data.itemsize for lane in lanes)
         self._operands = [self._find_operands(index, lane, peers) for index, lane in enumerate(lanes)]
         whole = any(isinstance(operand, RemoteOperand) for row in self._operands for operand in row) or any(
             lane.place is Place.MEMORY for lane in lanes

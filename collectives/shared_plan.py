@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -117,7 +117,8 @@ class ChunkPlan:
     commit_at: int
 
 
-def work_bytes(counts: Sequence[int], item_bytes: Sequence[int], size: int) -> int:
+@lru_cache(maxsize=limits.COLLECTIVE_PLANS_CACHED_MAX_COUNT)
+def work_bytes(counts: tuple[int, ...], item_bytes: tuple[int, ...], size: int) -> int:
     """Return the memory that a rank needs for its reduced parts, whichever way the vectors are cut."""
     whole = sum(_part(count, nbytes, size) * nbytes for count, nbytes in zip(counts, item_bytes, strict=True))
     return max(whole, limits.SHARED_CHUNKS_AHEAD_COUNT * _slot_bytes(size))
@@ -133,7 +134,8 @@ def _slot_bytes(size: int) -> int:
     return (-(-limits.SHARED_CHUNK_BYTES // size) // _ALIGN_BYTES + 2) * _ALIGN_BYTES
 
 
-def plan_chunks(counts: Sequence[int], item_bytes: Sequence[int], size: int, *, whole: bool) -> ChunkPlan:
+@lru_cache(maxsize=limits.COLLECTIVE_PLANS_CACHED_MAX_COUNT)
+def plan_chunks(counts: tuple[int, ...], item_bytes: tuple[int, ...], size: int, *, whole: bool) -> ChunkPlan:
     """Cut vectors of ``counts`` elements of ``item_bytes`` bytes each among ``size`` ranks.
 
     If ``whole``, each vector is one chunk; else it is cut into small ones. There is always a chunk, be it empty, so

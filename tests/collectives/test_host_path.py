@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from sparkle_mesh.clock import SYSTEM_ENTROPY
 from sparkle_mesh.collectives.board import Boards, Sharing, Word
 from sparkle_mesh.collectives.group import CollectiveGroup
 from sparkle_mesh.collectives.host_path import group_number
+from sparkle_mesh.collectives.shared_plan import plan_chunks, work_bytes
 from sparkle_mesh.errors import (
     CollectiveAbortedError,
     CollectiveTimeoutError,
@@ -109,12 +110,17 @@ async def host(size: int, *, unshared: tuple[int, int] | None = None) -> AsyncIt
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Many chunks and blocks, and operands that are read where they are."""
+    plan_chunks.cache_clear()
+    work_bytes.cache_clear()
     monkeypatch.setattr(limits, "SHARED_CHUNK_BYTES", 4096)
     monkeypatch.setattr(limits, "SHARED_BLOCK_BYTES", 1024)
     monkeypatch.setattr(limits, "SHARED_STAGED_MAX_BYTES", 1024)
     monkeypatch.setattr(limits, "LINK_TURN_BYTES", 8192)
+    yield
+    plan_chunks.cache_clear()
+    work_bytes.cache_clear()
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 7])

@@ -123,7 +123,7 @@ def run_rank(world: World, rank: int, me: Rank, memories: dict[int, Any]) -> Non
     world.batons[rank].acquire()
     try:
         boards: Any = StepBoards(world, rank)
-        nbytes = work_bytes([me.data.size], [4], world.size)
+        nbytes = work_bytes((me.data.size,), (4,), world.size)
         reduction = SharedReduction(
             boards,
             {other: memory for other, memory in memories.items() if other != rank},
@@ -195,10 +195,14 @@ def play(world: World, elements: int) -> list[Rank]:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    plan_chunks.cache_clear()
+    work_bytes.cache_clear()
     monkeypatch.setattr(limits, "SHARED_CHUNK_BYTES", 256)
     monkeypatch.setattr(limits, "SHARED_BLOCK_BYTES", 64)
     monkeypatch.setattr(limits, "LINK_TURN_BYTES", 64)
-    return iter([None])
+    yield
+    plan_chunks.cache_clear()
+    work_bytes.cache_clear()
 
 
 def check(world: World, ranks: list[Rank], elements: int) -> str:
@@ -245,9 +249,9 @@ def test_survivors_end_alike(faults: str) -> None:
 def test_chunks_and_parts_cover_everything_once(size: int, whole: bool) -> None:
     for counts in ([], [0], [1], [3], [10000], [5, 0, 700], [64, 65]):
         for item_bytes in (1, 2, 4, 8):
-            plan = plan_chunks(counts, [item_bytes] * len(counts), size, whole=whole)
+            plan = plan_chunks(tuple(counts), (item_bytes,) * len(counts), size, whole=whole)
             covered = [np.zeros(count, int) for count in counts]
-            room = work_bytes(counts, [item_bytes] * len(counts), size)
+            room = work_bytes(tuple(counts), (item_bytes,) * len(counts), size)
             in_use: dict[int, tuple[int, int]] = {}
             for index, chunk in enumerate(plan.chunks):
                 for rank in range(size):
