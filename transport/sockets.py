@@ -33,9 +33,10 @@ class TunableSocket(HasOptions, Protocol):
 
 def take_socket(stream: trio.SocketStream) -> socket.socket:
     """Return the plain socket beneath ``stream``, which is of no more use; tuned, and it does not block."""
+    # First, because it fails if the peer is gone already; the stream is its owner's to close then.
+    tune_socket(stream.socket)
     sock = socket.socket(fileno=stream.socket.detach())
     sock.setblocking(False)
-    tune_socket(sock)
     return sock
 
 
