@@ -129,7 +129,7 @@ class GuardedStream(YamuxStream):
     The original doubles a window at every read that follows another closely, however small: the negotiation of
     a protocol alone takes it to megabytes for a stream that nobody reads. It answers most reads, of one byte too,
     with a frame of its own, and loses what was read if it is cancelled meanwhile. Its writers look every 10 ms
-    whether the window has room, which caps a stream at a window per look.
+    whether the window has room.
     """
 
     #: Where tasks wait for room in the peer's window, or for the stream's end.
