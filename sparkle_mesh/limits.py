@@ -233,7 +233,8 @@ COLLECTIVE_PART_BYTES = RECORD_MAX_BYTES
 # What one message carries. Smaller ones cost more turns of the scheduler per byte; larger ones are out of the caches
 # by the time they are passed on.
 COLLECTIVE_SEGMENT_BYTES = 4 * COLLECTIVE_PART_BYTES
-COLLECTIVE_SEGMENT_MIN_BYTES = 16 * KIB
+# Vectors are not cut into smaller ones so that steps overlap: a message costs about as much as so many bytes.
+COLLECTIVE_SEGMENT_MIN_BYTES = 512 * KIB
 # Data that may be sent to a peer before it has begun the same operation; the peer holds it until then.
 COLLECTIVE_EAGER_MAX_BYTES = 64 * KIB
 # Operations that a peer may have begun and given up before this rank has come to them.
@@ -299,7 +300,7 @@ assert CONNECTIONS_MAX_COUNT < FABRIC_EVENTS_MAX_COUNT
 assert UPGRADE_TIMEOUT_S < DIAL_TIMEOUT_S
 assert COLLECTIVE_PART_BYTES <= RECORD_MAX_BYTES
 assert COLLECTIVE_PART_BYTES % 64 == 0
-assert COLLECTIVE_SEGMENT_MIN_BYTES <= COLLECTIVE_EAGER_MAX_BYTES <= COLLECTIVE_SEGMENT_BYTES
+assert COLLECTIVE_EAGER_MAX_BYTES <= COLLECTIVE_SEGMENT_MIN_BYTES <= COLLECTIVE_SEGMENT_BYTES
 assert COLLECTIVE_DESCRIPTION_MAX_CHARS * 3 < LINK_HEADER_MAX_BYTES
 assert CONTROL_REQUEST_MAX_BYTES < CONTROL_REPLY_MAX_BYTES
 assert PING_INTERVAL_S * 3 < SILENCE_TIMEOUT_S

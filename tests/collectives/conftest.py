@@ -20,8 +20,9 @@ LINEAGE = b"L" * 32
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut what is received at a time so small that segments have several parts."""
+    """Cut vectors into small segments, and what is received at a time so small that segments have several parts."""
     monkeypatch.setattr(limits, "COLLECTIVE_PART_BYTES", 1024)
+    monkeypatch.setattr(limits, "COLLECTIVE_SEGMENT_MIN_BYTES", 16 * limits.KIB)
 
 
 class PairLink(Link):
