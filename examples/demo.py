@@ -255,9 +255,12 @@ def summarise(reports: Sequence[dict[str, Any]], seconds: float) -> dict[str, An
         "steps": reports[0]["steps"],
         "seconds": round(seconds, 3),
         "training_seconds": round(max(report["seconds"] for report in reports), 3),
-        "bytes": sum(report["bytes_sent"] for report in reports),
+        "bytes": sum(report["bytes_reduced"] for report in reports),
         "per_rank": [
-            {key: report[key] for key in ("rank", "accuracy", "steps", "seconds", "bytes_sent", "bytes_received")}
+            {
+                key: report[key]
+                for key in ("rank", "accuracy", "steps", "seconds", "algorithm", "bytes_sent", "bytes_received")
+            }
             for report in reports
         ],
     }
@@ -298,7 +301,7 @@ def run(options: argparse.Namespace) -> None:
     draw(reports, picture)
     print(
         f"\n{summary['ranks']} ranks trained {summary['steps']} steps in {summary['training_seconds']:.1f} s "
-        f"({summary['seconds']:.1f} s with starting and finding each other), {summary['bytes'] / 1e6:.0f} MB sent\n"
+        f"({summary['seconds']:.1f} s with starting and finding each other), {summary['bytes'] / 1e6:.0f} MB reduced\n"
         f"test accuracy {summary['accuracy']:.1%}; weights {reports[0]['weights_sha256'][:16]} on every rank\n"
         f"wrote {picture} and {summary_file}"
     )

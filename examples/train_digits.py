@@ -103,6 +103,8 @@ class Progress:
     def __init__(self, mesh: Any, steps: int, as_json: bool) -> None:
         self.mesh, self.steps, self.as_json = mesh, steps, as_json
         self.last_step, self.last_time = 0, time.perf_counter()
+        #: Of gradients, over all steps so far.
+        self.reduced_bytes = 0
 
     def show(self, step: int, loss: float, test_accuracy: float) -> None:
         """Show the state after ``step`` steps; the step time is the mean since the last call."""
@@ -114,13 +116,13 @@ class Progress:
             "loss": loss,
             "accuracy": test_accuracy,
             "step_ms": (now - self.last_time) * 1000 / (step - self.last_step),
-            "bytes": self.mesh.stats.bytes_sent + self.mesh.stats.bytes_received,
+            "bytes": self.reduced_bytes,
             "peers": len(self.mesh.peers()),
         }
         self.last_step, self.last_time = step, now
         line = (
             f"rank {state['rank']}/{self.mesh.size}  step {step}/{self.steps}  loss {loss:.4f}  "
-            f"accuracy {test_accuracy:.1%}  {state['step_ms']:.1f} ms/step  {state['bytes'] / 1e6:.1f} MB  "
+            f"accuracy {test_accuracy:.1%}  {state['step_ms']:.1f} ms/step  {state['bytes'] / 1e6:.1f} MB reduced  "
             f"peers {state['peers']}"
         )
         if self.as_json:
@@ -150,6 +152,7 @@ def train(mesh: Any, options: argparse.Namespace) -> dict[str, Any]:
         batch = random.choice(len(labels), size=min(options.batch, len(labels)), replace=False)
         loss, gradients = loss_and_gradients(weights, images[batch], labels[batch])
         mesh.all_reduce(gradients, op="mean")  # mesh: my gradients become everyone's mean
+        progress.reduced_bytes += mesh.last_outcome.bytes
         for name, gradient in gradients.items():
             velocity[name] = MOMENTUM * velocity[name] - LEARNING_RATE * gradient
             weights[name] += velocity[name]
@@ -166,6 +169,8 @@ def train(mesh: Any, options: argparse.Namespace) -> dict[str, Any]:
         "accuracies": accuracies,
         "accuracy": accuracies[-1][1],
         "weights_sha256": hash_weights(weights),
+        "algorithm": mesh.last_outcome.algorithm,
+        "bytes_reduced": progress.reduced_bytes,
         "bytes_sent": mesh.stats.bytes_sent,
         "bytes_received": mesh.stats.bytes_received,
     }

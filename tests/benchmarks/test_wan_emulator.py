@@ -124,7 +124,9 @@ def test_commands_know_where_they_are_and_their_exit_code_is_told():
 
 
 def test_nothing_is_left_when_it_is_killed():
-    script = "import os, time; print(os.stat('/proc/self/ns/net').st_ino, flush=True); time.sleep(60)"
+    # Whole lines: the commands write to one pipe.
+    inode = "os.stat('/proc/self/ns/net').st_ino"
+    script = f"import os, time; os.write(1, b'%d\\n' % {inode}); time.sleep(60)"
     command = [sys.executable, str(PROGRAM), "--hosts", "3", "--", sys.executable, "-c", script]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as killed:
         assert killed.stdout is not None

@@ -24,6 +24,8 @@ def report(rank: int, size: int = 2, **changes):
         "accuracies": [(10, 0.9), (20, 0.97)],
         "accuracy": 0.97,
         "weights_sha256": "ab" * 32,
+        "algorithm": "shared",
+        "bytes_reduced": 1000,
         "bytes_sent": 1000,
         "bytes_received": 1000,
     }
@@ -52,7 +54,8 @@ def test_short_demo_leaves_picture_and_summary(processes, tmp_path):
     assert set(summary["weights_sha256"]) == {"0", "1", "2"}
     assert len(set(summary["weights_sha256"].values())) == 1
     assert summary["steps"] == 150
-    assert summary["bytes"] > 3 * 150 * 4 * 7210
+    assert summary["bytes"] == 3 * 150 * 4 * 7210
+    assert {rank["algorithm"] for rank in summary["per_rank"]} <= {"shared", "direct", "ring", "tree"}
     assert 0 < summary["training_seconds"] < summary["seconds"]
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert f"wrote {tmp_path / 'loss.png'} and {tmp_path / 'summary.json'}" in ended.out.splitlines()[-1]
