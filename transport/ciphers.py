@@ -111,7 +111,11 @@ class _Aegis128L:
         nonce = number.to_bytes(_AEGIS_NONCE_BYTES, "big")
         out = view(buf, require_writable=True)
         ad_length = len(associated_data)
-        if self._decrypt(out, null, null, view(data), length, associated_data, ad_length, nonce, self._key):
+        forged = self._decrypt(out, null, null, view(data), length, associated_data, ad_length, nonce, self._key)
+        # The error's traceback keeps what is local here. In a cycle with it, the collector would clear a memoryview
+        # that is still exported, and CPython would crash.
+        del out
+        if forged:
             raise InvalidTag
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import msgspec
 
 from sparkle_mesh import limits
-from sparkle_mesh.transport.records import RecordSealer
+from sparkle_mesh.transport.records import PLACE, RecordSealer
+from sparkle_mesh.transport.strand import STRAND_GOODBYE, STRIPE
 from sparkle_mesh.transport.tcp import GOODBYE, HEAD, MESSAGE, PAYLOAD
 
 # MessagePack that announces far more than comes, nests deeply, or is next to a bound.
@@ -92,7 +93,8 @@ def message_bytes(rng: Random, examples: Sequence[bytes]) -> bytes:
 
 # --- Streams of records ----------------------------------------------------------------------------
 
-Plan = list[tuple[int, bytes]]
+#: Kinds and plaintexts of records; with their places, where prefixes are extended.
+Plan = list[tuple[int, bytes] | tuple[int, bytes, bytes]]
 
 
 def message_plan(rng: Random) -> Plan:
@@ -148,9 +150,9 @@ def hostile_plan(rng: Random, plan: Plan) -> Plan:
 def sealed(sealer: RecordSealer, plan: Plan) -> list[bytes]:
     """Return the records of ``plan``."""
     records = []
-    for kind, plaintext in plan:
+    for kind, plaintext, *place in plan:
         out = bytearray(len(plaintext) + sealer.overhead_bytes)
-        sealer.seal_into(kind, plaintext, memoryview(out))
+        sealer.seal_into(kind, plaintext, memoryview(out), *place)
         records.append(bytes(out))
     return records
 
@@ -174,6 +176,60 @@ def disturbed(rng: Random, records: list[bytes], strange: list[bytes]) -> bytes:
     if change == 5:
         return stream[: rng.randint(0, len(stream))]
     return mutated(rng, stream, strange[0]) if change > 5 or rng.random() < 0.2 else stream
+
+
+# --- Links of several connections ------------------------------------------------------------------
+
+STRIPE_BYTES = 64
+
+
+def small_messages(rng: Random) -> list[Received]:
+    """Return a few messages."""
+    sizes = (0, 1, STRIPE_BYTES, STRIPE_BYTES + 1, 300, rng.randint(0, 1000))
+    payloads = [bytearray(rng.randbytes(rng.choice(sizes))) for _ in range(rng.randint(1, 3))]
+    return [Received(rng.randbytes(rng.choice((0, 20))), len(payload), payload) for payload in payloads]
+
+
+def striped_plans(rng: Random, messages: list[Received], strands: int) -> list[Plan]:
+    """Return what a well-behaved peer would send over the first connection and over each of the others."""
+    first: Plan = []
+    others: list[Plan] = [[] for _ in range(strands)]
+    number = 0
+    for message in messages:
+        assert message.payload is not None
+        head = HEAD.pack(len(message.header), message.announced) + message.header
+        if rng.random() < 0.2:
+            first.append((MESSAGE, head + message.payload))
+            continue
+        first.append((MESSAGE, head))
+        for offset in range(0, message.announced, STRIPE_BYTES):
+            stripe = bytes(message.payload[offset : offset + STRIPE_BYTES])
+            rng.choice(others).append((STRIPE, stripe, PLACE.pack(number, offset)))
+        number += bool(message.announced)
+    for plan in others:
+        plan.append((STRAND_GOODBYE, b"", PLACE.pack(number, 0)))
+    return [[*first, (GOODBYE, b"")], *others]
+
+
+def spoil_places(rng: Random, plans: list[Plan]) -> None:
+    """Change a record of one of the strands as a member that breaks the protocol might seal it."""
+    plan = rng.choice(plans[1:])
+    at = rng.randrange(len(plan))
+    kind, plaintext, place = plan[at]
+    number, offset = PLACE.unpack(place)
+    change = rng.randrange(5)
+    if change == 0:
+        number = rng.choice((0, number + 1, 2**64 - 1))
+    elif change == 1:
+        offset = rng.choice((0, 1, offset + STRIPE_BYTES, 2**40, 2**64 - STRIPE_BYTES))
+    elif change == 2:
+        plaintext = plaintext[: rng.randint(0, len(plaintext))]
+    elif change == 3:
+        kind = rng.choice((0, MESSAGE, PAYLOAD, STRIPE, STRAND_GOODBYE, 255))
+    else:
+        plan.insert(at, rng.choice(plan))
+        return
+    plan[at] = (kind, plaintext, PLACE.pack(number, offset))
 
 
 # --- What must come of it --------------------------------------------------------------------------

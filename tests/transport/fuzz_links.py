@@ -10,6 +10,7 @@ prints what reproduces it, and the exit code is 1. Memory is limited, so that by
 from __future__ import annotations
 
 import argparse
+import itertools
 import resource
 import signal
 import socket
@@ -18,7 +19,7 @@ import time
 import traceback
 import zlib
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from random import Random
 from types import FrameType, SimpleNamespace
@@ -32,7 +33,7 @@ from fuzz_inputs import BROKEN, FAREWELL, LOST, UNKNOWN, Arrivals, Received
 from sparkle_mesh import limits, wire
 from sparkle_mesh.collectives.messages import Abort, Begin, Prepared, decode_control
 from sparkle_mesh.errors import AuthenticationError, LinkClosedError, LinkRefusedError, ProtocolError
-from sparkle_mesh.transport import tcp
+from sparkle_mesh.transport import strand, tcp
 from sparkle_mesh.transport.addresses import dial_order
 from sparkle_mesh.transport.ciphers import AES_256_GCM, CHACHA20_POLY1305, CIPHERS
 from sparkle_mesh.transport.framed import FramedLink
@@ -53,6 +54,7 @@ from sparkle_mesh.transport.handshake import (
 )
 from sparkle_mesh.transport.link import Link
 from sparkle_mesh.transport.records import PREFIX_BYTES, RecordOpener, RecordSealer, parse_prefix
+from sparkle_mesh.transport.striped import StripedTcpLink
 
 #: Told the bytes of an input before they are used.
 Note: TypeAlias = Callable[[bytes], None]
@@ -255,6 +257,10 @@ def records_of(cipher: str) -> Target:
 # --- Links -----------------------------------------------------------------------------------------
 
 
+# Connections of a link beside the first, at most.
+STRANDS = 3
+
+
 class Socket:
     """What a TCP link needs of a socket, in memory."""
 
@@ -278,9 +284,6 @@ class Socket:
 
     def setsockopt(self, *_: Any) -> None:
         """Low-water marks change nothing here."""
-
-    def setblocking(self, _: bool) -> None:
-        """Nothing here blocks."""
 
     def close(self) -> None:
         """Note it."""
@@ -306,18 +309,38 @@ class Stream:
 
 @contextmanager
 def sockets_in_memory() -> Iterator[Callable[[Arrivals], Socket]]:
-    """Let TCP links take a :class:`Socket` for one of the system's; yield what makes one. Keys change often, too."""
-    readable, writer = socket.socketpair()
-    with readable, writer, mock.patch.object(tcp, "take_socket", lambda stream: stream.socket.detach()):
-        writer.send(b"x")
-        with mock.patch.object(limits, "REKEY_INTERVAL_RECORDS", 4):
-            yield lambda arrivals: Socket(arrivals, readable)
+    """Let TCP links take a :class:`Socket` for one of the system's; yield what makes one.
+
+    Keys change often, and stripes are short, so that small inputs have many of either.
+    """
+    pairs = [socket.socketpair() for _ in range(1 + STRANDS)]
+    readable = itertools.cycle([pair[0] for pair in pairs])
+    names = {"take_socket": lambda sock: sock}
+    with (
+        ExitStack() as stack,
+        mock.patch.multiple(tcp, **names),
+        mock.patch.multiple(strand, limit_unsent=lambda _: None, **names),
+        mock.patch.multiple(limits, REKEY_INTERVAL_RECORDS=4, LINK_STRIPE_BYTES=fuzz_inputs.STRIPE_BYTES),
+    ):
+        for sock in itertools.chain(*pairs):
+            stack.enter_context(sock)
+            sock.send(b"x")
+        yield lambda arrivals: Socket(arrivals, next(readable))
 
 
-def tcp_link(sock: Socket, cipher: str, key: bytes) -> tcp.TcpLink:
+def tcp_link(sock: Any, cipher: str, key: bytes) -> tcp.TcpLink:
     """Return a link that receives from ``sock``."""
-    stream: Any = SimpleNamespace(socket=SimpleNamespace(detach=lambda: sock))
-    return tcp.TcpLink(stream, "mallory", RecordSealer(cipher, bytes(32)), RecordOpener(cipher, key))
+    return tcp.TcpLink(sock, "mallory", RecordSealer(cipher, bytes(32)), RecordOpener(cipher, key))
+
+
+def striped_link(socks: list[Any], cipher: str, keys: list[bytes]) -> StripedTcpLink:
+    """Return a link that receives from all of ``socks``."""
+    streams = []
+    for number, (sock, key) in enumerate(zip(socks, keys, strict=True)):
+        placed = number > 0
+        sealer = RecordSealer(cipher, bytes(32), placed=placed)
+        streams.append((sock, sealer, RecordOpener(cipher, key, placed=placed)))
+    return StripedTcpLink(streams, "mallory")
 
 
 async def everything(rng: Random, link: Link) -> tuple[list[Received], ProtocolError | LinkClosedError]:
@@ -387,6 +410,49 @@ def tcp_links(make_socket: Callable[[Arrivals], Socket], cipher: str) -> Target:
     return receive
 
 
+def striped_links(make_socket: Callable[[Arrivals], Socket], cipher: str) -> Target:
+    """Return the target that receives over links of several connections."""
+
+    async def receive(rng: Random, note: Note) -> None:
+        """Payloads are as they were sent or do not arrive, whatever happens to any of the connections."""
+        messages = fuzz_inputs.small_messages(rng)
+        plans = fuzz_inputs.striped_plans(rng, messages, strands=rng.randint(1, STRANDS))
+        honest = rng.random() < 0.7
+        if not honest:
+            fuzz_inputs.spoil_places(rng, plans)
+        keys = [rng.randbytes(32) for _ in plans]
+        streams = []
+        for number, (plan, key) in enumerate(zip(plans, keys, strict=True)):
+            records = fuzz_inputs.sealed(RecordSealer(cipher, key, placed=number > 0), plan)
+            streams.append((records, b"".join(records)))
+        spoiled = rng.randrange(len(streams)) if rng.random() < 0.7 else None
+        if spoiled is not None:
+            records, whole = streams[spoiled]
+            others = streams[spoiled - 1][0]
+            streams[spoiled] = records, fuzz_inputs.disturbed(rng, records, others)
+            if streams[spoiled][1] == whole:
+                spoiled = None
+        note(b"".join(stream for _, stream in streams))
+        socks = [make_socket(fuzz_inputs.arrivals(rng, stream)) for _, stream in streams]
+        link = striped_link(socks, cipher, keys)
+        got, error = await everything(rng, link)
+        assert link.closed
+        assert all(sock.closed for sock in socks)
+        assert "mallory" in str(error)
+        if not honest:
+            return
+        assert [(each.header, each.announced) for each in got] == [
+            (each.header, each.announced) for each in messages[: len(got)]
+        ]
+        for mine, right in zip(got, messages, strict=False):
+            assert right.payload is not None
+            assert mine.payload is None or right.payload.startswith(mine.payload), "what was not sent was delivered"
+        if spoiled is None:
+            check_delivery(got, error, messages, FAREWELL)
+
+    return receive
+
+
 async def framed_links(rng: Random, note: Note) -> None:
     """A link without encryption of its own delivers what the bytes say, and ends where they say nothing."""
     plan = fuzz_inputs.message_plan(rng)
@@ -417,6 +483,7 @@ def all_targets() -> Iterator[dict[str, Target]]:
             **{each.__name__: each for each in (offers, replies, refusals, controls, openings, welcomes)},
             **{f"records-{cipher}": records_of(cipher) for cipher in CIPHERS},
             **{f"tcp-{cipher}": tcp_links(make_socket, cipher) for cipher in CIPHERS},
+            **{f"striped-{cipher}": striped_links(make_socket, cipher) for cipher in CIPHERS},
             "framed": framed_links,
         }
 
@@ -424,6 +491,10 @@ def all_targets() -> Iterator[dict[str, Target]]:
 def input_generator(name: str, seed: int, number: int) -> Random:
     """Return the generator that an input is made of."""
     return Random((zlib.crc32(name.encode()) << 64 | seed) << 64 | number)
+
+
+#: Target, seed and number of the input that is being fed.
+UNDER_WAY: list[Any] = []
 
 
 class Failure(Exception):
@@ -444,6 +515,7 @@ async def feed(target: Target, name: str, seed: int, numbers: range) -> None:
         last = data
 
     for number in numbers:
+        UNDER_WAY[:] = [name, seed, number]
         try:
             await target(input_generator(name, seed, number), note)
         # Whatever it is, it should not have happened.
@@ -488,13 +560,14 @@ async def run(names: list[str], inputs: int, first: int, seed: int) -> None:
                     print(f"\r{name}: {done} of {share}", end="", file=sys.stderr, flush=True)
             signal.alarm(0)
             spent = time.monotonic() - started
-            print(f"\r{name}: {share} inputs in {spent:.1f} s, {share / spent:.0f} per second", flush=True)
+            print(f"{name}: {share} inputs in {spent:.1f} s, {share / spent:.0f} per second", flush=True)
     print(f"{share * len(names)} inputs; at most {peak_bytes() / limits.MIB:.0f} MiB of memory")
 
 
-def too_slow(_signal: int, frame: FrameType | None) -> None:
+def too_slow(_signal: int, _frame: FrameType | None) -> None:
     """End a run in which something does not end."""
-    raise TimeoutError(f"{BATCH_COUNT} inputs take longer than {BATCH_LIMIT_S} s")
+    name, seed, number = UNDER_WAY
+    raise Failure(f"target {name}, seed {seed}: input {number} or those before it take longer than {BATCH_LIMIT_S} s")
 
 
 def main() -> int:

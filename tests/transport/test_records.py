@@ -149,6 +149,19 @@ def test_wrong_cipher() -> None:
     refuses(RecordOpener(CHACHA20_POLY1305, KEY), seal(RecordSealer(AES_256_GCM, KEY), b"x"))
 
 
+@pytest.mark.parametrize("cipher", CIPHERS)
+def test_an_error_keeps_no_buffer(cipher: str) -> None:
+    # In a cycle with the error's traceback, a memoryview that is still exported crashes CPython's collector.
+    sealer, opener = pair(cipher)
+    record, out = memoryview(bytearray(seal(sealer, b"plain"))), memoryview(bytearray(5))
+    record[-1] ^= 1
+    with pytest.raises(AuthenticationError) as caught:
+        opener.open_into(record, out)
+    assert caught.tb is not None
+    out.release()
+    record.release()
+
+
 def test_nothing_opens_after_an_error() -> None:
     sealer, opener = pair()
     good = seal(sealer, b"good")
