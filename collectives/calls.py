@@ -47,7 +47,8 @@ def _identity(kind: str, algorithm: str, one_sided: bool, op: str, root: int | N
     # Training repeats the same few calls over and over.
     match kind:
         case "all_reduce":
-            text = f"all_reduce({look.describe()}, op={op!r}, algorithm={algorithm!r})"
+            shown = "auto" if one_sided and algorithm != SHARED else algorithm
+            text = f"all_reduce({look.describe()}, op={op!r}, algorithm={shown!r})"
         case "broadcast":
             text = f"broadcast({look.describe()}, root={root})"
         case _:

@@ -215,7 +215,15 @@ class GroupState:
         what = f"{operation.begin.description}, call number {operation.number},"
         one_sided = operation.one_sided and self._host is not None
         if operation.sent_prepared or (self._host is not None and one_sided and not self._host.try_to_abort(operation)):
-            text = f"{what} was given up when this rank held the result and others may have returned with it already"
+            if one_sided:
+                text = (
+                    f"{what} was given up when all had begun to write its result: what its arrays hold is undefined "
+                    f"({self._who_is_missing(operation)})"
+                )
+            else:
+                text = (
+                    f"{what} was given up when this rank held the result and others may have returned with it already"
+                )
             self._end(OutcomeUnknownError(f"{text}; this rank has left: join again and synchronise"))
             for rank in self._exchanges:
                 self.peer_lost(rank, "this rank has left")

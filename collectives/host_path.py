@@ -279,8 +279,11 @@ class HostPath:
         return self._boards.last_call(rank)
 
     def close(self) -> None:
-        """Read no more of the others."""
+        """Read no more of the others, and keep nothing in the arena."""
+        self.finish()
         self._boards.close()
+        self._pool = BufferPool()
+        self._work = self._work_before = np.empty(0, np.uint8)
 
 
 def group_number(lineage: bytes, epoch: int) -> int:

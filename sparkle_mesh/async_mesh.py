@@ -135,7 +135,8 @@ class AsyncMesh:
     def allocate(self, shape: int | Sequence[int], dtype: DTypeLike = "float32") -> np.ndarray[Any, np.dtype[Any]]:
         """Return a new array, all zeros, in memory that the ranks of this host share: reduced there, it is not copied.
 
-        An array like any other; it may outlive the mesh. Where nothing is shared (other hosts, other users, other
+        An array like any other; it may outlive the mesh. Only a forked child does not get a copy of it, as of other
+        memory: what either writes, both see. Where nothing is shared (other hosts, other users, other
         systems than Linux), it is an ordinary array.
 
         Parameters
@@ -148,16 +149,16 @@ class AsyncMesh:
         Raises
         ------
         UsageError
-            If shape or dtype cannot be, or the dtype is not one that is made of plain bytes.
+            If shape or dtype cannot be, or the dtype is not one of numbers.
         MemoryError
             If there is not so much memory.
         """
         try:
-            like = np.empty(shape, dtype=dtype) if np.prod(shape) == 0 else np.broadcast_to(np.zeros(1, dtype), shape)
+            like = np.broadcast_to(np.zeros((), dtype), shape)
         except (TypeError, ValueError) as error:
             raise UsageError(f"no array of shape {shape!r} and dtype {dtype!r} can be made: {error}") from error
-        if like.dtype.hasobject:
-            raise UsageError(f"dtype {like.dtype} holds Python objects, which cannot be shared; use numbers")
+        if like.dtype.kind not in "biufc":
+            raise UsageError(f"dtype {like.dtype} is not one of numbers; allocate float32, float64 or integers")
         memory = self._connector.memory
         nbytes = like.size * like.dtype.itemsize
         if memory is None or not nbytes:
@@ -175,7 +176,8 @@ class AsyncMesh:
         ----------
         data
             A NumPy array of any shape, or a list, tuple or dict of arrays. Every rank gives the same shapes,
-            dtypes and keys. The arrays hold the result when this returns, and are untouched when it raises.
+            dtypes and keys. The arrays hold the result when this returns, and are untouched when it raises, but for
+            OutcomeUnknownError: what arrays of :meth:`allocate` hold is undefined then.
         op
             ``"sum"`` or ``"mean"`` (floats only).
         algorithm

@@ -109,7 +109,10 @@ class CollectiveAbortedError(AgreementError):
 
 
 class OutcomeUnknownError(AgreementError, DeadlineError):
-    """This rank held the result but could not learn in time whether all do; it has left the collective group."""
+    """This rank gave up when others may have the result already; it has left the group.
+
+    Arrays are as they were, but for those of ``mesh.allocate``, which may hold a part of the result.
+    """
 
 
 # --- The machine's node ------------------------------------------------------------------------

@@ -100,8 +100,9 @@ class Portal:
             self._soon(start)
             _wait(future)
             return future.result()
-        except BaseException:
-            if not future.done():  # interrupted here, not failed there
+        except BaseException as error:
+            # Interrupted here, not failed there, nor never begun because it is closed.
+            if not future.done() and not isinstance(error, MeshClosedError):
                 self._soon(scope.cancel, quietly=True)
                 _wait(future, limits.CLOSE_TIMEOUT_S)
             raise

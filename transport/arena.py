@@ -181,6 +181,11 @@ class Arena:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+            # What arrays do not hold is unmapped now, the rest with the last of them.
+            with suppress(BufferError):
+                self.board.release()
+                self._view.release()
+                self._map.close()
 
 
 def _give_back(arena: weakref.ref[Arena], offset: int, nbytes: int) -> None:

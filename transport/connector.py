@@ -425,4 +425,5 @@ class LinkConnector:
 def check_kinds(kinds: Sequence[str]) -> None:
     """Refuse kinds of links that there are none of. Raises UsageError."""
     if not kinds or any(kind not in LINK_KINDS for kind in kinds):
-        raise UsageError(f"links is {list(kinds)!r}; give at least one of {', '.join(map(repr, LINK_KINDS))}")
+        wrong = next((f"{kind!r} is not one" for kind in kinds if kind not in LINK_KINDS), "it is empty")
+        raise UsageError(f"links is {list(kinds)!r}: {wrong}; give some of {', '.join(map(repr, LINK_KINDS))}")

@@ -12,7 +12,8 @@ import pytest
 import trio
 
 import sparkle_mesh as sparkle
-from sparkle_mesh import async_mesh
+from sparkle_mesh import async_mesh, limits
+from sparkle_mesh.clock import SYSTEM_CLOCK
 from sparkle_mesh.errors import (
     ForkedProcessError,
     JoinTimeoutError,
@@ -129,6 +130,31 @@ def test_a_closed_mesh_says_so(tmp_path: Path) -> None:
     mesh.close()
     with pytest.raises(MeshClosedError, match="join again"):
         mesh.barrier()
+
+
+def test_a_closed_mesh_does_not_keep_its_callers(tmp_path: Path) -> None:
+    mesh = sparkle.join("run", **options(tmp_path, min_peers=1))
+    mesh.close()
+    started = SYSTEM_CLOCK.now()
+    with pytest.raises(MeshClosedError):
+        mesh.all_reduce(np.ones(3))
+    assert SYSTEM_CLOCK.now() - started < limits.CLOSE_TIMEOUT_S / 2
+
+
+def test_arrays_are_allocated_as_numpy_does(tmp_path: Path) -> None:
+    with sparkle.join("run", **options(tmp_path, min_peers=1)) as mesh:
+        for shape in ((), 0, 3, (2, 3), (4, 0)):
+            array = mesh.allocate(shape, np.float64)
+            like = np.zeros(shape)
+            assert (array.shape, array.dtype) == (like.shape, like.dtype)
+            assert not array.any()
+            array[...] = 1
+        assert mesh.allocate(2).dtype == np.float32
+        for shape, dtype in ((-1, "f4"), ("five", "f4"), (3, object), (3, "U5"), (3, "nothing")):
+            with pytest.raises(UsageError):
+                mesh.allocate(shape, dtype)  # type: ignore[arg-type]
+        kept = mesh.allocate((2, 2))
+    kept[:] = 1  # it outlives the mesh
 
 
 def test_another_process_cannot_use_or_close_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

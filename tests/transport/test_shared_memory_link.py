@@ -303,3 +303,21 @@ def test_what_other_systems_have_conforms_too(tmp_path: Path) -> None:
     refused, left = done.stdout.splitlines()
     assert "as its bell" in refused
     assert left == str(before)
+
+
+def mappings() -> int:
+    return Path("/proc/self/maps").read_text().count("memfd:sparkle")
+
+
+def test_a_closed_arena_is_mapped_for_as_long_as_its_arrays() -> None:
+    before = mappings()
+    arena = Arena(SYSTEM_ENTROPY, 2**20)
+    array = arena.allocate(100)
+    arena.close()
+    assert mappings() == before + 1
+    array[:] = 1
+    del array, arena
+    assert mappings() == before
+    unused = Arena(SYSTEM_ENTROPY, 2**20)
+    unused.close()
+    assert mappings() == before
