@@ -483,7 +483,7 @@ async def test_a_forked_child_lets_go_of_all_links(kind: str, open_fabrics: Open
         one._data._dialing.add(sock)
         # Of shared memory: either side's arena and its mapping, bell and listener, and the other's arena and bell.
         # A stream is its fabric's.
-        expected = {TCP: 3, SHARED_MEMORY: 13, LIBP2P_STREAM: 1}
+        expected = {TCP: 3, SHARED_MEMORY: 15, LIBP2P_STREAM: 1}
         assert descriptors_closed_in_a_child(one, other) == expected[kind]
         one._data._dialing.discard(sock)
         sock.close()
