@@ -287,7 +287,12 @@ class CollectiveGroup(GroupState):
             or any(number in exchange.ahead for exchange in self._exchanges.values())
         ):
             return None
-        return self._new_operation(call, host.stage(call.arrays), [], host)
+        try:
+            buckets = host.stage(call.arrays)
+        except MemoryError:
+            # A call that this rank cannot make counts on all: the others must be told.
+            return None
+        return self._new_operation(call, buckets, [], host)
 
     def conclude(self, operation: Operation, call: Call, seconds: float) -> None:
         """From the thread that has carried it out: ``operation`` is finished."""

@@ -62,7 +62,9 @@ class HostPath:
         self._boards = Boards(group.rank, memory, links, group_number(group.lineage, group.epoch))
         self._sharing = Sharing.UNKNOWN
         self._pool = BufferPool(self._arena.allocate)
-        self._work = self._work_before = self._arena.allocate(1)
+        self._work = self._arena.allocate(1)
+        #: That of the last reduction that all had begun.
+        self._work_in_use = self._work
         self._lanes: list[SharedLane] = []
         self._mean = False
         self._reduction: SharedReduction | None = None
@@ -125,11 +127,10 @@ class HostPath:
         lanes = [self._lane(bucket.data) for bucket in operation.buckets]
         counts, item_bytes = tuple(lane.data.size for lane in lanes), tuple(lane.data.itemsize for lane in lanes)
         nbytes = work_bytes(counts, item_bytes, self._group.size)
-        # The others may still take from the old one; once all have begun this operation nobody does.
-        self._work_before, work = self._work, self._work
+        work = self._work
         if work.size < nbytes or work.size > max(4 * nbytes, limits.SHARED_WORK_KEPT_MAX_BYTES):
-            work = self._arena.allocate(nbytes)
-        self._work = work
+            # The others may still take from the one of the last reduction: it is kept until all have begun another.
+            work = self._work = self._arena.allocate(nbytes)
         self._lanes, self._mean = lanes, call.op == "mean"
         offset = self._arena.offset_of(work)
         assert offset is not None
@@ -176,7 +177,7 @@ class HostPath:
         """Carry out ``operation``; it can be called again after it was interrupted. Raises Setback."""
         if self._reduction is None:
             await self._until_all_have_begun(operation)
-            self._work_before = self._work
+            self._work_in_use = self._work
             self._reduction = SharedReduction(
                 self._boards,
                 self._peers,
@@ -283,7 +284,7 @@ class HostPath:
         self.finish()
         self._boards.close()
         self._pool = BufferPool()
-        self._work = self._work_before = np.empty(0, np.uint8)
+        self._work = self._work_in_use = np.empty(0, np.uint8)
 
 
 def group_number(lineage: bytes, epoch: int) -> int:

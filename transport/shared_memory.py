@@ -306,7 +306,7 @@ def _make_bell() -> tuple[int, int]:
 
 
 def _ring(bell: int) -> None:
-    # A full counter (BlockingIOError) has woken the peer already; without a descriptor there is nobody.
+    # A full counter (BlockingIOError) has woken the peer already; without a descriptor, or a reader, there is nobody.
     if bell >= 0:
-        with suppress(BlockingIOError):
+        with suppress(BlockingIOError, BrokenPipeError):
             os.write(bell, _RING)

@@ -463,6 +463,47 @@ async def test_a_threads_call_that_is_interrupted_is_given_up(monkeypatch: pytes
         assert all((array == 2).all() for array in arrays)
 
 
+async def test_memory_that_a_threads_rank_lacks_ends_the_call_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with host(2) as on:
+        await on.all(lambda rank: on.groups[rank].barrier())
+
+        def no_memory(*_: object) -> None:
+            raise MemoryError("no more")
+
+        quick = on.groups[0].quick_all_reduce(np.ones(3), "sum", "auto", None)
+        assert quick is not None
+        monkeypatch.setattr(on.groups[0]._host, "stage", no_memory)
+        assert not quick.run()
+
+        async def call(rank: int) -> Any:
+            return await (quick.finish() if rank == 0 else on.groups[1].all_reduce(np.ones(3)))
+
+        errors = await on.all(call)
+        assert [type(error) for error in errors] == [MemoryError, CollectiveAbortedError]
+        monkeypatch.undo()
+        arrays = [np.ones(10) for _ in range(2)]
+        await on.all(lambda rank: on.groups[rank].all_reduce(arrays[rank]))
+        assert all((array == 2).all() for array in arrays)
+
+
+async def test_what_others_may_still_take_is_kept_through_calls_that_are_given_up(small: None) -> None:
+    async with host(2) as on:
+        arrays = [np.ones(100) for _ in range(2)]
+        await on.all(lambda rank: on.groups[rank].all_reduce(arrays[rank]))
+        path = on.groups[0]._host
+        assert path is not None
+        taken_from = path._work
+        for count in (10_000, 100_000):
+            with trio.move_on_after(0.05):
+                await on.groups[0].all_reduce(np.ones(count))
+            with pytest.raises(CollectiveAbortedError):
+                await on.groups[1].all_reduce(np.ones(count))
+        assert path._work is not taken_from
+        assert path._work_in_use is taken_from
+        await on.all(lambda rank: on.groups[rank].all_reduce(arrays[rank]))
+        assert path._work_in_use is path._work
+
+
 async def test_calls_that_cannot_be_quick_are_not() -> None:
     async with host(2) as on:
         group = on.groups[0]
