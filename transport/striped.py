@@ -214,7 +214,7 @@ class StripedTcpLink(TcpLink):
         super()._release()
 
     async def _linger(self) -> None:
-        whole = not self._sending and self._sends_fail_because is None
+        whole = not self._turns.taken and self._sends_fail_because is None
         for strand in self._strands:
             strand.wake()
         with trio.move_on_after(limits.LINK_LINGER_S, shield=True):

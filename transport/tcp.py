@@ -40,6 +40,7 @@ from sparkle_mesh.transport.records import (
     parse_prefix,
 )
 from sparkle_mesh.transport.sockets import NO_SIGNAL, linger, take_socket
+from sparkle_mesh.transport.turns import Turns
 
 MESSAGE: Final = 1
 PAYLOAD: Final = 2
@@ -96,8 +97,7 @@ class TcpLink(Link):
         self._sends_fail_because: str | None = None
         # Sending.
         self._tx = memoryview(bytearray(_MESSAGE_RECORD_MAX_BYTES + RECORD_OVERHEAD_MAX_BYTES))
-        self._sending = False
-        self._turns = trio.lowlevel.ParkingLot()
+        self._turns = Turns()
         self._send_budget = limits.LINK_TURN_BYTES
         # Receiving: bytes from start to end of the buffer came and were not used yet.
         self._rx = memoryview(bytearray(_RX_INITIAL_BYTES))
@@ -136,11 +136,7 @@ class TcpLink(Link):
         for header, buffers in messages:
             check_header(header)
             checked.append((header, *(byte_views(buffers) if buffers else ([], 0))))
-        if self._sending:
-            # Whoever sends hands its turn over to the first that waits.
-            await self._turns.park()
-        else:
-            self._sending = True
+        await self._turns.take()
         try:
             if self._send_budget < 0:
                 self._send_budget = limits.LINK_TURN_BYTES
@@ -149,10 +145,7 @@ class TcpLink(Link):
             self._check_can_send()
             await self._send_messages(checked)
         finally:
-            if self._turns:
-                self._turns.unpark()
-            else:
-                self._sending = False
+            self._turns.release()
 
     async def _send_messages(self, messages: list[tuple[bytes, list[memoryview], int]]) -> None:
         length = 0
@@ -415,7 +408,7 @@ class TcpLink(Link):
         self._closed_because = "this end of the link was closed"
         with suppress(OSError):
             # A message that another task has half sent stays cut; a goodbye would be garbage within it.
-            if not self._sending and self._sends_fail_because is None:
+            if not self._turns.taken and self._sends_fail_because is None:
                 self._sock.send(self._tx[: self._sealer.seal_into(GOODBYE, b"", self._tx)], NO_SIGNAL)
         trio.lowlevel.notify_closing(self._sock)
         with suppress(OSError):
