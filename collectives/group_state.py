@@ -307,6 +307,8 @@ class GroupState:
         """No further calls."""
         if self._ended is None:
             self._ended = error
+        if self._host is not None:
+            self._host.retire()
         operation = self.operation
         if operation is not None and not operation.finished.is_set():
             operation.fail(type(error)(str(error)))

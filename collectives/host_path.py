@@ -264,6 +264,10 @@ class HostPath:
         try_to_abort(self._boards, operation.number, _MORE_THAN_ANY)
         self._group.fail_for_the_lost(operation)
 
+    def retire(self) -> None:
+        """This rank makes no more calls; the others may go on with the last one, and read what it was given."""
+        self._arena.retire()
+
     # --- For messages ----------------------------------------------------------------------------
 
     def absent(self, operation: Operation) -> list[int]:
@@ -280,7 +284,8 @@ class HostPath:
         return self._boards.last_call(rank)
 
     def close(self) -> None:
-        """Read no more of the others, and keep nothing in the arena."""
+        """Read no more of the others, and keep nothing in the arena; what they still take from it stays there."""
+        self.retire()
         self.finish()
         self._boards.close()
         self._pool = BufferPool()

@@ -111,6 +111,7 @@ class Arena:
         self.board = self._view[_PAGE_BYTES:_HEAD_BYTES]
         # Free stretches as (offset, bytes), in order, none touching the next.
         self._free = [(_HEAD_BYTES, self.nbytes - _HEAD_BYTES)]
+        self._retired = False
         self._lock = threading.Lock()
         # Arrays end wherever the last thing that refers to them does, perhaps while another is being allocated.
         self._returned: deque[tuple[int, int]] = deque()
@@ -158,9 +159,9 @@ class Arena:
     def give_back(self, offset: int, nbytes: int) -> None:
         """Take back what :meth:`allocate` gave; whatever calls this, nothing waits.
 
-        Not once it is closed: peers may still be reading what this process has left them.
+        Not once it is retired: peers may still be reading what this process has left them.
         """
-        if self._fd < 0:
+        if self._retired:
             return
         if has_sealed_files():
             with suppress(OSError):
@@ -171,6 +172,10 @@ class Arena:
             self._view[offset : offset + nbytes] = bytes(nbytes)
         self._returned.append((offset, nbytes))
 
+    def retire(self) -> None:
+        """Leave what is in it as it is from now on, for peers that still read it, whatever is freed here."""
+        self._retired = True
+
     def offset_of(self, array: Array) -> int | None:
         """Return where the contiguous ``array`` lies in the arena; None if it is not in it."""
         offset = int(array.__array_interface__["data"][0]) - self.address
@@ -178,6 +183,7 @@ class Arena:
 
     def close(self) -> None:
         """Let go of it. Arrays in it stay usable here, and peers keep what they map. Idempotent."""
+        self.retire()
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

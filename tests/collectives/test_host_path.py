@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -17,6 +18,7 @@ from sparkle_mesh.clock import SYSTEM_ENTROPY
 from sparkle_mesh.collectives.board import Boards, Sharing, Word
 from sparkle_mesh.collectives.group import CollectiveGroup
 from sparkle_mesh.collectives.host_path import group_number
+from sparkle_mesh.collectives.shared import SharedReduction
 from sparkle_mesh.collectives.shared_plan import plan_chunks, work_bytes
 from sparkle_mesh.errors import (
     CollectiveAbortedError,
@@ -355,6 +357,42 @@ async def test_what_the_others_finished_without_this_rank_is_unknown_to_it() -> 
         finally:
             shared.SharedReduction.run = original  # type: ignore[method-assign]
         assert [type(error) for error in errors] == [OutcomeUnknownError] * 2
+
+
+@pytest.mark.parametrize("how", ["leaves", "closes"])
+@pytest.mark.parametrize("where", ["small", "large", "arena"])
+async def test_a_rank_that_is_done_may_leave_before_others_have_taken(
+    how: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with host(2) as on:
+        count = 10 if where == "small" else 200_000
+        arrays = [np.full(count, float(rank + 1)) for rank in range(2)]
+        if where == "arena":
+            arrays = [on.allocate(rank, array, np.float64) for rank, array in enumerate(arrays)]
+        await on.all(lambda rank: on.groups[rank].barrier())
+        gone = trio.Event()
+        take = SharedReduction._take
+
+        async def take_late(self: SharedReduction, chunks: Any) -> None:
+            if self._rank == 1 and self._reduced == len(self._plan.chunks):
+                await gone.wait()
+            await take(self, chunks)
+
+        monkeypatch.setattr(SharedReduction, "_take", take_late)
+
+        async def call(rank: int) -> None:
+            await on.groups[rank].all_reduce(arrays[rank])
+            if rank == 0:
+                on.groups[0].close()
+                if how == "leaves":
+                    on.scopes[0].cancel()
+                    await wait_all_tasks_blocked()
+                    on.memories[0].close()
+                gc.collect()
+                gone.set()
+
+        assert await on.all(call) == [None, None]
+        assert all((array == 3).all() for array in arrays)
 
 
 # --- Calls that threads make -----------------------------------------------------------------------
