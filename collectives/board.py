@@ -203,6 +203,10 @@ class Boards:
         """Return every rank's count of ``operation``."""
         return [count_of(words[word], operation) for words in self._words]
 
+    def least(self, word: Word, operation: int) -> int:
+        """Return the least of every rank's counts of ``operation``."""
+        return count_of(min([words[word] for words in self._words]), operation)
+
     def digest(self, rank: int) -> bytes:
         """Return the digest of the call that ``rank`` has begun last."""
         return bytes(self._views[rank][Word.CALL_DIGEST * 8 : Word.CALL_DIGEST * 8 + 32])
@@ -235,7 +239,7 @@ class Boards:
     # --- Waiting ---------------------------------------------------------------------------------
 
     def _reached(self, word: int, value: int) -> bool:
-        return all(words[word] >= value for words in self._words)
+        return min([words[word] for words in self._words]) >= value
 
     async def until(self, *conditions: Condition) -> None:
         """Return once one of one or two ``conditions`` holds, or this rank is woken: look what there is.
@@ -243,11 +247,11 @@ class Boards:
         Yields at first, because others of this host may need this core to get there; then it sleeps.
         """
         own = self._own
+        first, second = conditions[0], conditions[-1]
         for _ in range(limits.SHARED_YIELDS_COUNT):
-            if any(self._reached(*condition) for condition in conditions):
+            if self._reached(*first) or (second is not first and self._reached(*second)):
                 return
             _yield()
-        first, second = conditions[0], conditions[-1]
         own[Word.WAITS_FOR], own[Word.WAITS_VALUE] = first
         own[Word.WAITS_FOR_TOO], own[Word.WAITS_VALUE_TOO] = second
         own[Word.SLEEPS] = 1

@@ -143,10 +143,13 @@ class SharedReduction:
         )
         self._plan = plan_chunks(counts, item_bytes, self._size, whole=whole)
         nbytes = work_bytes(counts, item_bytes, self._size)
-        self._work = [
+        types = [(lane.data.itemsize, lane.data.dtype) for lane in lanes]
+        bytes_of_work = [
             work if other == rank else _mapped(peers, other, boards.get(other, Word.WORK), nbytes, np.dtype(np.uint8))
             for other in range(self._size)
         ]
+        # Every rank's work as elements of a lane.
+        self._work = [[each[: each.size // n * n].view(dtype) for each in bytes_of_work] for n, dtype in types]
         self._recovered: list[Array] | None = None
         self._scratch = np.empty(limits.SHARED_BLOCK_BYTES if whole else 0, np.uint8)
 
@@ -185,7 +188,7 @@ class SharedReduction:
         await self._run_on()
 
     async def _run_until_committed(self) -> None:
-        ready = min(self._boards.counts(Word.REDUCED, self._number))
+        ready = self._boards.least(Word.REDUCED, self._number)
         if self._given_up():
             raise AbortedError
         if ready >= self._plan.commit_at:
@@ -202,7 +205,7 @@ class SharedReduction:
         """Take what is reduced, reduce what is not; cancelling it loses nothing."""
         chunks = self._plan.chunks
         while self._taken < len(chunks):
-            ready = min(self._boards.counts(Word.REDUCED, self._number))
+            ready = self._boards.least(Word.REDUCED, self._number)
             if ready > self._taken:
                 await self._take(chunks[self._taken : ready])
             elif self._lost and self._taken == self._left_by_the_lost():
@@ -217,7 +220,7 @@ class SharedReduction:
         reduced = self._reduced
         if reduced == len(self._plan.chunks):
             return False
-        return reduced < min(self._boards.counts(Word.TAKEN, self._number)) + self._plan.ahead
+        return reduced < self._boards.least(Word.TAKEN, self._number) + self._plan.ahead
 
     @property
     def _reduced(self) -> int:
@@ -241,6 +244,9 @@ class SharedReduction:
     async def _combine(self, lane: int, low: int, high: int, out: Array) -> None:
         """Write the reduction of elements ``[low, high)`` of a lane to ``out``, block by block."""
         step = limits.SHARED_BLOCK_BYTES // out.itemsize
+        if self._size == 2 and not self._scratch.size:
+            # Two operands, both mapped, are read once and added: nothing need stay in a cache meanwhile.
+            step = max(out.size, 1)
         scratch = self._scratch.view(out.dtype)
         with np.errstate(all="ignore"):
             for start in range(low, high, step):
@@ -263,20 +269,24 @@ class SharedReduction:
     async def _take(self, chunks: Sequence[Chunk]) -> None:
         """Copy the reduced parts of ``chunks`` of all ranks into this rank's vectors."""
         for chunk in chunks:
-            data = self._lanes[chunk.lane].data if self._lanes else None
-            for rank in range(self._size):
-                low, high = chunk.part_of(rank)
-                if data is not None and high > low:
-                    data[low:high] = self._part(rank, chunk)
+            low, stop = chunk.start, chunk.stop
+            if low < stop:
+                data = self._lanes[chunk.lane].data
+                at = chunk.work_at // data.itemsize
+                for work in self._work[chunk.lane]:
+                    high = min(low + chunk.part, stop)
+                    data[low:high] = work[at : at + high - low]
                     await self._let_others_run((high - low) * data.itemsize)
+                    low = high
             self._taken += 1
         self._boards.publish(Word.TAKEN, counted(self._number, self._taken))
 
     def _part(self, rank: int, chunk: Chunk) -> Array:
         """Return where the part of ``rank`` is when it is reduced."""
         low, high = chunk.part_of(rank)
-        dtype = self._lanes[chunk.lane].data.dtype
-        return self._work[rank][chunk.work_at : chunk.work_at + (high - low) * dtype.itemsize].view(dtype)
+        work = self._work[chunk.lane][rank]
+        at = chunk.work_at // work.itemsize
+        return work[at : at + high - low]
 
     async def _let_others_run(self, nbytes: int) -> None:
         self._budget_bytes -= nbytes

@@ -130,8 +130,12 @@ def _part(count: int, item_bytes: int, size: int) -> int:
     return -(-count // (size * align)) * align
 
 
+def _chunk_bytes(size: int) -> int:
+    return min(limits.SHARED_CHUNK_BYTES, limits.SHARED_CHUNK_PART_BYTES * size)
+
+
 def _slot_bytes(size: int) -> int:
-    return (-(-limits.SHARED_CHUNK_BYTES // size) // _ALIGN_BYTES + 2) * _ALIGN_BYTES
+    return (-(-_chunk_bytes(size) // size) // _ALIGN_BYTES + 2) * _ALIGN_BYTES
 
 
 @lru_cache(maxsize=limits.COLLECTIVE_PLANS_CACHED_MAX_COUNT)
@@ -145,7 +149,7 @@ def plan_chunks(counts: tuple[int, ...], item_bytes: tuple[int, ...], size: int,
     chunks: list[Chunk] = []
     work_at = 0
     for lane, (count, nbytes) in enumerate(zip(counts, item_bytes, strict=True)):
-        length = max(count if whole else limits.SHARED_CHUNK_BYTES // nbytes, 1)
+        length = max(count if whole else _chunk_bytes(size) // nbytes, 1)
         for start in range(0, count, length):
             stop = min(start + length, count)
             part = _part(stop - start, nbytes, size)

@@ -251,14 +251,16 @@ COLLECTIVE_BUFFERS_POOLED_MAX_COUNT = 8
 # --- Collectives among the ranks of one host -------------------------------------------------------
 # One per dtype of a call.
 SHARED_LANES_MAX_COUNT = 32
-# What is reduced before the others go on with it, of all ranks together: as much as stays in a shared cache.
-SHARED_CHUNK_BYTES = 1 * MIB
+# What is reduced before the others go on with it, of all ranks together: as much as stays in a cache that they share,
+# and per rank enough that meeting costs little beside it.
+SHARED_CHUNK_BYTES = 4 * MIB
+SHARED_CHUNK_PART_BYTES = 1 * MIB
 # How many chunks a rank may be ahead of the slowest.
-SHARED_CHUNKS_AHEAD_COUNT = 4
+SHARED_CHUNKS_AHEAD_COUNT = 3
 # Operands are read and added in blocks that stay in a core's own cache.
 SHARED_BLOCK_BYTES = 256 * KIB
 # Arrays up to this size are copied into shared memory: that costs less than reading them where they are.
-SHARED_STAGED_MAX_BYTES = 256 * KIB
+SHARED_STAGED_MAX_BYTES = 2 * MIB
 # How often a rank that waits yields its core to the others before it sleeps.
 SHARED_YIELDS_COUNT = 30
 

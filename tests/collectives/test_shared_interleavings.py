@@ -91,6 +91,9 @@ class StepBoards:
             counts.append(count_of(words[word], operation))
         return counts
 
+    def least(self, word: Word, operation: int) -> int:
+        return min(self.counts(word, operation))
+
     def publish(self, word: Word, value: int) -> None:
         self._world.step(self._rank)
         self._world.words[self._rank][word] = value
