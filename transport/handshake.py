@@ -284,14 +284,15 @@ class LinkParty:
         cipher = choose_cipher(self.ciphers, offer.ciphers)
         if cipher is None:
             raise LinkRefusedError(
-                f"no cipher in common: one side has {', '.join(offer.ciphers)}, the other {', '.join(self.ciphers)}"
+                f"no cipher in common: peer {dialer} has {', '.join(offer.ciphers)}, peer {self.peer_id} "
+                f"{', '.join(self.ciphers)}"
             )
         same_host = offer.host_id == self.host_id
         kinds = tuple(kind for kind in offer.kinds if kind in self.kinds and (same_host or kind != SHARED_MEMORY))
         if not kinds:
             raise LinkRefusedError(
-                f"no kind of link in common: one side has {', '.join(offer.kinds) or 'none'}, the other "
-                f"{', '.join(self.kinds)}"
+                f"no kind of link in common: peer {dialer} has {', '.join(offer.kinds) or 'none'}, peer {self.peer_id} "
+                f"{', '.join(self.kinds)}{'' if same_host else ', and they are not on one host'}"
             )
         answer = LinkAnswer(
             version=LINK_VERSION,

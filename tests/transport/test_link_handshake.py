@@ -170,8 +170,11 @@ def test_refusals() -> None:
     entropy = FixedEntropy()
     with pytest.raises(LinkRefusedError, match="different meshes"):
         party("B", mesh_id=b"x" * 32).answer(OFFER, "A", (), entropy)
-    with pytest.raises(LinkRefusedError, match=r"rot13.*aes-256-gcm"):
+    with pytest.raises(LinkRefusedError, match=r"peer A has rot13, peer B .*aes-256-gcm"):
         party("B").answer(msgspec.structs.replace(OFFER, ciphers=("rot13",)), "A", (), entropy)
+    elsewhere = msgspec.structs.replace(OFFER, kinds=("shared_memory",), host_id=b"y" * len(OFFER.host_id))
+    with pytest.raises(LinkRefusedError, match=r"peer A has shared_memory, peer B .*tcp.* not on one host"):
+        party("B").answer(elsewhere, "A", (), entropy)
     with pytest.raises(LinkRefusedError, match="the peer is closing"):
         decode_reply(wire.encode(REFUSAL))
 
