@@ -62,7 +62,7 @@ class Bucket:
     def commit(self, result: Array) -> None:
         """Write ``result`` (like ``data``) into the caller's arrays."""
         if not self.staged:
-            np.copyto(self.data, result)
+            self.data[:] = result
             return
         position = 0
         for array in self.arrays:
@@ -122,7 +122,7 @@ class Arrays:
         """
         if len(self.named) == 1:
             only = self.named[0].array
-            if only.flags.c_contiguous and only.dtype.isnative and _LITTLE:
+            if is_plain_vector(only):
                 return [Bucket(only.reshape(-1), [only], staged=False)]
         groups: dict[np.dtype[Any], list[Array]] = {}
         for item in self.named:
@@ -140,6 +140,11 @@ class Arrays:
                 position += array.size
             made.append(Bucket(staging, arrays, staged=True))
         return made
+
+
+def is_plain_vector(array: Array) -> bool:
+    """Whether ``array`` is contiguous and in the order of bytes in which numbers are sent."""
+    return array.flags.c_contiguous and array.dtype.isnative and _LITTLE
 
 
 def _can_be_sent(text: str) -> bool:
@@ -164,7 +169,7 @@ def check_arrays(data: object, check: Callable[[np.dtype[Any], str], None], *, w
     check
         Called with each dtype and the array's label; raises for those the operation cannot take.
     written
-        Whether results are written into them; only then must they be writable.
+        Whether results are written into them; only then must they be writable, and share no memory.
 
     Raises
     ------
@@ -183,7 +188,7 @@ def check_arrays(data: object, check: Callable[[np.dtype[Any], str], None], *, w
             raise UsageError(f"{item.label} is read-only, and the result is written into it; pass a copy()")
         if not item.array.flags.c_contiguous and _overlaps_itself(item.array):
             raise UsageError(f"{item.label} has strides by which elements share memory; pass a copy()")
-    if len(arrays.named) > 1:
+    if written and len(arrays.named) > 1:
         _refuse_shared_memory(arrays.named)
     return arrays
 

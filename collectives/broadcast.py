@@ -8,7 +8,7 @@ Source: the standard pipelined trees; see P. Sanders, J. Speck, J. L. Träff, Pa
 
 from __future__ import annotations
 
-from sparkle_mesh.collectives.schedule import Receive, Schedule, Send, Space, Step, segments
+from sparkle_mesh.collectives.schedule import Content, Receive, Schedule, Send, Space, Step, segments
 
 
 def _schedule(
@@ -22,8 +22,10 @@ def _schedule(
     steps: list[Step] = []
     for number, start, stop in segments(0, element_count, segment_elements):
         if place:
-            steps.append(Receive(((place - 1) // fan_out + root) % size, start, stop, Space.WORK, 0, number))
-        steps.extend(Send(child, start, stop, space, 0, number) for child in below)
+            steps.append(
+                Receive(((place - 1) // fan_out + root) % size, start, stop, Space.WORK, 0, number, Content.RESULT)
+            )
+        steps.extend(Send(child, start, stop, space, 0, number, Content.RESULT) for child in below)
     return Schedule(algorithm, rank, size, element_count, tuple(steps), space)
 
 

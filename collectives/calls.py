@@ -4,58 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from sparkle_mesh import limits
-from sparkle_mesh.collectives.arrays import Arrays, ArraysLook, check_arrays
+from sparkle_mesh.collectives.arrays import Arrays, check_arrays
 from sparkle_mesh.collectives.broadcast import chain_broadcast, tree_broadcast
-from sparkle_mesh.collectives.cost import choose_algorithm, segment_bytes
+from sparkle_mesh.collectives.butterfly import butterfly_all_reduce, split_by_weight
+from sparkle_mesh.collectives.call_identity import SHARED, CallIdentity, call_identity
+from sparkle_mesh.collectives.cost import butterfly_segment, choose_algorithm, segment_bytes
 from sparkle_mesh.collectives.direct import direct_all_reduce
-from sparkle_mesh.collectives.messages import call_digest
+from sparkle_mesh.collectives.halving_doubling import halving_doubling_all_reduce
+from sparkle_mesh.collectives.hierarchical import hierarchical_all_reduce
+from sparkle_mesh.collectives.parts_call import check_root
 from sparkle_mesh.collectives.plan import Plan, cached_plan
 from sparkle_mesh.collectives.reduction import check_dtype, check_op
 from sparkle_mesh.collectives.ring import ring_all_reduce
-from sparkle_mesh.collectives.schedule import Schedule
+from sparkle_mesh.collectives.rooted import chain_reduce, tree_reduce
+from sparkle_mesh.collectives.schedule import ALIGN_ELEMENTS, Schedule
+from sparkle_mesh.collectives.topology import Topology
 from sparkle_mesh.collectives.tree import tree_all_reduce
 from sparkle_mesh.errors import UsageError
 
-# Into how many streams an algorithm divides a vector, for choosing the size of segments.
-_STREAMS: dict[str, Callable[[int], int]] = {"ring": lambda size: size, "tree": lambda _: 2}
-#: The algorithm that is done one-sided or not at all.
-SHARED = "shared"
-_ALGORITHMS: dict[str, Callable[..., Schedule]] = {
-    "ring": ring_all_reduce,
-    "tree": tree_all_reduce,
-    "direct": direct_all_reduce,
-    "chain": chain_broadcast,
-    "binary_tree": tree_broadcast,
-}
-
-
-class CallIdentity(NamedTuple):
-    """Equal calls have equal digests; the description is for people, of bounded length."""
-
-    digest: bytes
-    description: str
-
-
-@lru_cache(maxsize=limits.COLLECTIVE_PLANS_CACHED_MAX_COUNT)
-def _identity(kind: str, algorithm: str, one_sided: bool, op: str, root: int | None, look: ArraysLook) -> CallIdentity:
-    # Training repeats the same few calls over and over.
-    match kind:
-        case "all_reduce":
-            shown = "auto" if one_sided and algorithm != SHARED else algorithm
-            text = f"all_reduce({look.describe()}, op={op!r}, algorithm={shown!r})"
-        case "broadcast":
-            text = f"broadcast({look.describe()}, root={root})"
-        case _:
-            text = "barrier()"
-    limit = limits.COLLECTIVE_DESCRIPTION_MAX_CHARS
-    digest = call_digest((1, kind, algorithm, one_sided, op, root, look.signature()))
-    return CallIdentity(digest, text if len(text) <= limit else text[: limit - 1] + "…")
+_BROADCAST: dict[str, Callable[..., Schedule]] = {"chain": chain_broadcast, "binary_tree": tree_broadcast}
+_REDUCE: dict[str, Callable[..., Schedule]] = {"chain": chain_reduce, "binary_tree": tree_reduce}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,22 +46,46 @@ class Call:
     @property
     def identity(self) -> CallIdentity:
         """What all ranks must have in common."""
-        return _identity(self.kind, self.algorithm, self.one_sided, self.op, self.root, self.arrays.look)
+        return call_identity(self.kind, self.algorithm, self.one_sided, self.op, self.root, self.arrays.look)
 
     def describe(self) -> str:
         """Return the call for people, of bounded length."""
         return self.identity.description
 
-    def plan(self, rank: int, size: int, count: int, item_bytes: int) -> Plan:
-        """Return ``rank``'s plan for a vector of ``count`` elements of ``item_bytes`` each."""
-        streams = _STREAMS[self.algorithm](size) if self.algorithm in _STREAMS else 1
-        segment = max(segment_bytes(count * item_bytes, streams) // item_bytes, 1)
-        root = () if self.root is None else (self.root,)
-        return cached_plan(_ALGORITHMS[self.algorithm], rank, size, count, segment, *root)
+    def plan(self, rank: int, topology: Topology, count: int, item_bytes: int, in_place: bool) -> Plan:
+        """Return ``rank``'s plan for a vector of ``count`` elements of ``item_bytes`` each, within its staging or not.
+
+        An algorithm that could not overwrite its input is not asked to.
+        """
+        size, nbytes = topology.size, count * item_bytes
+
+        def segment(parts: int) -> int:
+            return max(segment_bytes(nbytes, parts) // item_bytes, 1)
+
+        if self.kind == "barrier" or self.algorithm == "direct":
+            return cached_plan(False, direct_all_reduce, rank, size, count, segment(1))
+        if self.root is not None:
+            schedule = (_REDUCE if self.kind == "reduce" else _BROADCAST)[self.algorithm]
+            return cached_plan(False, schedule, rank, size, count, segment(1), self.root)
+        match self.algorithm:
+            case "ring":
+                return cached_plan(in_place, ring_all_reduce, rank, size, count, segment(size), topology.ring_order)
+            case "tree":
+                return cached_plan(in_place, tree_all_reduce, rank, size, count, segment(2))
+            case "halving_doubling":
+                return cached_plan(in_place, halving_doubling_all_reduce, rank, size, count, segment(1))
+            case "hierarchical":
+                hosts = topology.host_of
+                elements = segment(topology.host_count)
+                return cached_plan(in_place, hierarchical_all_reduce, rank, size, count, elements, hosts)
+            case _:
+                elements = max(butterfly_segment(nbytes, topology) // item_bytes, 1)
+                shards = split_by_weight(count, topology.shares, ALIGN_ELEMENTS if count > 64 * size else 1)
+                return cached_plan(in_place, butterfly_all_reduce, rank, size, count, elements, shards)
 
 
-def all_reduce_call(data: object, op: str, algorithm: str, size: int) -> Call:
-    """Check the arguments of an all-reduce among ``size`` ranks. Raises UsageError."""
+def all_reduce_call(data: object, op: str, algorithm: str, topology: Topology) -> Call:
+    """Check the arguments of an all-reduce among the ranks of ``topology``. Raises UsageError."""
 
     def check(dtype: np.dtype[Any], label: str) -> None:
         check_dtype(dtype, label)
@@ -98,16 +95,28 @@ def all_reduce_call(data: object, op: str, algorithm: str, size: int) -> Call:
     arrays = check_arrays(data, check)
     if algorithm == SHARED:
         return Call("all_reduce", SHARED, arrays, op, one_sided=True)
-    chosen = choose_algorithm(arrays.nbytes, size, asked=algorithm)
+    chosen = choose_algorithm(arrays.nbytes, topology, asked=algorithm)
     return Call("all_reduce", chosen, arrays, op, one_sided=algorithm == "auto")
 
 
-def broadcast_call(data: object, root: object, rank: int, size: int) -> Call:
-    """Check the arguments that ``rank`` gives a broadcast among ``size`` ranks. Raises UsageError."""
-    if isinstance(root, bool) or not isinstance(root, int) or not 0 <= root < size:
-        raise UsageError(f"root {root!r} is not a rank: there are ranks 0 to {size - 1}")
-    arrays = check_arrays(data, check_dtype, written=rank != root)
-    return Call("broadcast", choose_algorithm(arrays.nbytes, size, kind="broadcast"), arrays, root=root)
+def reduce_call(data: object, op: str, root: object, rank: int, topology: Topology) -> Call:
+    """Check the arguments that ``rank`` gives a reduction to one rank. Raises UsageError."""
+    place = check_root(root, topology.size)
+
+    def check(dtype: np.dtype[Any], label: str) -> None:
+        check_dtype(dtype, label)
+        check_op(op, dtype, label)
+
+    check_op(op, np.dtype(np.float32), "the data")
+    arrays = check_arrays(data, check, written=rank == place)
+    return Call("reduce", choose_algorithm(arrays.nbytes, topology, kind="reduce"), arrays, op, root=place)
+
+
+def broadcast_call(data: object, root: object, rank: int, topology: Topology) -> Call:
+    """Check the arguments that ``rank`` gives a broadcast among the ranks of ``topology``. Raises UsageError."""
+    place = check_root(root, topology.size)
+    arrays = check_arrays(data, check_dtype, written=rank != place)
+    return Call("broadcast", choose_algorithm(arrays.nbytes, topology, kind="broadcast"), arrays, root=place)
 
 
 def barrier_call() -> Call:

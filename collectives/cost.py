@@ -1,42 +1,52 @@
 """What an algorithm costs, and which one to take.
 
-The model is Hockney's: a message of ``m`` bytes takes ``alpha + m * beta`` seconds, with the segments of one
-message stream overlapping along its path. All that goes in is the same on every rank, so that every rank
-reaches the same plan without asking.
+The model is that of LogGP: a message takes its sender and its receiver some time each, is on its way for the latency,
+and its bytes take turns on the sender's line and at the processors. What several ranks of one host do at a time shares
+its processors. The segments of one stream overlap along its path. All that goes in is the same on every rank, so that
+every rank reaches the same plan without asking.
 
-Source: R. Thakur, R. Rabenseifner, W. Gropp, "Optimization of collective communication operations in MPICH",
-Int. J. High Perform. Comput. Appl. 19 (2005), sections 3 and 4; for trees, Sanders, Speck and Träff (2009).
+Source: A. Alexandrov, M. Ionescu, K. Schauser, C. Scheiman, "LogGP: incorporating long messages into the LogP model",
+SPAA 1995; R. Thakur, R. Rabenseifner, W. Gropp, "Optimization of collective communication operations in MPICH", Int. J.
+High Perform. Comput. Appl. 19 (2005), sections 3 and 4; for trees, Sanders, Speck and Träff (2009).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil
+from math import ceil, log2
 
 from sparkle_mesh import limits
+from sparkle_mesh.collectives.topology import Topology
 from sparkle_mesh.collectives.tree import tree_height
 from sparkle_mesh.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True)
-class LinkCost:
-    """What all links of a view are taken to cost.
+class Processor:
+    """What this project's own work costs a processor.
 
     Attributes
     ----------
-    alpha_s
-        Seconds per message, whatever its size.
-    beta_s_per_byte
-        Seconds per byte.
+    message_s
+        Seconds per message, for sender and receiver together.
+    byte_s
+        Seconds per byte that is sent, received, ciphered and added up.
+    begin_s
+        Seconds per operation and other rank, to agree on its begin and its end.
+    cores
+        How many of a host's ranks can work at a time.
     """
 
-    alpha_s: float = 100e-6
-    beta_s_per_byte: float = 1e-9
+    message_s: float = 100e-6
+    byte_s: float = 0.5e-9
+    begin_s: float = 60e-6
+    cores: int = 2
 
 
-DEFAULT_LINK_COST = LinkCost()
+PROCESSOR = Processor()
 _SEGMENTS_PER_STREAM = 4
 _ALIGN_BYTES = 64
 
@@ -53,57 +63,158 @@ def segment_bytes(nbytes: int, parts: int) -> int:
     return min(max(wanted, limits.COLLECTIVE_SEGMENT_MIN_BYTES), limits.COLLECTIVE_SEGMENT_BYTES)
 
 
-def _stream_s(nbytes: float, hops: int, segment: int, fan: float, cost: LinkCost) -> float:
-    """Return the seconds of a pipelined stream over ``hops`` in which every rank sends ``fan`` times ``nbytes``."""
-    if not nbytes:
-        return hops * cost.alpha_s
-    messages = ceil(nbytes / segment)
-    one = cost.alpha_s + min(nbytes, segment) * cost.beta_s_per_byte
-    # The first message's latency is paid once per hop; after it, only what a rank has to send counts.
-    return (hops - 1) * one + cost.alpha_s + fan * ((messages - 1) * cost.alpha_s + nbytes * cost.beta_s_per_byte)
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What an algorithm makes ranks do.
+
+    Attributes
+    ----------
+    hops
+        How many messages follow upon each other, from the first to the last.
+    first_bytes
+        What goes over each hop before the next one can begin.
+    messages
+        That the busiest rank sends or receives, whichever are more.
+    rank_bytes
+        That each rank sends, or receives if that is more.
+    """
+
+    hops: float
+    first_bytes: float
+    messages: float
+    rank_bytes: tuple[float, ...]
 
 
-def ring_s(nbytes: int, size: int, cost: LinkCost = DEFAULT_LINK_COST) -> float:
-    """Predict a ring all-reduce: ``2 (size - 1)`` rounds of one shard each. Sends ``2 (size-1)/size * nbytes``."""
+def _even(size: int, nbytes: float) -> tuple[float, ...]:
+    return (nbytes,) * size
+
+
+def ring_work(nbytes: int, topology: Topology) -> Work:
+    """A ring sends ``2 (size - 1)`` shards, one after the other."""
+    size = topology.size
+    shard = nbytes / size
+    segment = min(segment_bytes(nbytes, size), shard)
     rounds = 2 * (size - 1)
-    return rounds * _stream_s(nbytes / max(size, 1), 1, segment_bytes(nbytes, size), 1.0, cost)
+    return Work(rounds, segment, rounds * max(ceil(shard / max(segment, 1)), 1), _even(size, rounds * shard))
 
 
-def tree_s(nbytes: int, size: int, cost: LinkCost = DEFAULT_LINK_COST) -> float:
-    """Predict a double binary tree: up and down again, inner ranks sending ``2 * nbytes``."""
-    return _stream_s(nbytes / 2, 2 * tree_height(size), segment_bytes(nbytes, 2), 4.0 if size > 2 else 2.0, cost)
+def tree_work(nbytes: int, topology: Topology) -> Work:
+    """A double binary tree goes up and down again, inner ranks sending ``2 * nbytes``."""
+    size = topology.size
+    segment = min(segment_bytes(nbytes, 2), nbytes / 2)
+    messages = 4 * max(ceil(nbytes / 2 / max(segment, 1)), 1)
+    return Work(2 * tree_height(size), segment, messages, _even(size, 2.0 * nbytes if size > 2 else nbytes))
 
 
-def direct_s(nbytes: int, size: int, cost: LinkCost = DEFAULT_LINK_COST) -> float:
-    """Predict that every rank sends everything to every other: one hop, ``(size - 1) * nbytes``."""
-    # Messages that go and come side by side keep a rank busy for about a quarter of what one takes to arrive.
-    messages_s = (size - 1) * cost.alpha_s / 4
-    return messages_s + _stream_s(nbytes, 1, segment_bytes(nbytes, 1), size - 1.0, cost)
+def direct_work(nbytes: int, topology: Topology) -> Work:
+    """Every rank sends everything to every other: one hop, ``(size - 1) * nbytes``."""
+    others = topology.size - 1
+    segment = min(segment_bytes(nbytes, 1), nbytes)
+    return Work(1, segment, others * max(ceil(nbytes / max(segment, 1)), 1), _even(others + 1, others * nbytes))
 
 
-def chain_s(nbytes: int, size: int, cost: LinkCost = DEFAULT_LINK_COST) -> float:
-    """Predict a broadcast along a chain."""
-    return _stream_s(nbytes, size - 1, segment_bytes(nbytes, 1), 1.0, cost)
+def halving_doubling_work(nbytes: int, topology: Topology) -> Work:
+    """Halving and doubling send what a ring does in ``2 log2(size)`` exchanges; folding adds two whole vectors."""
+    size = topology.size
+    participants = 1 << (size.bit_length() - 1)
+    exchanges = 2 * log2(participants)
+    folds = 2 if size > participants else 0
+    rank_bytes = (2 * (participants - 1) / participants + folds / 2) * nbytes
+    sizes = [nbytes / 2 ** (turn + 1) for turn in range(int(exchanges / 2))] * 2 + [nbytes] * folds
+    segment = segment_bytes(nbytes, 1)
+    messages = sum(max(ceil(size_ / segment), 1) for size_ in sizes)
+    # Each exchange is done before the next begins.
+    return Work(exchanges + folds, rank_bytes / (exchanges + folds), messages, _even(size, rank_bytes))
 
 
-def binary_tree_s(nbytes: int, size: int, cost: LinkCost = DEFAULT_LINK_COST) -> float:
-    """Predict a broadcast down a binary tree, whose inner ranks send everything twice."""
-    return _stream_s(nbytes, max(size.bit_length() - 1, 1), segment_bytes(nbytes, 1), 2.0 if size > 2 else 1.0, cost)
+def butterfly_work(nbytes: int, topology: Topology) -> Work:
+    """Shards go to their owners and back: ``1 + (size - 2) * share`` vectors per rank, two hops."""
+    size = topology.size
+    shares = topology.shares
+    segment = butterfly_segment(nbytes, topology)
+    most = max(shares)
+    messages = 2 * (size - 1) * max(ceil(most * nbytes / segment), 1)
+    return Work(2, min(segment, most * nbytes), messages, tuple((1 + (size - 2) * w) * nbytes for w in shares))
 
 
-_ALL_REDUCE: dict[str, Callable[[int, int, LinkCost], float]] = {
-    "ring": ring_s,
-    "tree": tree_s,
-    "direct": direct_s,
+def butterfly_segment(nbytes: int, topology: Topology) -> int:
+    """Return the bytes of a segment of the butterfly."""
+    return segment_bytes(ceil(nbytes * max(topology.shares)), 1)
+
+
+def hierarchical_work(nbytes: int, topology: Topology) -> Work:
+    """Ranks of a host give all to one, which exchanges it with other hosts and gives it back."""
+    hosts = Counter(topology.host_of)
+    most = max(hosts.values())
+    count = len(hosts)
+    segment = min(segment_bytes(nbytes, count), nbytes / count)
+    messages = (2 * (most - 1) + 2 * (count - 1) / count) * max(ceil(nbytes / max(segment, 1)), 1)
+    rank_bytes = (most - 1 + 2 * (count - 1) / count) * nbytes
+    return Work(4 if count > 1 else 2, segment, messages, _even(topology.size, rank_bytes))
+
+
+def chain_work(nbytes: int, topology: Topology) -> Work:
+    """To or from one rank along a chain."""
+    segment = min(segment_bytes(nbytes, 1), nbytes)
+    return Work(topology.size - 1, segment, max(ceil(nbytes / max(segment, 1)), 1), _even(topology.size, nbytes))
+
+
+def binary_tree_work(nbytes: int, topology: Topology) -> Work:
+    """To or from one rank through a binary tree, whose inner ranks send, or receive, everything twice."""
+    size = topology.size
+    twice = 2 if size > 2 else 1
+    segment = min(segment_bytes(nbytes, 1), nbytes)
+    messages = twice * max(ceil(nbytes / max(segment, 1)), 1)
+    return Work(max(size.bit_length() - 1, 1), segment, messages, _even(size, twice * nbytes))
+
+
+def predict_s(work: Work, topology: Topology, processor: Processor = PROCESSOR) -> float:
+    """Return the seconds that ``work`` takes, from the call to its return."""
+    size = topology.size
+    # A host's ranks take turns at its processors.
+    crowd = max(Counter(topology.host_of).values())
+    turns = max(crowd / processor.cores, 1.0)
+    slowest = max(sent / line for sent, line in zip(work.rank_bytes, topology.lines, strict=True))
+    processing = turns * (work.messages * processor.message_s + max(work.rank_bytes) * processor.byte_s)
+    hop = (
+        topology.worst_latency_s + processor.message_s + work.first_bytes * (processor.byte_s + 1 / max(topology.lines))
+    )
+    agreeing = topology.worst_latency_s + turns * (size - 1) * processor.begin_s
+    return agreeing + work.hops * hop + max(slowest, processing)
+
+
+Model = Callable[[int, Topology], Work]
+_ALL_REDUCE: dict[str, Model] = {
+    "ring": ring_work,
+    "tree": tree_work,
+    "direct": direct_work,
+    "halving_doubling": halving_doubling_work,
+    "butterfly": butterfly_work,
+    "hierarchical": hierarchical_work,
 }
-_BROADCAST: dict[str, Callable[[int, int, LinkCost], float]] = {"chain": chain_s, "binary_tree": binary_tree_s}
+_BROADCAST: dict[str, Model] = {"chain": chain_work, "binary_tree": binary_tree_work}
+MODELS: dict[str, dict[str, Model]] = {"all_reduce": _ALL_REDUCE, "broadcast": _BROADCAST, "reduce": _BROADCAST}
 ALL_REDUCE_ALGORITHMS = tuple(_ALL_REDUCE)
 
 
+def predictions(nbytes: int, topology: Topology, kind: str = "all_reduce") -> dict[str, float]:
+    """Return the seconds that each algorithm for ``kind`` is predicted to take, the shortest first.
+
+    Only those that may be chosen: what is not sent at once waits for every peer to have begun, which is a hop more, and
+    what ``direct`` saves; and without several ranks on one of several hosts there is no hierarchy.
+    """
+    if topology.size == 1:
+        return dict.fromkeys(MODELS[kind], 0.0)
+    found = {name: predict_s(model(nbytes, topology), topology) for name, model in MODELS[kind].items()}
+    if nbytes > limits.COLLECTIVE_EAGER_MAX_BYTES:
+        found.pop("direct", None)
+    if not 1 < topology.host_count < topology.size:
+        found.pop("hierarchical", None)
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
 @lru_cache(maxsize=limits.COLLECTIVE_PLANS_CACHED_MAX_COUNT)
-def choose_algorithm(
-    nbytes: int, size: int, *, kind: str = "all_reduce", asked: str = "auto", cost: LinkCost = DEFAULT_LINK_COST
-) -> str:
+def choose_algorithm(nbytes: int, topology: Topology, *, kind: str = "all_reduce", asked: str = "auto") -> str:
     """Return the name of the algorithm to use: the one asked for, or the one predicted to be fastest.
 
     Raises
@@ -111,12 +222,10 @@ def choose_algorithm(
     UsageError
         If ``asked`` is not the name of an algorithm for ``kind``.
     """
-    table = _ALL_REDUCE if kind == "all_reduce" else _BROADCAST
-    if asked != "auto":
-        if asked not in table:
-            known = ", ".join(repr(name) for name in ("auto", *table, *(("shared",) if kind == "all_reduce" else ())))
-            raise UsageError(f"algorithm {asked!r} is not one of {known}")
-        return asked
-    # What is not sent at once waits for every peer to have begun: that is a hop more, and what "direct" saves.
-    fitting = [name for name in table if name != "direct" or nbytes <= limits.COLLECTIVE_EAGER_MAX_BYTES]
-    return min(fitting, key=lambda name: table[name](nbytes, size, cost))
+    if asked == "auto":
+        return next(iter(predictions(nbytes, topology, kind)))
+    if asked not in MODELS[kind]:
+        shared = ("shared",) if kind == "all_reduce" else ()
+        known = ", ".join(repr(name) for name in ("auto", *MODELS[kind], *shared))
+        raise UsageError(f"algorithm {asked!r} is not one of {known}")
+    return asked

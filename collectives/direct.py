@@ -10,7 +10,17 @@ Int. J. High Perform. Comput. Appl. 19 (2005), section 2 (the pairwise exchange 
 
 from __future__ import annotations
 
-from sparkle_mesh.collectives.schedule import Accumulate, Receive, Reduce, Schedule, Send, Space, Step, segments
+from sparkle_mesh.collectives.schedule import (
+    Accumulate,
+    Content,
+    Receive,
+    Reduce,
+    Schedule,
+    Send,
+    Space,
+    Step,
+    segments,
+)
 
 
 def direct_all_reduce(rank: int, size: int, element_count: int, segment_elements: int) -> Schedule:
@@ -22,7 +32,7 @@ def direct_all_reduce(rank: int, size: int, element_count: int, segment_elements
     # Each begins with its neighbour, so that not all send to the same one first.
     others = [(rank + turn) % size for turn in range(1, size)]
     for number, start, stop in cut:
-        steps.extend(Send(peer, start, stop, Space.INPUT, 0, number) for peer in others)
+        steps.extend(Send(peer, start, stop, Space.INPUT, 0, number, Content.INPUT) for peer in others)
     # The ranks 0 and 1 begin with the sum of both; the others with what rank 0 has sent.
     order = [1 - rank, *range(2, size)] if rank < 2 else list(range(size))
     for number, start, stop in cut:
@@ -31,9 +41,9 @@ def direct_all_reduce(rank: int, size: int, element_count: int, segment_elements
             if peer == rank:
                 steps.append(Accumulate(start, stop, finish))
             elif rank >= 2 and peer == 0:
-                steps.append(Receive(peer, start, stop, Space.WORK, 0, number))
+                steps.append(Receive(peer, start, stop, Space.WORK, 0, number, Content.INPUT))
             else:
                 operand = Space.INPUT if peer == 1 - rank else Space.WORK
-                steps.append(Receive(peer, start, stop, Space.SCRATCH, 0, number))
-                steps.append(Reduce(peer, start, stop, operand, finish))
+                steps.append(Receive(peer, start, stop, Space.SCRATCH, 0, number, Content.INPUT))
+                steps.append(Reduce(peer, start, stop, operand, finish, received_first=rank == 1 and peer == 0))
     return Schedule("direct", rank, size, element_count, tuple(steps))

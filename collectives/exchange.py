@@ -64,7 +64,7 @@ class Exchange:
         self._outbox: deque[bytes] = deque()
         self._closed = False
         self._wake = trio.Event()
-        self._scratch = np.empty(0, np.uint8)
+        self._scratch = self._encoded = np.empty(0, np.uint8)
         self._replaying: trio.Event | None = None
 
     # --- Writing ---------------------------------------------------------------------------------
@@ -239,6 +239,9 @@ class Exchange:
         if lane.waiting[expected.index] and not await execution.ready(lane, expected.index):
             await self._drop(held)
             return
+        if not lane.form.is_plain(expected.step.content):
+            await self._take_encoded(operation, expected, held)
+            return
         last = expected.index if reduction is None else reduction
         digest = lane.digest_of(last)
         target = lane.target(expected) if reduction is None else self._scratch_for(lane.dtype, nbytes)
@@ -265,12 +268,40 @@ class Exchange:
         execution.received(self.rank, expected)
         self._group.progress(operation)
 
+    async def _take_encoded(self, operation: Operation, expected: Incoming, held: bytearray | None) -> None:
+        """Receive one segment that travels in another form, and take it as a whole."""
+        execution, lane, reduction = operation.execution, expected.lane, expected.reduction
+        if held is None:
+            data = self._encoded = _at_least(self._encoded, expected.nbytes)
+            data = data[: expected.nbytes]
+            if expected.nbytes:
+                await self.link.receive_into((data,))
+        else:
+            data = np.frombuffer(held, np.uint8)
+        last = expected.index
+        if reduction is not None:
+            lane.done(expected.index)
+            if lane.waiting[reduction]:
+                await execution.ready(lane, reduction)
+            last = reduction
+        if execution.stopped:
+            return
+        nbytes = (expected.step.stop - expected.step.start) * lane.dtype.itemsize if reduction is not None else 0
+        self._scratch = _at_least(self._scratch, nbytes)
+        lane.take_encoded(expected, data, self._scratch[:nbytes].view(lane.dtype))
+        lane.done(last)
+        execution.received(self.rank, expected)
+        self._group.progress(operation)
+
     async def _drop(self, held: bytearray | None) -> None:
         if held is None:
             await self.link.discard_payload()
 
     def _scratch_for(self, dtype: np.dtype[Any], nbytes: int) -> Array:
         nbytes = min(nbytes, limits.COLLECTIVE_PART_BYTES)
-        if self._scratch.size < nbytes:
-            self._scratch = np.empty(nbytes, np.uint8)
+        self._scratch = _at_least(self._scratch, nbytes)
         return self._scratch[:nbytes].view(dtype)
+
+
+def _at_least(buffer: Array, nbytes: int) -> Array:
+    return buffer if buffer.size >= nbytes else np.empty(nbytes, np.uint8)

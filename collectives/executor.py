@@ -15,10 +15,11 @@ import trio
 
 from sparkle_mesh import limits
 from sparkle_mesh.collectives.digest import SegmentDigest, segment_digest, whole_digest
+from sparkle_mesh.collectives.form import Form
 from sparkle_mesh.collectives.messages import encode_data
 from sparkle_mesh.collectives.plan import Plan
 from sparkle_mesh.collectives.reduction import Array, Reduction
-from sparkle_mesh.collectives.schedule import Accumulate, Copy, Receive, Reduce, Send, Space
+from sparkle_mesh.collectives.schedule import Accumulate, Content, Copy, Receive, Reduce, Send, Space, Step
 
 
 class Lane:
@@ -29,56 +30,112 @@ class Lane:
     plan
         What to do.
     source
-        The caller's data (or its staging): flat, never written.
+        The caller's data (or its staging): flat, the elements that the schedule says this rank gives; never written,
+        unless it is ``work`` too.
     work
-        A vector of the same dtype and length; holds the result at the end, unless the plan's result is its input.
+        The elements that the schedule says this rank holds, of the dtype that is added up in; holds the result at the
+        end, unless the plan's result is its input.
     reduction
         How to combine.
     key
         Of the digests.
+    form
+        How numbers travel.
     """
 
-    __slots__ = ("_key", "_reduction", "digests", "dtype", "plan", "source", "undigested", "waiters", "waiting", "work")
+    __slots__ = (
+        "_encoded",
+        "_key",
+        "_reduction",
+        "_source_at",
+        "_work_at",
+        "awaited",
+        "digests",
+        "dtype",
+        "form",
+        "plan",
+        "source",
+        "waiters",
+        "waiting",
+        "work",
+    )
 
-    def __init__(self, plan: Plan, source: Array, work: Array, reduction: Reduction, key: bytes) -> None:
+    def __init__(
+        self, plan: Plan, source: Array, work: Array, reduction: Reduction, key: bytes, form: Form | None = None
+    ) -> None:
         self.plan = plan
         self.source = source
         self.work = work
-        self.dtype = source.dtype
+        self.dtype = work.dtype
+        self.form = form or Form(source.dtype)
         self.waiting = list(plan.waits_for)
         self.waiters: dict[int, Callable[[], None]] = {}
         self.digests = [b""] * len(plan.digests)
-        self.undigested = len(self.digests)
+        self.awaited = plan.awaited_count
+        self._source_at = plan.schedule.input_range[0]
+        self._work_at = plan.schedule.work_range[0]
         self._reduction = reduction
         self._key = key
+        #: Results in the form in which they are sent, and how often they still will be.
+        self._encoded: dict[tuple[int, int], tuple[Array, int]] = {}
 
     def start(self) -> None:
         """Do the local steps that wait for nothing."""
         for index in self.plan.local:
-            if not self.waiting[index]:
+            if not self.plan.waits_for[index]:
                 self._do_locally(index)
 
+    def _of_source(self, start: int, stop: int) -> Array:
+        return self.source[start - self._source_at : stop - self._source_at]
+
+    def _of_work(self, start: int, stop: int) -> Array:
+        return self.work[start - self._work_at : stop - self._work_at]
+
     def data_to_send(self, step: Send) -> Array:
-        """Return the elements that ``step`` sends."""
-        space = self.source if step.source is Space.INPUT else self.work
-        return space[step.start : step.stop]
+        """Return what ``step`` sends, in its form."""
+        data = (
+            self._of_source(step.start, step.stop)
+            if step.source is Space.INPUT
+            else self._of_work(step.start, step.stop)
+        )
+        if self.form.is_plain(step.content):
+            return data
+        if step.content is not Content.RESULT:
+            return self.form.encode(data)
+        found = self._encoded.get((step.start, step.stop))
+        return self.form.encode(data) if found is None else found[0]
 
     def target(self, message: Incoming) -> Array:
         """Return where ``message`` belongs if it is received into WORK."""
-        return self.work[message.step.start : message.step.stop]
+        return self._of_work(message.step.start, message.step.stop)
 
     def digest_of(self, index: int) -> SegmentDigest | None:
-        """Return a new digest for the range of step ``index``, if its values are final after it."""
-        return SegmentDigest(self._key) if index in self.plan.digests else None
+        """Return a new digest for the range of step ``index`` if its values are final, as they are, after it."""
+        if index not in self.plan.digests or not self.form.is_plain(Content.RESULT):
+            return None
+        return SegmentDigest(self._key)
+
+    def take_encoded(self, message: Incoming, data: Array, scratch: Array) -> None:
+        """Take a whole message that came as ``data`` in another form. Raises ProtocolError for what cannot be."""
+        step = message.step
+        if message.reduction is None:
+            self.form.decode(data, self._of_work(step.start, step.stop))
+        else:
+            self.form.decode(data, scratch)
+            self.reduce_part(message.reduction, 0, scratch)
 
     def reduce_part(self, index: int, offset: int, received: Array) -> Array:
         """Do the reduction ``index`` for the elements from ``offset`` of its range on; return the result's."""
         step = self.plan.schedule.steps[index]
         assert isinstance(step, Reduce)
-        part = slice(step.start + offset, step.start + offset + received.size)
-        operand = self.source if step.operand is Space.INPUT else self.work
-        out = self.work[part]
-        self._reduction.combine(received, operand[part], out, step.finish)
+        start = step.start + offset
+        stop = start + received.size
+        operand = (self._of_source if step.operand is Space.INPUT else self._of_work)(start, stop)
+        out = self._of_work(start, stop)
+        first, second = (received, operand) if step.received_first else (operand, received)
+        self._reduction.combine(first, second, out)
+        if step.finish:
+            self._reduction.finish(out)
         return out
 
     def done(self, index: int, digest: SegmentDigest | None = None) -> None:
@@ -87,15 +144,19 @@ class Lane:
         ``digest`` is the digest of its range if it was taken along the way.
         """
         plan = self.plan
+        step = plan.schedule.steps[index]
+        if not self.form.plain:
+            self._keep_encoded(step)
         order = plan.digests.get(index)
         if order is not None:
             if digest is not None:
                 self.digests[order] = digest.digest()
             else:
-                step = plan.schedule.steps[index]
-                result = self.source if plan.schedule.result is Space.INPUT else self.work
-                self.digests[order] = segment_digest(self._key, result[step.start : step.stop])
-            self.undigested -= 1
+                of_result = self._of_source if plan.schedule.result is Space.INPUT else self._of_work
+                self.digests[order] = segment_digest(self._key, of_result(step.start, step.stop))
+            self.awaited -= 1
+        elif not isinstance(step, Send):
+            self.awaited -= 1
         waiting = self.waiting
         for later in plan.dependents[index]:
             waiting[later] -= 1
@@ -105,12 +166,38 @@ class Lane:
                 elif isinstance(plan.schedule.steps[later], Copy | Accumulate):
                     self._do_locally(later)
 
+    def _keep_encoded(self, step: Step) -> None:
+        """Numbers that are complete become what the others will have of them; that is kept until all have it."""
+        place = (step.start, step.stop)
+        if isinstance(step, Reduce | Accumulate) and step.finish:
+            result = self._of_work(*place)
+            encoded = self.form.encode(result)
+            self.form.decode(encoded, result)
+            times = self.plan.result_sends.get(place, 0)
+            if times:
+                self._encoded[place] = (encoded, times)
+        elif isinstance(step, Send) and step.content is Content.RESULT and place in self._encoded:
+            encoded, times = self._encoded.pop(place)
+            if times > 1:
+                self._encoded[place] = (encoded, times - 1)
+
+    def result_digests(self) -> list[bytes]:
+        """Return the digests of the result, in the order of its ranges; none if ranks do not end with the same."""
+        schedule = self.plan.schedule
+        if not schedule.replicated:
+            return []
+        if schedule.cut_alike:
+            return self.digests
+        return [segment_digest(self._key, self.work)]
+
     def _do_locally(self, index: int) -> None:
         step = self.plan.schedule.steps[index]
-        own, work = self.source[step.start : step.stop], self.work[step.start : step.stop]
+        own, work = self._of_source(step.start, step.stop), self._of_work(step.start, step.stop)
         if isinstance(step, Accumulate):
-            self._reduction.combine(work, own, work, step.finish)
-        else:
+            self._reduction.combine(work, own, work)
+            if step.finish:
+                self._reduction.finish(work)
+        elif not self.plan.in_place:
             work[:] = own
         self.done(index)
 
@@ -138,7 +225,7 @@ class Incoming:
         self.reduction = reduction
         self.step = step
         self.header = header
-        self.nbytes = (step.stop - step.start) * lane.dtype.itemsize
+        self.nbytes = lane.form.nbytes(step.content, step.stop - step.start)
 
 
 class Execution:
@@ -177,11 +264,11 @@ class Execution:
     @property
     def complete(self) -> bool:
         """Whether this rank holds the whole result."""
-        return not any(lane.undigested for lane in self._lanes)
+        return not any(lane.awaited for lane in self._lanes)
 
     def digest(self, key: bytes) -> bytes:
         """Return the digest of the whole result."""
-        return whole_digest(key, [part for lane in self._lanes for part in lane.digests])
+        return whole_digest(key, [part for lane in self._lanes for part in lane.result_digests()])
 
     def next_send(self, peer: int, begun: bool, wake: Callable[[], None]) -> Outgoing | None:
         """Return the next message to ``peer`` if it can be sent now; else ``wake`` is called when to ask again.

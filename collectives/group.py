@@ -32,14 +32,23 @@ import trio
 
 from sparkle_mesh.collectives.agreement import Agreement
 from sparkle_mesh.collectives.arrays import Bucket
-from sparkle_mesh.collectives.calls import SHARED, Call, all_reduce_call, barrier_call, broadcast_call, check_timeout
+from sparkle_mesh.collectives.call_identity import SHARED
+from sparkle_mesh.collectives.calls import (
+    Call,
+    all_reduce_call,
+    barrier_call,
+    broadcast_call,
+    check_timeout,
+    reduce_call,
+)
 from sparkle_mesh.collectives.executor import Execution, Lane
 from sparkle_mesh.collectives.group_state import GroupState
 from sparkle_mesh.collectives.host_path import HostPath
 from sparkle_mesh.collectives.messages import Begin
 from sparkle_mesh.collectives.operation import Operation, Outcome
+from sparkle_mesh.collectives.parts_call import PartsCall, parts_call
 from sparkle_mesh.collectives.quick import QuickCall
-from sparkle_mesh.collectives.reduction import Reduction
+from sparkle_mesh.collectives.reduction import Reduction, work_dtype
 from sparkle_mesh.collectives.shared import Setback
 from sparkle_mesh.errors import (
     CollectiveTimeoutError,
@@ -96,7 +105,7 @@ class CollectiveGroup(GroupState):
             See the module's text. The arrays are as they were.
         """
         async with self._refusals("all_reduce"):
-            call, deadline_s = all_reduce_call(data, op, algorithm, self.size), check_timeout(timeout_s)
+            call, deadline_s = all_reduce_call(data, op, algorithm, self.topology), check_timeout(timeout_s)
         await self.perform(call, deadline_s)
         return data
 
@@ -106,9 +115,62 @@ class CollectiveGroup(GroupState):
         Parameters and errors are as for :meth:`all_reduce`; the root's own arrays may be read-only.
         """
         async with self._refusals("broadcast"):
-            call, deadline_s = broadcast_call(data, root, self.rank, self.size), check_timeout(timeout_s)
+            call, deadline_s = broadcast_call(data, root, self.rank, self.topology), check_timeout(timeout_s)
         await self.perform(call, deadline_s)
         return data
+
+    async def reduce(self, data: T, op: str = "sum", root: int = 0, *, timeout_s: float | None = None) -> T:
+        """Combine the arrays of all ranks in those of ``root``; the others' stay as they are.
+
+        Parameters and errors are as for :meth:`all_reduce`; arrays of ranks other than the root may be read-only.
+        """
+        async with self._refusals("reduce"):
+            call, deadline_s = reduce_call(data, op, root, self.rank, self.topology), check_timeout(timeout_s)
+        await self.perform(call, deadline_s)
+        return data
+
+    async def reduce_scatter(self, data: Any, op: str = "sum", *, timeout_s: float | None = None) -> Any:
+        """Combine the arrays of all ranks; return this rank's part of each: new arrays.
+
+        Every array is split along its first axis as :func:`numpy.array_split` does. Errors as :meth:`all_reduce`.
+        """
+        return await self._parts("reduce_scatter", data, timeout_s, op=op)
+
+    async def all_gather(self, data: Any, *, timeout_s: float | None = None) -> Any:
+        """Return, for every array of shape ``(…)``, a new one of shape ``(size, …)``: those of all ranks.
+
+        Errors are as for :meth:`all_reduce`.
+        """
+        return await self._parts("all_gather", data, timeout_s)
+
+    async def gather(self, data: Any, root: int = 0, *, timeout_s: float | None = None) -> Any:
+        """Return at ``root`` what :meth:`all_gather` does, and None in each array's place elsewhere."""
+        return await self._parts("gather", data, timeout_s, root=root)
+
+    async def scatter(self, data: Any, root: int = 0, *, timeout_s: float | None = None) -> Any:
+        """Give each rank its row of the arrays of ``root``.
+
+        At ``root`` arrays are of shape ``(size, …)``, and its own rows are returned as views; elsewhere they are of
+        shape ``(…)``, are filled, and are returned. Errors are as for :meth:`all_reduce`.
+        """
+        return await self._parts("scatter", data, timeout_s, root=root)
+
+    async def all_to_all(self, data: Any, *, timeout_s: float | None = None) -> Any:
+        """Give row ``r`` of each array of shape ``(size, …)`` to rank ``r``; return new ones: row ``r`` is from ``r``.
+
+        Errors are as for :meth:`all_reduce`.
+        """
+        return await self._parts("all_to_all", data, timeout_s)
+
+    async def _parts(
+        self, kind: str, data: Any, timeout_s: float | None, *, op: str = "sum", root: object = None
+    ) -> Any:
+        async with self._refusals(kind):
+            call = parts_call(kind, data, self.rank, self.size, op=op, root=root)
+            deadline_s = check_timeout(timeout_s)
+        result = call.result((await self.perform(call, deadline_s)).lanes)
+        # What was given is what is filled.
+        return data if kind == "scatter" and self.rank != call.root else result
 
     async def barrier(self, *, timeout_s: float | None = None) -> None:
         """Return once every rank has called it. Errors are as for :meth:`all_reduce`."""
@@ -149,7 +211,7 @@ class CollectiveGroup(GroupState):
 
     # --- One operation ---------------------------------------------------------------------------
 
-    async def perform(self, call: Call, timeout_s: float) -> None:
+    async def perform(self, call: Call | PartsCall, timeout_s: float) -> Operation:
         """Carry out ``call`` in its turn."""
         started = trio.current_time()
         operation: Operation | None = None
@@ -167,6 +229,7 @@ class CollectiveGroup(GroupState):
                 f"{call.describe()} did not start in {timeout_s:g} s: an earlier call is in flight"
             )
         self._tell(operation, call, trio.current_time() - started)
+        return operation
 
     async def _carry_out(
         self,
@@ -190,12 +253,12 @@ class CollectiveGroup(GroupState):
         finally:
             self._finish(operation)
 
-    def _tell(self, operation: Operation, call: Call, seconds: float) -> None:
+    def _tell(self, operation: Operation, call: Call | PartsCall, seconds: float) -> None:
         if operation.failure is not None:
             raise operation.failure
         self.last_outcome = operation.outcome(call, self.size, seconds)
 
-    def _start(self, call: Call, host: HostPath | None) -> Operation:
+    def _start(self, call: Call | PartsCall, host: HostPath | None) -> Operation:
         if self._ended is not None:
             raise type(self._ended)(str(self._ended))
         if self._nursery is None and self.size > 1:
@@ -222,7 +285,9 @@ class CollectiveGroup(GroupState):
             self.progress(operation)
         return operation
 
-    def _new_operation(self, call: Call, buckets: list[Bucket], lanes: list[Lane], host: HostPath | None) -> Operation:
+    def _new_operation(
+        self, call: Call | PartsCall, buckets: list[Bucket], lanes: list[Lane], host: HostPath | None
+    ) -> Operation:
         number = self.number + 1
         begin = Begin(
             epoch=self.epoch,
@@ -262,7 +327,7 @@ class CollectiveGroup(GroupState):
         if host is None or not host.ready or algorithm not in ("auto", SHARED):
             return None
         try:
-            call, deadline_s = all_reduce_call(data, op, algorithm, self.size), check_timeout(timeout_s)
+            call, deadline_s = all_reduce_call(data, op, algorithm, self.topology), check_timeout(timeout_s)
         except UsageError:
             return None
         return QuickCall(self, host, call, deadline_s) if host.takes(call) else None
@@ -324,16 +389,21 @@ class CollectiveGroup(GroupState):
         if not interrupted:
             self._tell(operation, call, trio.current_time() - started + timeout_s - left_s)
 
-    def _lanes(self, call: Call) -> tuple[list[Any], list[Lane]]:
+    def _lanes(self, call: Call | PartsCall) -> tuple[list[Any], list[Lane]]:
         if call.algorithm == SHARED:
             raise UsageError("algorithm 'shared' is for ranks that all share memory, on one host; use 'auto'")
-        receiving_only = call.root is not None and call.root != self.rank
+        if isinstance(call, PartsCall):
+            return [], call.lanes(self._key)
+        receiving_only = call.kind == "broadcast" and call.root != self.rank
         buckets = call.arrays.buckets(self._pool.take, fill=not receiving_only)
         reduction = Reduction(call.op, self.size)
         lanes = []
         for bucket in buckets:
-            plan = call.plan(self.rank, self.size, bucket.data.size, bucket.data.dtype.itemsize)
-            work = self._pool.take(bucket.data.size, bucket.data.dtype) if plan.schedule.steps else bucket.data
+            dtype = work_dtype(bucket.data.dtype)
+            within = bucket.staged and dtype == bucket.data.dtype
+            plan = call.plan(self.rank, self.topology, bucket.data.size, bucket.data.dtype.itemsize, within)
+            low, high = plan.schedule.work_range
+            work = bucket.data if plan.in_place or not plan.schedule.steps else self._pool.take(high - low, dtype)
             lanes.append(Lane(plan, bucket.data, work, reduction, self._key))
         return buckets, lanes
 
@@ -348,7 +418,7 @@ class CollectiveGroup(GroupState):
         if operation.one_sided and self._host is not None:
             self._host.give_back(operation.buckets)
             return
-        for bucket, lane in zip(operation.buckets, operation.lanes, strict=True):
+        for bucket, lane in zip(operation.buckets, operation.lanes, strict=False):
             if lane.work is not bucket.data:
                 self._pool.give(lane.work)
             if bucket.staged:

@@ -22,6 +22,7 @@ from sparkle_mesh.collectives.gate import Gate
 from sparkle_mesh.collectives.host_path import HostPath, group_number
 from sparkle_mesh.collectives.messages import Abort, Begin, Control, Prepared
 from sparkle_mesh.collectives.operation import Operation, Outcome
+from sparkle_mesh.collectives.topology import Topology
 from sparkle_mesh.errors import (
     CollectiveAbortedError,
     CollectiveTimeoutError,
@@ -53,6 +54,8 @@ class GroupState:
         Turns a rank into what error messages call it, such as ``rank 2 (12D3KooW…)``.
     memory
         This process's memory that others on this host can read: for one-sided collectives.
+    topology
+        What is known of the ways between ranks; the same on every rank.
 
     Attributes
     ----------
@@ -77,6 +80,7 @@ class GroupState:
         epoch: int,
         describe_rank: Callable[[int], str] = lambda rank: f"rank {rank}",
         memory: SharedMemory | None = None,
+        topology: Topology | None = None,
     ) -> None:
         if not 0 <= rank < size or size > limits.MESH_MEMBERS_MAX_COUNT:
             raise UsageError(f"rank {rank} of {size} is not a rank of a group")
@@ -85,6 +89,8 @@ class GroupState:
             raise UsageError(f"rank {rank} of {size} needs links to {others}, not to {sorted(links)}")
         self.rank = rank
         self.size = size
+        #: What plans are made from; the same on every rank.
+        self.topology = topology or Topology(size)
         self.lineage = lineage
         self.epoch = epoch
         self.last_outcome: Outcome | None = None

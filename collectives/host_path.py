@@ -18,7 +18,8 @@ from sparkle_mesh.collectives.board import Boards, Sharing, Word
 from sparkle_mesh.collectives.calls import Call
 from sparkle_mesh.collectives.executor import BufferPool
 from sparkle_mesh.collectives.operation import Operation
-from sparkle_mesh.collectives.reduction import Array
+from sparkle_mesh.collectives.parts_call import PartsCall
+from sparkle_mesh.collectives.reduction import Array, Reduction
 from sparkle_mesh.collectives.shared import (
     AbortedError,
     OperandError,
@@ -66,7 +67,7 @@ class HostPath:
         #: That of the last reduction that all had begun.
         self._work_in_use = self._work
         self._lanes: list[SharedLane] = []
-        self._mean = False
+        self._op = "sum"
         self._reduction: SharedReduction | None = None
         self._boards.open()
 
@@ -90,7 +91,7 @@ class HostPath:
         """Whether the call in flight cannot be aborted any more."""
         return self._reduction is not None and self._reduction.committed
 
-    def takes(self, call: Call) -> bool:
+    def takes(self, call: Call | PartsCall) -> bool:
         """Whether ``call`` goes this way, where it is agreed on."""
         return call.one_sided and len({item.array.dtype for item in call.arrays.named}) <= limits.SHARED_LANES_MAX_COUNT
 
@@ -120,7 +121,7 @@ class HostPath:
 
     # --- A call ----------------------------------------------------------------------------------
 
-    def begin(self, operation: Operation, call: Call) -> None:
+    def begin(self, operation: Operation, call: Call | PartsCall) -> None:
         """Write down that ``operation`` has begun; not twice. Its buckets are staged."""
         if self._boards.get(self._group.rank, Word.BEGUN) == operation.number:
             return
@@ -131,7 +132,7 @@ class HostPath:
         if work.size < nbytes or work.size > max(4 * nbytes, limits.SHARED_WORK_KEPT_MAX_BYTES):
             # The others may still take from the one of the last reduction: it is kept until all have begun another.
             work = self._work = self._arena.allocate(nbytes)
-        self._lanes, self._mean = lanes, call.op == "mean"
+        self._lanes, self._op = lanes, call.op
         offset = self._arena.offset_of(work)
         assert offset is not None
         self._boards.begin(
@@ -184,7 +185,7 @@ class HostPath:
                 rank=self._group.rank,
                 number=operation.number,
                 lanes=self._lanes,
-                mean=self._mean,
+                reduction=Reduction(self._op, self._group.size),
                 work=self._work,
                 lost=self._group.lost,
                 given_up=operation.finished.is_set,

@@ -92,15 +92,17 @@ class Abort(wire.Message, frozen=True, kw_only=True, tag="abort"):
 
 Control: TypeAlias = Begin | Prepared | Abort
 
-# kind, lane (which bucket of the operation), round, segment, epoch, operation.
+# kind, lane (which vector of the operation), round, segment, epoch, operation. The lane's higher bits are those of the
+# segment's field.
 _DATA = struct.Struct("<BBHIIQ")
+_SEGMENT_BITS = 24
 DATA_KIND = 1
 DATA_HEADER_BYTES = _DATA.size
 
 
 def encode_data(lane: int, turn: int, segment: int, epoch: int, operation: int) -> bytes:
     """Return the header of one segment's message."""
-    return _DATA.pack(DATA_KIND, lane, turn, segment, epoch, operation)
+    return _DATA.pack(DATA_KIND, lane & 0xFF, turn, (lane >> 8) << _SEGMENT_BITS | segment, epoch, operation)
 
 
 def is_data(header: memoryview) -> bool:

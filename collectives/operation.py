@@ -11,8 +11,12 @@ from sparkle_mesh.collectives.arrays import Bucket
 from sparkle_mesh.collectives.calls import Call
 from sparkle_mesh.collectives.executor import Execution, Lane
 from sparkle_mesh.collectives.messages import Begin
+from sparkle_mesh.collectives.parts_call import PartsCall
 from sparkle_mesh.collectives.schedule import Space
 from sparkle_mesh.errors import SparkleError
+
+# What these hand out is the root's.
+_FROM_ROOT = ("broadcast", "scatter")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +85,17 @@ class Operation:
                 if bucket.staged:
                     bucket.commit(bucket.data)
             return
-        for bucket, lane in zip(self.buckets, self.lanes, strict=True):
+        # A collective of parts has no buckets: its results are new arrays.
+        for bucket, lane in zip(self.buckets, self.lanes, strict=False):
             if lane.plan.schedule.result is Space.WORK:
                 bucket.commit(lane.work)
 
-    def outcome(self, call: Call, size: int, seconds: float) -> Outcome:
+    def outcome(self, call: Call | PartsCall, size: int, seconds: float) -> Outcome:
         """Return how ``call`` among ``size`` ranks went."""
         return Outcome(
             kind=call.kind,
             algorithm="shared" if self.one_sided else call.algorithm,
-            contributors=(call.root,) if call.root is not None else tuple(range(size)),
+            contributors=(call.root,) if call.root is not None and call.kind in _FROM_ROOT else tuple(range(size)),
             epoch=self.begin.epoch,
             operation=self.number,
             bytes=call.arrays.nbytes,

@@ -13,31 +13,49 @@ J. Parallel Distrib. Comput. 69 (2009), section 4.
 
 from __future__ import annotations
 
-from sparkle_mesh.collectives.schedule import Receive, Reduce, Schedule, Send, Space, Step, segments, split_evenly
+from sparkle_mesh.collectives.schedule import (
+    Content,
+    Receive,
+    Reduce,
+    Schedule,
+    Send,
+    Space,
+    Step,
+    segments,
+    split_evenly,
+)
 
 
-def ring_all_reduce(rank: int, size: int, element_count: int, segment_elements: int) -> Schedule:
-    """Return ``rank``'s part. All arguments but ``rank`` must be the same on every rank."""
+def ring_all_reduce(
+    rank: int, size: int, element_count: int, segment_elements: int, order: tuple[int, ...] | None = None
+) -> Schedule:
+    """Return ``rank``'s part. All arguments but ``rank`` must be the same on every rank.
+
+    ``order`` are the ranks in the order in which they form the ring; by number if None.
+    """
     if size == 1:
         return Schedule("ring", rank, size, element_count, (), Space.INPUT)
     shards = split_evenly(element_count, size)
-    right, left = (rank + 1) % size, (rank - 1) % size
+    order = order or tuple(range(size))
+    place = order.index(rank)
+    right, left = order[(place + 1) % size], order[(place - 1) % size]
     steps: list[Step] = []
     for turn in range(2 * (size - 1)):
         gathering = turn >= size - 1
-        sent = list(segments(*shards[(rank - turn) % size], segment_elements))
-        received = list(segments(*shards[(rank - turn - 1) % size], segment_elements))
+        sent = list(segments(*shards[(place - turn) % size], segment_elements))
+        received = list(segments(*shards[(place - turn - 1) % size], segment_elements))
         source = Space.INPUT if turn == 0 else Space.WORK
+        content = Content.INPUT if turn == 0 else Content.RESULT if gathering else Content.PARTIAL
         # Sends and receives alternate, so that a segment's reduction stands right before it is needed.
         for index in range(max(len(sent), len(received))):
             if index < len(sent):
                 number, start, stop = sent[index]
-                steps.append(Send(right, start, stop, source, turn, number))
+                steps.append(Send(right, start, stop, source, turn, number, content))
             if index < len(received):
                 number, start, stop = received[index]
                 if gathering:
-                    steps.append(Receive(left, start, stop, Space.WORK, turn, number))
+                    steps.append(Receive(left, start, stop, Space.WORK, turn, number, content))
                 else:
-                    steps.append(Receive(left, start, stop, Space.SCRATCH, turn, number))
+                    steps.append(Receive(left, start, stop, Space.SCRATCH, turn, number, content))
                     steps.append(Reduce(left, start, stop, Space.INPUT, finish=turn == size - 2))
     return Schedule("ring", rank, size, element_count, tuple(steps))

@@ -35,6 +35,17 @@ class Space(Enum):
     SCRATCH = "scratch"
 
 
+class Content(Enum):
+    """What the elements of a message are: they may travel in different forms."""
+
+    #: One rank's own numbers.
+    INPUT = "input"
+    #: The sum of some.
+    PARTIAL = "partial"
+    #: What all ranks will hold.
+    RESULT = "result"
+
+
 @dataclass(frozen=True, slots=True)
 class Send:
     """Send ``[start, stop)`` of ``source`` (INPUT or WORK) to ``peer``."""
@@ -45,6 +56,7 @@ class Send:
     source: Space
     round: int
     segment: int
+    content: Content
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +69,19 @@ class Receive:
     target: Space
     round: int
     segment: int
+    content: Content
 
 
 @dataclass(frozen=True, slots=True)
 class Reduce:
-    """``WORK = SCRATCH (from peer) + operand``; ``finish`` on the step that completes these elements.
+    """``WORK = operand + SCRATCH (from peer)``; ``finish`` on the step that completes these elements.
 
     The operand is INPUT for the first reduction into a range (out of place: it costs no extra pass and leaves
     the caller's data alone) and WORK for later ones. Finishing (a mean's division) happens once, at the one
     rank that completes the elements, before anybody else receives them.
+
+    Which comes first matters where ranks each add up the same (of two NaNs the first one's bits win, and of zeros of
+    both signs, for a minimum): ``received_first`` turns the order around.
     """
 
     peer: int
@@ -73,6 +89,7 @@ class Reduce:
     stop: int
     operand: Space
     finish: bool = False
+    received_first: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +114,53 @@ Step: TypeAlias = Send | Receive | Reduce | Copy | Accumulate
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """What one rank does. ``result`` is the space that holds the result when all steps are done."""
+    """What one rank does.
+
+    Attributes
+    ----------
+    algorithm
+        Its name, for people.
+    rank, size, element_count
+        Whose it is, and over what.
+    steps
+        What to do.
+    result
+        The space that holds the result when all steps are done; None if this rank gets none.
+    gives, holds
+        The elements that this rank has in INPUT, and needs in WORK; all of them if None.
+    replicated
+        Whether all ranks end with the same elements.
+    cut_alike
+        Whether what is complete after one step is so on every rank, so that digests can be taken range by range.
+    """
 
     algorithm: str
     rank: int
     size: int
     element_count: int
     steps: tuple[Step, ...]
-    result: Space = Space.WORK
+    result: Space | None = Space.WORK
+    gives: tuple[int, int] | None = None
+    holds: tuple[int, int] | None = None
+    replicated: bool = True
+    cut_alike: bool = True
+
+    @property
+    def input_range(self) -> tuple[int, int]:
+        """The elements that INPUT holds."""
+        return self.gives or (0, self.element_count)
+
+    @property
+    def work_range(self) -> tuple[int, int]:
+        """The elements that WORK holds."""
+        return self.holds or (0, self.element_count)
+
+    @property
+    def result_range(self) -> tuple[int, int]:
+        """The elements of the result on this rank."""
+        if self.result is None:
+            return (0, 0)
+        return self.work_range if self.result is Space.WORK else self.input_range
 
 
 #: Shards and segments begin at multiples of this many elements where the vector is long enough, so that

@@ -32,7 +32,7 @@ import trio
 
 from sparkle_mesh import limits
 from sparkle_mesh.collectives.board import Boards, Word, count_of, counted
-from sparkle_mesh.collectives.reduction import Array
+from sparkle_mesh.collectives.reduction import FLOAT32, Array, Reduction, is_half
 from sparkle_mesh.collectives.shared_plan import (
     Chunk,
     MappedOperand,
@@ -96,8 +96,8 @@ class SharedReduction:
         This rank, and the number of the operation.
     lanes
         This rank's vectors.
-    mean
-        Whether to divide the sums by the number of ranks.
+    reduction
+        How to combine.
     work
         This rank's bytes for reduced parts, as said on its board.
     lost
@@ -119,7 +119,7 @@ class SharedReduction:
         rank: int,
         number: int,
         lanes: Sequence[SharedLane],
-        mean: bool,
+        reduction: Reduction,
         work: Array,
         lost: Mapping[int, str],
         given_up: Callable[[], bool],
@@ -129,7 +129,7 @@ class SharedReduction:
         self._size = len(peers) + 1
         self._number = number
         self._lanes = lanes
-        self._mean = mean
+        self._reduction = reduction
         self._lost = lost
         self._given_up = given_up
         #: Whether arrays may have been written to.
@@ -244,21 +244,29 @@ class SharedReduction:
     async def _combine(self, lane: int, low: int, high: int, out: Array) -> None:
         """Write the reduction of elements ``[low, high)`` of a lane to ``out``, block by block."""
         step = limits.SHARED_BLOCK_BYTES // out.itemsize
-        if self._size == 2 and not self._scratch.size:
+        half = is_half(out.dtype)
+        if self._size == 2 and not self._scratch.size and not half:
             # Two operands, both mapped, are read once and added: nothing need stay in a cache meanwhile.
             step = max(out.size, 1)
         scratch = self._scratch.view(out.dtype)
-        with np.errstate(all="ignore"):
-            for start in range(low, high, step):
-                stop = min(start + step, high)
-                block = out[start - low : stop - low]
-                total = self._read(lane, 0, start, stop, block)
-                for rank in range(1, self._size):
-                    np.add(total, self._read(lane, rank, start, stop, scratch), out=block)
-                    total = block
-                if self._mean:
-                    np.divide(block, block.dtype.type(self._size), out=block)
-                await self._let_others_run(block.nbytes * self._size)
+        sums = np.empty(min(step, out.size), FLOAT32) if half else out
+        for start in range(low, high, step):
+            stop = min(start + step, high)
+            block = out[start - low : stop - low]
+            total = self._read(lane, 0, start, stop, block)
+            into = block
+            if half:
+                into = sums[: stop - start]
+                into[:] = total
+                total = into
+            for rank in range(1, self._size):
+                self._reduction.combine(total, self._read(lane, rank, start, stop, scratch), into)
+                total = into
+            self._reduction.finish(into)
+            if half:
+                with np.errstate(over="ignore"):
+                    block[:] = into
+            await self._let_others_run(block.nbytes * self._size)
 
     def _read(self, lane: int, rank: int, start: int, stop: int, into: Array) -> Array:
         try:

@@ -17,7 +17,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparkle_mesh.collectives.schedule import Receive, Reduce, Schedule, Send, Space, Step, segments, split_evenly
+from sparkle_mesh.collectives.schedule import (
+    Content,
+    Receive,
+    Reduce,
+    Schedule,
+    Send,
+    Space,
+    Step,
+    segments,
+    split_evenly,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +61,8 @@ def _tree(size: int, index_of_rank: list[int]) -> list[TreeNode]:
         if above is not None:
             parents[rank_at[index]] = rank_at[above - 1]
             children[rank_at[above - 1]].append(rank_at[index])
-    return [TreeNode(parent, tuple(below)) for parent, below in zip(parents, children, strict=True)]
+    # In the order of ranks: where several operations are in flight, links then never wait for each other in a circle.
+    return [TreeNode(parent, tuple(sorted(below))) for parent, below in zip(parents, children, strict=True)]
 
 
 def tree_height(size: int) -> int:
@@ -64,7 +75,9 @@ def tree_all_reduce(rank: int, size: int, element_count: int, segment_elements: 
     if size == 1:
         return Schedule("tree", rank, size, element_count, (), Space.INPUT)
     halves = [list(segments(*half, segment_elements)) for half in split_evenly(element_count, 2)]
-    nodes = [tree[rank] for tree in binary_trees(size)]
+    trees = binary_trees(size)
+    nodes = [tree[rank] for tree in trees]
+    leaves = [frozenset(r for r, node in enumerate(tree) if not node.children) for tree in trees]
     # A segment comes down this many slots after it went up. Where a pair of ranks meets in both trees, its link
     # carries both directions; all ranks order by (slot, direction, tree), so no two can wait for each other.
     lag = tree_height(size)
@@ -72,27 +85,29 @@ def tree_all_reduce(rank: int, size: int, element_count: int, segment_elements: 
     for slot in range(max(len(half) for half in halves) + lag):
         for tree, node in enumerate(nodes):
             if slot < len(halves[tree]):
-                steps.extend(_upwards(node, tree, *halves[tree][slot]))
+                steps.extend(_upwards(node, leaves[tree], tree, *halves[tree][slot]))
         for tree, node in enumerate(nodes):
             if 0 <= slot - lag < len(halves[tree]):
                 steps.extend(_downwards(node, 2 + tree, *halves[tree][slot - lag]))
     return Schedule("tree", rank, size, element_count, tuple(steps))
 
 
-def _upwards(node: TreeNode, turn: int, number: int, start: int, stop: int) -> list[Step]:
+def _upwards(node: TreeNode, leaves: frozenset[int], turn: int, number: int, start: int, stop: int) -> list[Step]:
     steps: list[Step] = []
     for order, child in enumerate(node.children):
-        steps.append(Receive(child, start, stop, Space.SCRATCH, turn, number))
+        content = Content.INPUT if child in leaves else Content.PARTIAL
+        steps.append(Receive(child, start, stop, Space.SCRATCH, turn, number, content))
         finish = node.parent is None and order == len(node.children) - 1
         steps.append(Reduce(child, start, stop, Space.WORK if order else Space.INPUT, finish))
     if node.parent is not None:
-        steps.append(Send(node.parent, start, stop, Space.WORK if node.children else Space.INPUT, turn, number))
+        source, content = (Space.WORK, Content.PARTIAL) if node.children else (Space.INPUT, Content.INPUT)
+        steps.append(Send(node.parent, start, stop, source, turn, number, content))
     return steps
 
 
 def _downwards(node: TreeNode, turn: int, number: int, start: int, stop: int) -> list[Step]:
     steps: list[Step] = []
     if node.parent is not None:
-        steps.append(Receive(node.parent, start, stop, Space.WORK, turn, number))
-    steps.extend(Send(child, start, stop, Space.WORK, turn, number) for child in node.children)
+        steps.append(Receive(node.parent, start, stop, Space.WORK, turn, number, Content.RESULT))
+    steps.extend(Send(child, start, stop, Space.WORK, turn, number, Content.RESULT) for child in node.children)
     return steps

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -15,6 +15,7 @@ import trio
 from numpy.typing import DTypeLike
 
 from sparkle_mesh import limits
+from sparkle_mesh.async_collectives import AsyncCollectives
 from sparkle_mesh.collectives.group import CollectiveGroup, Outcome
 from sparkle_mesh.environment import resolve_data_dir
 from sparkle_mesh.errors import ForkedProcessError, JoinTimeoutError, PeerLostError, UsageError
@@ -31,8 +32,6 @@ from sparkle_mesh.transport.link import Link
 if TYPE_CHECKING:
     from sparkle_mesh.status import PeerStatus
 
-D = TypeVar("D")
-
 _DEFAULT_LISTEN = ("/ip4/0.0.0.0/tcp/0",)
 
 
@@ -44,7 +43,7 @@ class MeshStats:
     bytes_received: int
 
 
-class AsyncMesh:
+class AsyncMesh(AsyncCollectives):
     """A mesh this process is a member of, for trio programs; made by :func:`open_mesh`.
 
     All methods are for the trio run that opened it.
@@ -164,62 +163,6 @@ class AsyncMesh:
         if memory is None or not nbytes:
             return np.zeros(like.shape, like.dtype)
         return memory.arena.allocate(nbytes).view(like.dtype).reshape(like.shape)
-
-    # --- Collectives ----------------------------------------------------------------------------
-
-    async def all_reduce(
-        self, data: D, op: str = "sum", *, algorithm: str = "auto", timeout_s: float | None = None
-    ) -> D:
-        """Reduce arrays over all ranks, in place; every rank ends with the same bits.
-
-        Parameters
-        ----------
-        data
-            A NumPy array of any shape, or a list, tuple or dict of arrays. Every rank gives the same shapes,
-            dtypes and keys. The arrays hold the result when this returns, and are untouched when it raises, but for
-            OutcomeUnknownError: what arrays of :meth:`allocate` hold is undefined then.
-        op
-            ``"sum"`` or ``"mean"`` (floats only).
-        algorithm
-            ``"ring"``, ``"tree"``, ``"direct"``, ``"shared"`` (one-sided, where all ranks share one host's memory), or
-            ``"auto"`` to choose.
-        timeout_s
-            Deadline in seconds, waiting for slow ranks included; ``limits.COLLECTIVE_TIMEOUT_S`` if None.
-
-        Returns
-        -------
-        data
-            What was given.
-
-        Raises
-        ------
-        UsageError
-            If an array cannot be reduced in place (read-only, overlapping, a dtype that is not supported). Ranks where
-            it can be get a CollectiveAbortedError, so that the next call is the same one everywhere.
-        MismatchError
-            On every rank, if ranks called different collectives or gave other shapes, dtypes or ops.
-        PeerLostError
-            If a member died or left; the mesh is of no more use then.
-        CollectiveTimeoutError
-            If the deadline passed; the message names the absent ranks.
-        OutcomeUnknownError
-            If it was given up (deadline, cancellation, Ctrl-C) when others may have returned with the result already;
-            this process has left the mesh then.
-        DivergenceError, CollectiveAbortedError, MeshClosedError
-            If the results differ between ranks, another rank gave up, or the mesh was closed.
-        """
-        self._check_process()
-        return await self._group.all_reduce(data, op, algorithm=algorithm, timeout_s=timeout_s)
-
-    async def broadcast(self, data: D, root: int = 0, *, timeout_s: float | None = None) -> D:
-        """Copy ``data`` of rank ``root`` into ``data`` of every rank; returns it. Errors as :meth:`all_reduce`."""
-        self._check_process()
-        return await self._group.broadcast(data, root, timeout_s=timeout_s)
-
-    async def barrier(self, *, timeout_s: float | None = None) -> None:
-        """Wait until every rank has called it. Errors as :meth:`all_reduce`."""
-        self._check_process()
-        await self._group.barrier(timeout_s=timeout_s)
 
     # --- Inside ---------------------------------------------------------------------------------
 

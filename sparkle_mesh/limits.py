@@ -243,10 +243,18 @@ COLLECTIVE_OPERATIONS_AHEAD_MAX_COUNT = 64
 COLLECTIVE_OUTBOX_MAX_COUNT = 1024
 COLLECTIVE_ARRAYS_MAX_COUNT = 65536
 COLLECTIVE_ARRAYS_DESCRIBED_MAX_COUNT = 16
+# Vectors of one call, on the wire a number of 16 bits.
+COLLECTIVE_LANES_MAX_COUNT = 2**16
 COLLECTIVE_DESCRIPTION_MAX_CHARS = 4096
 COLLECTIVE_PLANS_CACHED_MAX_COUNT = 64
 COLLECTIVE_BUFFERS_POOLED_MAX_BYTES = 512 * MIB
 COLLECTIVE_BUFFERS_POOLED_MAX_COUNT = 8
+
+# Lines that differ by less are taken to be equal: measurements do.
+TOPOLOGY_EQUAL_LINES_RATIO = 1.25
+# Up to so many ranks all orders of a ring are tried.
+TOPOLOGY_RING_EXACT_MAX_COUNT = 7
+TOPOLOGY_RING_ROUNDS_COUNT = 16
 
 # --- Collectives among the ranks of one host -------------------------------------------------------
 # One per dtype of a call.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import weakref
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,11 +18,11 @@ from sparkle_mesh.async_mesh import AsyncMesh, MeshStats, open_mesh
 from sparkle_mesh.membership.invite import is_invite
 from sparkle_mesh.membership.keys import KeyLike
 from sparkle_mesh.membership.view import Member, View
+from sparkle_mesh.mesh_collectives import Collectives
 from sparkle_mesh.portal import Portal
 
 if TYPE_CHECKING:
     from sparkle_mesh.collectives.group import Outcome
-    from sparkle_mesh.collectives.quick import QuickCall
     from sparkle_mesh.status import PeerStatus
 
 D = TypeVar("D")
@@ -32,7 +32,7 @@ T = TypeVar("T")
 _meshes: weakref.WeakSet[Mesh] = weakref.WeakSet()
 
 
-class Mesh:
+class Mesh(Collectives):
     """A mesh this process is a member of; made by :func:`join`, left by ``close()`` or the end of a ``with`` block.
 
     Methods may be called from any thread of the process that joined. Ctrl-C works at any moment: the call in
@@ -124,54 +124,6 @@ class Mesh:
         """Return a new array of zeros that ranks of this host reduce where it lies; see :meth:`AsyncMesh.allocate`."""
         self._mesh._check_process()
         return self._mesh.allocate(shape, dtype)
-
-    def all_reduce(self, data: D, op: str = "sum", *, algorithm: str = "auto", timeout_s: float | None = None) -> D:
-        """Reduce arrays over all ranks in place and return them; see :meth:`AsyncMesh.all_reduce`."""
-
-        self._mesh._check_process()
-        quick = self._mesh._group.quick_all_reduce(data, op, algorithm, timeout_s)
-        if quick is not None:
-            self._run_quickly(quick)
-            return data
-
-        async def all_reduce() -> D:
-            return await self._mesh.all_reduce(data, op, algorithm=algorithm, timeout_s=timeout_s)
-
-        return self._call(all_reduce)
-
-    def broadcast(self, data: D, root: int = 0, *, timeout_s: float | None = None) -> D:
-        """Copy ``data`` of rank ``root`` to every rank in place; see :meth:`AsyncMesh.broadcast`."""
-
-        async def broadcast() -> D:
-            return await self._mesh.broadcast(data, root, timeout_s=timeout_s)
-
-        return self._call(broadcast)
-
-    def barrier(self, *, timeout_s: float | None = None) -> None:
-        """Wait until every rank has called it; see :meth:`AsyncMesh.barrier`."""
-
-        self._mesh._check_process()
-        quick = self._mesh._group.quick_barrier(timeout_s)
-        if quick is not None:
-            self._run_quickly(quick)
-            return
-
-        async def barrier() -> None:
-            await self._mesh.barrier(timeout_s=timeout_s)
-
-        self._call(barrier)
-
-    def _run_quickly(self, call: QuickCall) -> None:
-        done = False
-        try:
-            done = call.run()
-        finally:
-            if not done:
-                self._portal.call(call.finish)
-
-    def _call(self, function: Callable[[], Awaitable[T]]) -> T:
-        self._mesh._check_process()
-        return self._portal.call(function)
 
 
 def join(

@@ -2,57 +2,78 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from sparkle_mesh import limits
 from sparkle_mesh.collectives.cost import (
     ALL_REDUCE_ALGORITHMS,
-    LinkCost,
-    binary_tree_s,
-    chain_s,
+    MODELS,
+    PROCESSOR,
+    Model,
     choose_algorithm,
-    direct_s,
-    ring_s,
+    predict_s,
+    predictions,
     segment_bytes,
-    tree_s,
 )
+from sparkle_mesh.collectives.topology import Topology
 from sparkle_mesh.errors import UsageError
 
-
-def test_little_data_goes_directly_or_by_tree_and_much_by_ring() -> None:
-    for size in (4, 7, 8, 16, 64):
-        assert choose_algorithm(64, size) == ("direct" if size < 64 else "tree")
-        assert choose_algorithm(limits.COLLECTIVE_EAGER_MAX_BYTES + 1, size) != "direct"
-        assert choose_algorithm(256 * limits.MIB, size) == "ring"
+EVERY_MODEL = [model for kind in ("all_reduce", "broadcast") for model in MODELS[kind].values()]
 
 
-def test_broadcast_goes_by_chain_or_binary_tree() -> None:
-    assert choose_algorithm(256 * limits.MIB, 4, kind="broadcast") == "chain"
-    assert choose_algorithm(64, 16, kind="broadcast") == "binary_tree"
+def test_little_data_goes_directly() -> None:
+    for size in (2, 4, 7, 8):
+        assert choose_algorithm(64, Topology(size)) == "direct"
+        assert choose_algorithm(limits.COLLECTIVE_EAGER_MAX_BYTES + 1, Topology(size)) != "direct"
+
+
+def test_broadcast_and_reduce_go_by_chain_or_binary_tree() -> None:
+    for kind in ("broadcast", "reduce"):
+        assert choose_algorithm(256 * limits.MIB, Topology(4), kind=kind) == "chain"
+        assert choose_algorithm(64, Topology(16), kind=kind) == "binary_tree"
 
 
 def test_the_one_asked_for_is_taken_or_refused() -> None:
     for name in ALL_REDUCE_ALGORITHMS:
-        assert choose_algorithm(1, 4, asked=name) == name
-    with pytest.raises(UsageError, match=r"algorithm 'magic' is not one of 'auto', 'ring', 'tree'"):
-        choose_algorithm(1, 4, asked="magic")
+        assert choose_algorithm(1, Topology(4), asked=name) == name
+    with pytest.raises(UsageError, match=r"algorithm 'magic' is not one of 'auto', 'ring', 'tree'.*'shared'"):
+        choose_algorithm(1, Topology(4), asked="magic")
+    with pytest.raises(UsageError, match=r"algorithm 'ring' is not one of 'auto', 'chain', 'binary_tree'$"):
+        choose_algorithm(1, Topology(4), kind="reduce", asked="ring")
 
 
-@pytest.mark.parametrize("model", [ring_s, tree_s, direct_s, chain_s, binary_tree_s])
-def test_more_data_slower_links_and_more_ranks_never_cost_less(model: object) -> None:
-    assert callable(model)
-    sizes = [2, 4, 8, 16]
+@pytest.mark.parametrize("model", EVERY_MODEL)
+def test_more_data_slower_lines_and_slower_processors_never_cost_less(model: Model) -> None:
     volumes = [0, 1000, 10**6, 10**8]
-    for size in sizes:
-        times = [model(nbytes, size, LinkCost()) for nbytes in volumes]
+    for size in (2, 3, 4, 8, 16):
+        usual = Topology(size)
+        far = Topology(size, latency_s=((1.0,) * size,) * size)
+        narrow = Topology(size, lines_bytes_per_s=(1e6,) * size)
+        times = [predict_s(model(nbytes, usual), usual) for nbytes in volumes]
         assert times == sorted(times)
-        assert model(10**6, size, LinkCost(1e-2, 1e-9)) > model(10**6, size, LinkCost(1e-4, 1e-9))
-        assert model(10**6, size, LinkCost(1e-4, 1e-7)) > model(10**6, size, LinkCost(1e-4, 1e-9))
+        for worse in (far, narrow):
+            assert predict_s(model(10**6, worse), worse) > times[2]
+        slow = dataclasses.replace(PROCESSOR, message_s=1.0)
+        assert predict_s(model(10**6, usual), usual, slow) > times[2]
 
 
-def test_the_ring_approaches_twice_the_wire() -> None:
-    cost = LinkCost(alpha_s=0.0, beta_s_per_byte=1e-9)
-    assert ring_s(10**9, 4, cost) == pytest.approx(1.5)
+def test_nothing_costs_nothing_alone() -> None:
+    assert set(predictions(100, Topology(1)).values()) == {0.0}
+
+
+def test_a_hierarchy_is_for_several_ranks_on_one_of_several_hosts() -> None:
+    assert "hierarchical" not in predictions(10**6, Topology(4))
+    assert "hierarchical" not in predictions(10**6, Topology(4, hosts=(0, 1, 2, 3)))
+    assert "hierarchical" in predictions(10**6, Topology(4, hosts=(0, 0, 1, 2)))
+
+
+def test_a_slow_line_makes_the_butterfly_the_choice() -> None:
+    uneven = Topology(4, (0, 1, 2, 3), (125e6, 125e6, 125e6, 12.5e6), ((1e-3,) * 4,) * 4)
+    assert choose_algorithm(16 * limits.MIB, uneven) == "butterfly"
+    # The slow one sends and receives the vector once.
+    assert predictions(16 * limits.MIB, uneven)["butterfly"] < 1.1 * 16 * limits.MIB / 12.5e6
 
 
 def test_segments_have_bounds_and_keep_elements_whole() -> None:

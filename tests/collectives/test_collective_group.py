@@ -15,7 +15,7 @@ from sparkle_mesh.collectives.group import CollectiveGroup
 from sparkle_mesh.collectives.plan import make_plan
 from sparkle_mesh.collectives.reduction import Reduction
 from sparkle_mesh.collectives.ring import ring_all_reduce
-from sparkle_mesh.collectives.schedule import Copy, Receive, Reduce, Schedule, Send, Space
+from sparkle_mesh.collectives.schedule import Content, Copy, Receive, Reduce, Schedule, Send, Space
 from sparkle_mesh.errors import CollectiveAbortedError, UsageError
 
 SIZES = [1, 2, 3, 4, 7]
@@ -215,7 +215,7 @@ async def test_data_ahead_of_a_rank_is_held_or_held_back(make_world: Any) -> Non
 @pytest.mark.parametrize(
     ("call", "complaint"),
     [
-        (lambda g: g.all_reduce(np.ones(2), "max"), "op 'max'"),
+        (lambda g: g.all_reduce(np.ones(2), "median"), "op 'median'"),
         (lambda g: g.all_reduce(np.ones(2), algorithm="star"), "algorithm 'star'"),
         (lambda g: g.all_reduce(np.ones(2, int), "mean"), "mean"),
         (lambda g: g.all_reduce([], "median"), "op 'median'"),
@@ -354,15 +354,15 @@ def test_the_executor_runs_every_instruction() -> None:
     steps: list[tuple[Any, ...]] = [
         (
             Copy(0, count),
-            Receive(1, 0, count, Space.SCRATCH, 0, 0),
+            Receive(1, 0, count, Space.SCRATCH, 0, 0, Content.INPUT),
             Reduce(1, 0, count, Space.WORK, finish=True),
-            Send(1, 0, count, Space.WORK, 1, 0),
+            Send(1, 0, count, Space.WORK, 1, 0, Content.RESULT),
         ),
         (
             Copy(0, count),
-            Send(0, 0, count, Space.WORK, 0, 0),
+            Send(0, 0, count, Space.WORK, 0, 0, Content.INPUT),
             Copy(0, count),
-            Receive(0, 0, count, Space.WORK, 1, 0),
+            Receive(0, 0, count, Space.WORK, 1, 0, Content.RESULT),
         ),
     ]
     sums = [np.empty(count), np.empty(count)]

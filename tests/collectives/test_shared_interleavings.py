@@ -18,6 +18,7 @@ import pytest
 
 from sparkle_mesh import limits
 from sparkle_mesh.collectives.board import Word, count_of
+from sparkle_mesh.collectives.reduction import Reduction
 from sparkle_mesh.collectives.shared import AbortedError, SharedReduction
 from sparkle_mesh.collectives.shared_plan import Place, SharedLane, plan_chunks, work_bytes
 
@@ -133,7 +134,7 @@ def run_rank(world: World, rank: int, me: Rank, memories: dict[int, Any]) -> Non
             rank=rank,
             number=NUMBER,
             lanes=[SharedLane(me.data, Place.ARENA, 0)],
-            mean=False,
+            reduction=Reduction("sum", world.size),
             work=np.frombuffer(world.memories[rank], np.uint8, nbytes, 2**15),
             lost=world.lost[rank],
             given_up=lambda: world.given_up[rank],

@@ -1,0 +1,44 @@
+"""What all ranks must have in common when they make one call."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from sparkle_mesh import limits
+from sparkle_mesh.collectives.arrays import ArraysLook
+from sparkle_mesh.collectives.messages import call_digest
+
+#: The algorithm that is done one-sided or not at all.
+SHARED = "shared"
+
+
+class CallIdentity(NamedTuple):
+    """Equal calls have equal digests; the description is for people, of bounded length."""
+
+    digest: bytes
+    description: str
+
+
+@lru_cache(maxsize=limits.COLLECTIVE_PLANS_CACHED_MAX_COUNT)
+def call_identity(
+    kind: str, algorithm: str, one_sided: bool, op: str, root: int | None, look: ArraysLook
+) -> CallIdentity:
+    """Return the identity of a call over arrays of one look."""
+    # Training repeats the same few calls over and over.
+    match kind:
+        case "all_reduce":
+            shown = "auto" if one_sided and algorithm != SHARED else algorithm
+            text = f"all_reduce({look.describe()}, op={op!r}, algorithm={shown!r})"
+        case "broadcast":
+            text = f"broadcast({look.describe()}, root={root})"
+        case "barrier":
+            text = "barrier()"
+        case _:
+            arguments = [look.describe()]
+            arguments += [f"op={op!r}"] if kind in ("reduce", "reduce_scatter") else []
+            arguments += [f"root={root}"] if root is not None else []
+            text = f"{kind}({', '.join(arguments)})"
+    limit = limits.COLLECTIVE_DESCRIPTION_MAX_CHARS
+    digest = call_digest((1, kind, algorithm, one_sided, op, root, look.signature()))
+    return CallIdentity(digest, text if len(text) <= limit else text[: limit - 1] + "…")

@@ -1,0 +1,187 @@
+"""Calls in which ranks give, or get, parts: reduce_scatter, all_gather, gather, scatter, all_to_all.
+
+Results are new arrays (but for ``scatter``, which fills the given ones): every array is a vector of its own, sent from
+where it lies to where it is returned. Of an array of shape ``(n, …)``, rank ``r``'s part is the ``r``-th that
+:func:`numpy.array_split` makes along the first axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sparkle_mesh import limits
+from sparkle_mesh.collectives.arrays import Arrays, ArraysLook, Named, check_arrays, is_plain_vector
+from sparkle_mesh.collectives.call_identity import CallIdentity, call_identity
+from sparkle_mesh.collectives.cost import segment_bytes
+from sparkle_mesh.collectives.executor import Lane
+from sparkle_mesh.collectives.parts import all_gather, gather, reduce_scatter, scatter
+from sparkle_mesh.collectives.plan import cached_plan
+from sparkle_mesh.collectives.reduction import Array, Reduction, check_dtype, check_op, work_dtype
+from sparkle_mesh.collectives.schedule import Schedule, Space
+from sparkle_mesh.errors import UsageError
+
+Allocate = Callable[[int, np.dtype[Any]], Array]
+
+
+@dataclass(frozen=True, slots=True)
+class PartsCall:
+    """What the caller of rank ``rank`` of ``size`` asked for, checked."""
+
+    kind: str
+    arrays: Arrays
+    rank: int
+    size: int
+    op: str = "sum"
+    root: int | None = None
+    algorithm: str = "pairwise"
+    #: Never over shared memory.
+    one_sided: bool = False
+
+    @property
+    def look(self) -> ArraysLook:
+        """What all ranks must have in common: the form, names, dtypes and shapes of arrays, as all but a root give."""
+        look = self.arrays.look
+        if self.kind != "scatter" or self.rank != self.root:
+            return look
+        return ArraysLook(look.form, tuple((name, dtype, shape[1:]) for name, dtype, shape in look.items))
+
+    @property
+    def identity(self) -> CallIdentity:
+        """What all ranks must have in common."""
+        return call_identity(self.kind, self.algorithm, False, self.op, self.root, self.look)
+
+    def describe(self) -> str:
+        """Return the call for people, of bounded length."""
+        return self.identity.description
+
+    def lanes(self, key: bytes) -> list[Lane]:
+        """Return what is to be done, into new arrays."""
+        reduction = Reduction(self.op, self.size)
+        lanes: list[Lane] = []
+        for item in self.arrays.named:
+            given = item.array
+            dtype = given.dtype.newbyteorder("<")
+            source = given.reshape(-1) if is_plain_vector(given) else given.astype(dtype, order="C").reshape(-1)
+            for schedule, *arguments in self._schedules(given):
+                plan = cached_plan(False, schedule, self.rank, self.size, *arguments)
+                low, high = plan.schedule.work_range
+                work = np.empty(high - low, work_dtype(dtype) if self.kind == "reduce_scatter" else dtype)
+                start, stop = plan.schedule.input_range
+                lanes.append(Lane(plan, source[: stop - start], work, reduction, key))
+        return lanes
+
+    def _schedules(self, given: Array) -> list[tuple[Any, ...]]:
+        """The schedules over one array: with the elements, those of a segment, and what else each needs."""
+        size, count = self.size, given.size
+        makers: dict[str, Callable[..., Schedule]] = {
+            "reduce_scatter": reduce_scatter,
+            "all_gather": all_gather,
+            "gather": gather,
+        }
+        if self.kind == "reduce_scatter":
+            parts = split_rows(given.shape, size)
+        else:
+            each = count // size if self._gives_all else count
+            count = each * size
+            parts = tuple((rank * each, (rank + 1) * each) for rank in range(size))
+        segment = max(segment_bytes(count // size * given.itemsize, 1) // given.itemsize, 1)
+        roots = () if self.root is None else (self.root,)
+        if self.kind == "all_to_all":
+            return [(scatter, count, segment, root, parts) for root in range(size)]
+        return [(makers.get(self.kind, scatter), count, segment, *roots, parts)]
+
+    @property
+    def _gives_all(self) -> bool:
+        """Whether this rank's array has a row for each rank."""
+        return self.kind == "all_to_all" or (self.kind == "scatter" and self.rank == self.root)
+
+    def result(self, lanes: list[Lane]) -> Any:
+        """Return what the caller gets, in the form in which it gave its arrays."""
+        each = self.size if self.kind == "all_to_all" else 1
+        made = [
+            self._made(item, lanes[number * each : (number + 1) * each])
+            for number, item in enumerate(self.arrays.named)
+        ]
+        if self.arrays.form == "array":
+            return made[0]
+        if self.arrays.form == "dict":
+            return {item.name: array for item, array in zip(self.arrays.named, made, strict=True)}
+        return made
+
+    def _made(self, item: Named, lanes: list[Lane]) -> Array | None:
+        given = item.array
+        lane = lanes[0]
+        # Alone, a rank's sum is what it gave.
+        work = lane.work if lane.plan.schedule.result is not Space.INPUT else lane.source.copy()
+        match self.kind:
+            case "reduce_scatter":
+                low, high = row_range(given.shape[0], self.size, self.rank)
+                return work.astype(given.dtype, copy=False).reshape(high - low, *given.shape[1:])
+            case "gather" if self.rank != self.root:
+                return None
+            case "all_gather" | "gather":
+                return work.reshape(self.size, *given.shape)
+            case "all_to_all":
+                return np.concatenate([lane.work for lane in lanes]).reshape(given.shape)
+            case _ if self.rank == self.root:
+                row: Array = given[self.rank]
+                return row
+            case _:
+                given[...] = work.reshape(given.shape)
+                return given
+
+
+def row_range(rows: int, size: int, rank: int) -> tuple[int, int]:
+    """Return the rows of ``rank``, as :func:`numpy.array_split` cuts them."""
+    each, more = divmod(rows, size)
+    low = rank * each + min(rank, more)
+    return low, low + each + (rank < more)
+
+
+def split_rows(shape: tuple[int, ...], size: int) -> tuple[tuple[int, int], ...]:
+    """Return every rank's range of elements of a flat array of ``shape``."""
+    row = int(np.prod(shape[1:]))
+    return tuple((low * row, high * row) for low, high in (row_range(shape[0], size, rank) for rank in range(size)))
+
+
+def check_root(root: object, size: int) -> int:
+    """Return ``root`` if it is a rank. Raises UsageError."""
+    if isinstance(root, bool) or not isinstance(root, int) or not 0 <= root < size:
+        raise UsageError(f"root {root!r} is not a rank: there are ranks 0 to {size - 1}")
+    return root
+
+
+def parts_call(kind: str, data: object, rank: int, size: int, *, op: str = "sum", root: object = None) -> PartsCall:
+    """Check the arguments of a collective of parts among ``size`` ranks. Raises UsageError."""
+    place = None if root is None else check_root(root, size)
+
+    def check(dtype: np.dtype[Any], label: str) -> None:
+        check_dtype(dtype, label)
+        check_op(op, dtype, label)
+
+    written = kind == "scatter" and rank != place
+    arrays = check_arrays(data, check if kind == "reduce_scatter" else check_dtype, written=written)
+    call = PartsCall(kind, arrays, rank, size, op, place)
+    for item in arrays.named:
+        _check_shape(call, item)
+    vectors = len(arrays.named) * (size if kind == "all_to_all" else 1)
+    if vectors > limits.COLLECTIVE_LANES_MAX_COUNT:
+        raise UsageError(
+            f"{kind} of {len(arrays.named)} arrays among {size} ranks makes {vectors} vectors, which is over"
+            f" {limits.COLLECTIVE_LANES_MAX_COUNT}; make several calls"
+        )
+    return call
+
+
+def _check_shape(call: PartsCall, item: Named) -> None:
+    shape = item.array.shape
+    if call.kind == "reduce_scatter" and not shape:
+        raise UsageError(f"{item.label} has no first axis to be split along; pass one of at least one dimension")
+    if call._gives_all and (not shape or shape[0] != call.size):
+        raise UsageError(
+            f"{item.label} is of shape {shape}; {call.kind} needs a first axis of {call.size}: a part for each rank"
+        )

@@ -1,0 +1,145 @@
+"""What the ranks of a view know of the ways between them, and what follows for who sends what to whom.
+
+All of it is the same on every rank, so that all reach the same plans without asking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import permutations
+
+from sparkle_mesh import limits
+
+#: A line that nothing is known of.
+DEFAULT_LINE_BYTES_PER_S = 1e9
+DEFAULT_LATENCY_S = 50e-6
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The ways between ranks.
+
+    Attributes
+    ----------
+    size
+        The number of ranks.
+    hosts
+        Per rank, a number that only ranks of the same host share.
+    lines_bytes_per_s
+        What each rank can send, and receive at the same time, in bytes per second.
+    latency_s
+        One way, in seconds, between two ranks: by rank and rank; empty if all are as the default.
+    """
+
+    size: int
+    hosts: tuple[int, ...] = ()
+    lines_bytes_per_s: tuple[float, ...] = ()
+    latency_s: tuple[tuple[float, ...], ...] = field(default=(), repr=False)
+
+    @cached_property
+    def host_of(self) -> tuple[int, ...]:
+        """``hosts``, all one host if nothing is known."""
+        return self.hosts or (0,) * self.size
+
+    @cached_property
+    def host_count(self) -> int:
+        """The number of hosts."""
+        return len(set(self.host_of))
+
+    @cached_property
+    def lines(self) -> tuple[float, ...]:
+        """``lines_bytes_per_s``, with the default for what is not known."""
+        return self.lines_bytes_per_s or (DEFAULT_LINE_BYTES_PER_S,) * self.size
+
+    def latency(self, one: int, other: int) -> float:
+        """Return the seconds from one rank to another."""
+        return self.latency_s[one][other] if self.latency_s else DEFAULT_LATENCY_S
+
+    @cached_property
+    def worst_latency_s(self) -> float:
+        """The seconds of the longest way."""
+        if not self.latency_s:
+            return DEFAULT_LATENCY_S
+        return max((self.latency(a, b) for a in range(self.size) for b in range(self.size) if a != b), default=0.0)
+
+    @cached_property
+    def shares(self) -> tuple[float, ...]:
+        """What part of a vector each rank shall own, so that all lines are done at the same time."""
+        return tuple(shard_shares(self.lines))
+
+    @cached_property
+    def ring_order(self) -> tuple[int, ...]:
+        """The ranks in the order in which a ring of them is fastest."""
+        return ring_order(self)
+
+
+def shard_shares(lines: Sequence[float]) -> list[float]:
+    """Return each rank's share of a vector, such that the slowest of them is done as early as can be.
+
+    With a share ``w`` a rank sends ``1 + (size - 2) w`` vectors and receives as many. In time ``t`` a line of rate
+    ``c`` so bears a share of ``(t c - 1) / (size - 2)``; the least ``t`` for which the shares come to 1 is found by
+    taking ranks in the order of their lines, the fastest first: it is exact.
+
+    >>> shard_shares([1.0, 1.0, 1.0, 0.1])
+    [0.3333333333333333, 0.3333333333333333, 0.3333333333333333, 0.0]
+    """
+    size = len(lines)
+    if size <= 2 or max(lines) <= min(lines) * limits.TOPOLOGY_EQUAL_LINES_RATIO:
+        return [1 / size] * size
+    order = sorted(range(size), key=lambda rank: -lines[rank])
+    bearing, time = order, 0.0
+    for count in range(1, size + 1):
+        # The time in which the fastest ``count`` bear everything, if all of these bear something.
+        bearing = order[:count]
+        time = (size - 2 + count) / sum(lines[rank] for rank in bearing)
+        if count == size or time * lines[order[count]] <= 1:
+            break
+    # Whoever is slower than that sends one vector, whatever is done; nobody need be faster.
+    time = max(time, 1 / min(lines))
+    most = [min(max((time * line - 1) / (size - 2), 0.0), 1.0) for line in lines]
+    total = sum(most)
+    return [share / total for share in most]
+
+
+def ring_order(topology: Topology) -> tuple[int, ...]:
+    """Return the order of ranks in which the ways from each to the next are shortest in all.
+
+    Exact up to ``limits.TOPOLOGY_RING_EXACT_MAX_COUNT`` ranks, by trying all; above, the nearest next one from rank 0,
+    improved by turning around stretches of it for as long as that helps (2-opt: G. A. Croes, "A method for solving
+    traveling-salesman problems", Operations Research 6 (1958)).
+    """
+    size = topology.size
+    if not topology.latency_s or size <= 3:
+        return tuple(range(size))
+
+    def length(order: Sequence[int]) -> float:
+        return sum(topology.latency(order[at - 1], order[at]) for at in range(size))
+
+    given = tuple(range(size))
+    if size <= limits.TOPOLOGY_RING_EXACT_MAX_COUNT:
+        best = min(((0, *rest) for rest in permutations(range(1, size))), key=length)
+        return best if length(best) < length(given) / limits.TOPOLOGY_EQUAL_LINES_RATIO else given
+    order, left = [0], set(range(1, size))
+    while left:
+        order.append(min(left, key=lambda other: (topology.latency(order[-1], other), other)))
+        left.discard(order[-1])
+    for _ in range(limits.TOPOLOGY_RING_ROUNDS_COUNT):
+        if not _turn_around(topology, order):
+            break
+    return tuple(order) if length(order) < length(given) / limits.TOPOLOGY_EQUAL_LINES_RATIO else given
+
+
+def _turn_around(topology: Topology, order: list[int]) -> bool:
+    """Turn around every stretch for which that shortens the ring; return whether there was one."""
+    size, better = len(order), False
+    for low in range(1, size - 1):
+        for high in range(low + 1, size):
+            before, first, last, after = order[low - 1], order[low], order[high], order[(high + 1) % size]
+            old = topology.latency(before, first) + topology.latency(last, after)
+            new = topology.latency(before, last) + topology.latency(first, after)
+            if new < old * (1 - 1e-9):
+                order[low : high + 1] = reversed(order[low : high + 1])
+                better = True
+    return better

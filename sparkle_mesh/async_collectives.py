@@ -1,0 +1,120 @@
+"""The collectives of a mesh, awaited."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from sparkle_mesh.collectives.group import CollectiveGroup
+
+D = TypeVar("D")
+
+
+class AsyncCollectives:
+    """What all ranks of a mesh call together: every one the same, in the same order."""
+
+    _group: CollectiveGroup
+
+    def _check_process(self) -> None:
+        raise NotImplementedError
+
+    async def all_reduce(
+        self, data: D, op: str = "sum", *, algorithm: str = "auto", timeout_s: float | None = None
+    ) -> D:
+        """Reduce arrays over all ranks, in place; every rank ends with the same bits.
+
+        Parameters
+        ----------
+        data
+            A NumPy array of any shape, or a list, tuple or dict of arrays. Every rank gives the same shapes,
+            dtypes and keys. The arrays hold the result when this returns, and are untouched when it raises, but for
+            OutcomeUnknownError: what arrays of :meth:`allocate` hold is undefined then.
+        op
+            ``"sum"``, ``"mean"`` (not of integers), ``"min"``, ``"max"`` or ``"prod"``. float16 and bfloat16 are added
+            up in float32.
+        algorithm
+            ``"auto"`` to choose; or ``"ring"``, ``"tree"``, ``"direct"``, ``"halving_doubling"``, ``"butterfly"``,
+            ``"hierarchical"``, or ``"shared"`` (one-sided, where all ranks share one host's memory).
+        timeout_s
+            Deadline in seconds, waiting for slow ranks included; ``limits.COLLECTIVE_TIMEOUT_S`` if None.
+
+        Returns
+        -------
+        data
+            What was given.
+
+        Raises
+        ------
+        UsageError
+            If an array cannot be reduced in place (read-only, overlapping, a dtype that is not supported). Ranks where
+            it can be get a CollectiveAbortedError, so that the next call is the same one everywhere.
+        MismatchError
+            On every rank, if ranks called different collectives or gave other shapes, dtypes or ops.
+        PeerLostError
+            If a member died or left; the mesh is of no more use then.
+        CollectiveTimeoutError
+            If the deadline passed; the message names the absent ranks.
+        OutcomeUnknownError
+            If it was given up (deadline, cancellation, Ctrl-C) when others may have returned with the result already;
+            this process has left the mesh then.
+        DivergenceError, CollectiveAbortedError, MeshClosedError
+            If the results differ between ranks, another rank gave up, or the mesh was closed.
+        """
+        self._check_process()
+        return await self._group.all_reduce(data, op, algorithm=algorithm, timeout_s=timeout_s)
+
+    async def broadcast(self, data: D, root: int = 0, *, timeout_s: float | None = None) -> D:
+        """Copy ``data`` of rank ``root`` into ``data`` of every rank; returns it. Errors as :meth:`all_reduce`."""
+        self._check_process()
+        return await self._group.broadcast(data, root, timeout_s=timeout_s)
+
+    async def reduce(self, data: D, op: str = "sum", root: int = 0, *, timeout_s: float | None = None) -> D:
+        """Combine the arrays of all ranks into those of rank ``root``; returns ``data``. Errors as :meth:`all_reduce`.
+
+        The others' arrays stay as they are, and may be read-only.
+        """
+        self._check_process()
+        return await self._group.reduce(data, op, root, timeout_s=timeout_s)
+
+    async def reduce_scatter(self, data: Any, op: str = "sum", *, timeout_s: float | None = None) -> Any:
+        """Combine the arrays of all ranks, and return this rank's part of the result: a new array for each given.
+
+        Parts are those that :func:`numpy.array_split` makes along the first axis, of equal rows or nearly so. Errors
+        as :meth:`all_reduce`.
+        """
+        self._check_process()
+        return await self._group.reduce_scatter(data, op, timeout_s=timeout_s)
+
+    async def all_gather(self, data: Any, *, timeout_s: float | None = None) -> Any:
+        """Return the arrays of all ranks: for each of shape ``(…)`` a new one of shape ``(size, …)``.
+
+        Every rank gives the same shapes and dtypes. Errors as :meth:`all_reduce`.
+        """
+        self._check_process()
+        return await self._group.all_gather(data, timeout_s=timeout_s)
+
+    async def gather(self, data: Any, root: int = 0, *, timeout_s: float | None = None) -> Any:
+        """Return the arrays of all ranks at rank ``root``, as :meth:`all_gather` does, and None for each elsewhere."""
+        self._check_process()
+        return await self._group.gather(data, root, timeout_s=timeout_s)
+
+    async def scatter(self, data: Any, root: int = 0, *, timeout_s: float | None = None) -> Any:
+        """Hand out rows of the arrays of rank ``root``, which are of shape ``(size, …)``: row ``r`` to rank ``r``.
+
+        Other ranks give arrays of shape ``(…)``, which are filled in place and returned; ``root`` gets views of its own
+        rows. Errors as :meth:`all_reduce`.
+        """
+        self._check_process()
+        return await self._group.scatter(data, root, timeout_s=timeout_s)
+
+    async def all_to_all(self, data: Any, *, timeout_s: float | None = None) -> Any:
+        """Give row ``r`` of each array of shape ``(size, …)`` to rank ``r``; return new ones: row ``r`` is from ``r``.
+
+        Errors as :meth:`all_reduce`.
+        """
+        self._check_process()
+        return await self._group.all_to_all(data, timeout_s=timeout_s)
+
+    async def barrier(self, *, timeout_s: float | None = None) -> None:
+        """Wait until every rank has called it. Errors as :meth:`all_reduce`."""
+        self._check_process()
+        await self._group.barrier(timeout_s=timeout_s)
