@@ -56,6 +56,9 @@ class Word(IntEnum):
     CALL_DIGEST = 13
     #: Per lane: kind of place, place.
     LANES = 17
+    #: The first and the last of the operations that this rank has aborted with no success between them (see
+    #: :meth:`Boards.note_aborted`): a mark is overwritten by the next one's.
+    ABORTED = 96
 
 
 class Sharing(IntEnum):
@@ -75,7 +78,7 @@ _DESCRIPTION_BYTES: Final = limits.ARENA_BOARD_BYTES - _DESCRIPTION_OFFSET_BYTES
 #: A word of all ranks, and the least value to wait for.
 Condition: TypeAlias = tuple[Word, int]
 
-assert (Word.LANES + 2 * limits.SHARED_LANES_MAX_COUNT) * 8 <= _DESCRIPTION_OFFSET_BYTES
+assert Word.LANES + 2 * limits.SHARED_LANES_MAX_COUNT <= Word.ABORTED < _DESCRIPTION_OFFSET_BYTES // 8
 
 
 _yield: Final = getattr(os, "sched_yield", lambda: None)
@@ -128,6 +131,7 @@ class Boards:
         self._poll = select.poll()
         self._poll.register(memory.bell, select.POLLIN)
         self._written = b""
+        self._aborting = False
 
     # --- Writing ---------------------------------------------------------------------------------
 
@@ -172,6 +176,28 @@ class Boards:
                 or (words[Word.WAITS_FOR_TOO] == word and self._reached(word, words[Word.WAITS_VALUE_TOO]))
             ):
                 peer.ring()
+
+    def note_aborted(self, operation: int) -> None:
+        """Say that ``operation`` is aborted, for good.
+
+        A rank may be held up for so long that others have aborted what it is at, and more after that. As none of them
+        can succeed with anything meanwhile, all that one of them aborts forms one run of numbers, which is kept here.
+        """
+        first = self._own[Word.ABORTED] >> _COUNT_BITS if self._aborting else operation & _COUNT_MASK
+        self._aborting = True
+        fence()
+        self._own[Word.ABORTED] = first << _COUNT_BITS | operation & _COUNT_MASK
+        fence()
+
+    def note_success(self) -> None:
+        """An operation has succeeded: what is aborted after it is of another run."""
+        self._aborting = False
+
+    def was_aborted(self, operation: int) -> bool:
+        """Whether any rank says that it has aborted ``operation``."""
+        fence()
+        said = [words[Word.ABORTED] for words in self._words]
+        return any(word >> _COUNT_BITS <= operation & _COUNT_MASK <= word & _COUNT_MASK for word in said if word)
 
     def ring_all(self) -> None:
         """Wake all others, whatever they wait for."""

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil, log2
+from math import ceil, log2, sqrt
 
 from sparkle_mesh import limits
 from sparkle_mesh.collectives.topology import Topology
@@ -138,8 +138,15 @@ def butterfly_work(nbytes: int, topology: Topology) -> Work:
 
 
 def butterfly_segment(nbytes: int, topology: Topology) -> int:
-    """Return the bytes of a segment of the butterfly."""
-    return segment_bytes(ceil(nbytes * max(topology.shares)), 1)
+    """Return the bytes of a segment of the butterfly.
+
+    What comes last of a slow line goes back over it once more, a segment from each owner: that time and the messages'
+    own are least together for ``sqrt(nbytes * message * line / owners)``.
+    """
+    line = min(topology.lines)
+    best = sqrt(nbytes * PROCESSOR.message_s * line / max(topology.size - 1, 1))
+    wanted = ceil(min(best, limits.COLLECTIVE_SEGMENT_BYTES) / _ALIGN_BYTES) * _ALIGN_BYTES
+    return max(wanted, limits.COLLECTIVE_SEGMENT_SLOW_MIN_BYTES)
 
 
 def hierarchical_work(nbytes: int, topology: Topology) -> Work:
@@ -214,6 +221,10 @@ def predictions(nbytes: int, topology: Topology, kind: str = "all_reduce") -> di
 
 
 @lru_cache(maxsize=limits.COLLECTIVE_PLANS_CACHED_MAX_COUNT)
+def _fastest(nbytes: int, topology: Topology, kind: str) -> str:
+    return next(iter(predictions(nbytes, topology, kind)))
+
+
 def choose_algorithm(nbytes: int, topology: Topology, *, kind: str = "all_reduce", asked: str = "auto") -> str:
     """Return the name of the algorithm to use: the one asked for, or the one predicted to be fastest.
 
@@ -222,8 +233,10 @@ def choose_algorithm(nbytes: int, topology: Topology, *, kind: str = "all_reduce
     UsageError
         If ``asked`` is not the name of an algorithm for ``kind``.
     """
+    if not isinstance(asked, str):
+        raise UsageError(f"algorithm is {asked!r}, not a name")
     if asked == "auto":
-        return next(iter(predictions(nbytes, topology, kind)))
+        return _fastest(nbytes, topology, kind)
     if asked not in MODELS[kind]:
         shared = ("shared",) if kind == "all_reduce" else ()
         known = ", ".join(repr(name) for name in ("auto", *MODELS[kind], *shared))

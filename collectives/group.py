@@ -226,7 +226,7 @@ class CollectiveGroup(GroupState):
                     self.gate.leave()
         if operation is None:
             raise CollectiveTimeoutError(
-                f"{call.describe()} did not start in {timeout_s:g} s: an earlier call is in flight"
+                f"{call.describe()} did not start in {timeout_s:g} s: calls take turns, and an earlier one took longer"
             )
         self._tell(operation, call, trio.current_time() - started)
         return operation
@@ -328,7 +328,8 @@ class CollectiveGroup(GroupState):
             return None
         try:
             call, deadline_s = all_reduce_call(data, op, algorithm, self.topology), check_timeout(timeout_s)
-        except UsageError:
+        except Exception:
+            # Made once more, in its turn, it fails for all.
             return None
         return QuickCall(self, host, call, deadline_s) if host.takes(call) else None
 
@@ -410,7 +411,7 @@ class CollectiveGroup(GroupState):
     def _finish(self, operation: Operation) -> None:
         self.operation = None
         if self._host is not None:
-            self._host.finish()
+            self._host.finish(succeeded=operation.succeeded)
         if not operation.succeeded:
             # Links may still be busy with its buffers: they are dropped, not reused.
             return
@@ -431,7 +432,8 @@ class CollectiveGroup(GroupState):
         """Let a call that is refused within the block count in its turn, here and on all other ranks."""
         try:
             yield
-        except UsageError as error:
+        except Exception as error:
+            # Whatever it is: the others make the call that this rank does not.
             async with self._turn:
                 self._skip(f"its {kind} was refused: {error}")
             raise

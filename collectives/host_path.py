@@ -210,8 +210,10 @@ class HostPath:
                     )
                 )
 
-    def finish(self) -> None:
+    def finish(self, *, succeeded: bool = False) -> None:
         """Forget the call that was in flight."""
+        if succeeded:
+            self._boards.note_success()
         self._reduction = None
         self._lanes = []
 

@@ -318,6 +318,9 @@ class SharedReduction:
             # It is about to look; it rings when it has.
             await self._boards.sleep()
             return
+        if self._boards.was_aborted(self._number):
+            # Long ago: who aborted it is at another one, and only that makes it look as if it had reduced this one.
+            raise AbortedError
         self.committed = True
 
     def try_to_abort(self) -> bool:
@@ -367,7 +370,9 @@ def try_to_abort(boards: Boards, number: int, commit_at: int) -> bool:
     """Abort operation ``number`` on every rank, unless all have reduced ``commit_at`` chunks; return whether it is."""
     boards.publish(Word.MARK, counted(number, Mark.TRYING))
     late = min(boards.counts(Word.REDUCED, number)) >= commit_at
-    aborted = not late or Mark.ABORTED in boards.counts(Word.MARK, number)
+    aborted = not late or Mark.ABORTED in boards.counts(Word.MARK, number) or boards.was_aborted(number)
+    if aborted:
+        boards.note_aborted(number)
     boards.publish(Word.MARK, counted(number, Mark.ABORTED if aborted else Mark.WITHDRAWN))
     boards.ring_all()
     return aborted

@@ -17,7 +17,7 @@ DEFAULT_LINE_BYTES_PER_S = 1e9
 DEFAULT_LATENCY_S = 50e-6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Topology:
     """The ways between ranks.
 

@@ -16,8 +16,9 @@ from numpy.typing import DTypeLike
 
 from sparkle_mesh import limits
 from sparkle_mesh.async_collectives import AsyncCollectives
+from sparkle_mesh.collectives.calibration import describe_ways, make_topology, measure_lines
 from sparkle_mesh.collectives.group import CollectiveGroup, Outcome
-from sparkle_mesh.environment import resolve_data_dir
+from sparkle_mesh.environment import network_host_id, resolve_data_dir
 from sparkle_mesh.errors import ForkedProcessError, JoinTimeoutError, PeerLostError, UsageError
 from sparkle_mesh.fabric.identity import Identity
 from sparkle_mesh.membership.invite import Invite, is_invite
@@ -190,6 +191,12 @@ class AsyncMesh(AsyncCollectives):
                     if lost is not None:
                         nursery.start_soon(self._lose, lost, event.reason)
 
+    async def _learn_topology(self, rates: np.ndarray[Any, np.dtype[Any]], timeout_s: float) -> None:
+        """Let all ranks know alike what each has measured."""
+        if self.size > 1:
+            row = describe_ways(self.rank, rates, self._links, network_host_id())
+            self._group.topology = make_topology(await self._group.all_gather(row, timeout_s=timeout_s))
+
     def _rank_of_peer(self, peer_id: str) -> int | None:
         return next((r for r, member in enumerate(self._view.members) if member.peer_id == peer_id), None)
 
@@ -265,11 +272,13 @@ async def _open(config: NodeConfig, timeout_s: float, kinds: Sequence[str] | Non
             async with connector:
                 view = await _await_view(node, deadline, timeout_s)
                 links = await _connect_members(node, connector, view, deadline, timeout_s)
+                rates = await _measure_lines(node, view, links, deadline, timeout_s)
                 mesh = AsyncMesh(node, connector, view, links)
                 _meshes.add(mesh)
                 async with trio.open_nursery() as nursery:
                     await nursery.start(mesh._run)
                     try:
+                        await mesh._learn_topology(rates, max(deadline - trio.current_time(), 0.1))
                         yield mesh
                     finally:
                         mesh._group.close()
@@ -318,6 +327,18 @@ async def _await_view(node: MeshNode, deadline: float, timeout_s: float) -> View
         *node.discovery.status(),
     ]
     raise JoinTimeoutError("; ".join(lines))
+
+
+async def _measure_lines(
+    node: MeshNode, view: View, links: dict[int, Link], deadline: float, timeout_s: float
+) -> np.ndarray[Any, np.dtype[Any]]:
+    me = view.rank_of(node.membership.member)
+    assert me is not None
+    with trio.move_on_at(deadline):
+        return await measure_lines(me, view.size, links)
+    raise JoinTimeoutError(
+        f"mesh {node.config.mesh!r} formed, but its lines were not measured in {timeout_s:g} s; raise timeout_s"
+    )
 
 
 async def _connect_members(

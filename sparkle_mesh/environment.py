@@ -58,3 +58,15 @@ def host_id() -> bytes:
     except OSError:
         seed = uuid.getnode().to_bytes(6, "big")
     return sha256(b"sparkle host 1\0" + seed).digest()[:16]
+
+
+def network_host_id() -> bytes:
+    """Return 16 bytes that all processes share that send through the same network devices, and no others.
+
+    Containers of one host have devices of their own.
+    """
+    try:
+        namespace = str(Path("/proc/self/ns/net").readlink()).encode()
+    except OSError:
+        namespace = b""
+    return sha256(b"sparkle network host 1\0" + host_id() + namespace).digest()[:16]

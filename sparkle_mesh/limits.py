@@ -235,6 +235,8 @@ COLLECTIVE_PART_BYTES = RECORD_MAX_BYTES
 COLLECTIVE_SEGMENT_BYTES = 4 * COLLECTIVE_PART_BYTES
 # Vectors are not cut into smaller ones so that steps overlap: a message costs about as much as so many bytes.
 COLLECTIVE_SEGMENT_MIN_BYTES = 512 * KIB
+# The same over slow lines, where the time of the last one counts.
+COLLECTIVE_SEGMENT_SLOW_MIN_BYTES = 64 * KIB
 # Data that may be sent to a peer before it has begun the same operation; the peer holds it until then.
 COLLECTIVE_EAGER_MAX_BYTES = 64 * KIB
 # Operations that a peer may have begun and given up before this rank has come to them.
@@ -250,6 +252,14 @@ COLLECTIVE_PLANS_CACHED_MAX_COUNT = 64
 COLLECTIVE_BUFFERS_POOLED_MAX_BYTES = 512 * MIB
 COLLECTIVE_BUFFERS_POOLED_MAX_COUNT = 8
 
+# What ranks send each other to learn how fast their lines are, and how long they do at most, per pair.
+CALIBRATION_MESSAGE_BYTES = 64 * KIB
+CALIBRATION_LINE_MAX_BYTES = 4 * MIB
+CALIBRATION_LINE_S = 0.3
+# Faster lines than this are as good as any: processors take no more.
+TOPOLOGY_LINE_MAX_BYTES_PER_S = 500e6
+TOPOLOGY_LINE_MIN_BYTES_PER_S = 1e3
+TOPOLOGY_LATENCY_MAX_S = 60.0
 # Lines that differ by less are taken to be equal: measurements do.
 TOPOLOGY_EQUAL_LINES_RATIO = 1.25
 # Up to so many ranks all orders of a ring are tried.

@@ -36,7 +36,8 @@ class Mesh(Collectives):
     """A mesh this process is a member of; made by :func:`join`, left by ``close()`` or the end of a ``with`` block.
 
     Methods may be called from any thread of the process that joined. Ctrl-C works at any moment: the call in
-    progress is given up on every rank (they get :class:`~sparkle_mesh.errors.CollectiveAbortedError`).
+    progress is given up on every rank (they get :class:`~sparkle_mesh.errors.CollectiveAbortedError`), unless all ranks
+    hold its result already; then the arrays hold it here, too, when the KeyboardInterrupt is raised.
     """
 
     def __init__(self, opening: AbstractAsyncContextManager[AsyncMesh], name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,7 @@ async def test_a_call_refused_on_one_rank_counts_on_all(order: tuple[int, ...], 
         await works(world)
 
 
-@pytest.mark.parametrize("bad", [{"timeout_s": -1}, {"op": "median"}, {"algorithm": "star"}])
+@pytest.mark.parametrize("bad", [{"timeout_s": -1}, {"op": "median"}, {"algorithm": "star"}, {"algorithm": ["ring"]}])
 async def test_a_call_refused_on_every_rank_leaves_them_in_step(bad: dict[str, Any], make_world: Any) -> None:
     async with make_world(3).running() as world:
         for _ in range(2):
@@ -77,3 +78,25 @@ async def test_memory_that_one_rank_lacks_ends_the_call_for_all(
 
 def raises_memory_error(*_: object) -> None:
     raise MemoryError("none left")
+
+
+class Moody(Mapping[str, Any]):
+    """A mapping that does not give what it says it has."""
+
+    def __getitem__(self, key: str) -> Any:
+        raise RuntimeError("not today")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("a",))
+
+    def __len__(self) -> int:
+        return 1
+
+
+async def test_whatever_goes_wrong_before_a_call_counts_on_all(make_world: Any) -> None:
+    async with make_world(2).running() as world:
+        with pytest.raises(RuntimeError, match="not today"):
+            await world.groups[1].all_reduce(Moody())
+        with pytest.raises(CollectiveAbortedError, match="was refused: not today"):
+            await world.groups[0].all_reduce(np.ones(3))
+        await works(world)

@@ -1,0 +1,138 @@
+"""Measures the ways between ranks before the first collective, and makes of it what all ranks know alike.
+
+Ranks send each other a little at full speed, each to one other at a time and from one other at a time, so that what
+is measured is a line and not a share of one: to the next rank, to the one opposite, to the one before. What each has
+received, and the latencies of its links, are then gathered by all.
+
+Where all ranks share memory nothing is measured: only processors limit them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+import numpy as np
+import trio
+
+from sparkle_mesh import limits
+from sparkle_mesh.collectives.reduction import Array
+from sparkle_mesh.collectives.topology import DEFAULT_LATENCY_S, Topology
+from sparkle_mesh.errors import LinkClosedError, ProtocolError
+from sparkle_mesh.transport.link import Link
+from sparkle_mesh.transport.shared_memory import SharedMemoryLink
+
+_PROBE: Final = b"probe"
+_LAST_PROBE: Final = b"last probe"
+
+
+async def measure_lines(rank: int, size: int, links: Mapping[int, Link]) -> Array:
+    """Measure how fast others can send to ``rank``.
+
+    All ranks do this at the same time, before anything else is sent over ``links``.
+
+    Returns
+    -------
+    array of float64, shape (size,)
+        Bytes per second from each rank; 0 where that was not measured.
+    """
+    rates = np.zeros(size)
+    if all(isinstance(link, SharedMemoryLink) for link in links.values()):
+        return rates
+    for ahead in sorted({1, size // 2, size - 1} - {0}):
+        following, before = (rank + ahead) % size, (rank - ahead) % size
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_send_probes, links[following])
+            try:
+                rates[before] = await _receive_probes(links[before])
+            except LinkClosedError:
+                # Whoever uses the link next learns of it.
+                rates[before] = 0.0
+    return rates
+
+
+async def _send_probes(link: Link) -> None:
+    payload = bytes(limits.CALIBRATION_MESSAGE_BYTES)
+    try:
+        with trio.move_on_after(limits.CALIBRATION_LINE_S) as scope:
+            for _ in range(limits.CALIBRATION_LINE_MAX_BYTES // limits.CALIBRATION_MESSAGE_BYTES):
+                # Cancelled within a message, a link would be closed.
+                with trio.CancelScope(shield=True):
+                    await link.send(_PROBE, (payload,))
+                await trio.lowlevel.checkpoint()
+                if scope.cancel_called:
+                    break
+        await link.send(_LAST_PROBE)
+    except LinkClosedError:
+        return
+
+
+async def _receive_probes(link: Link) -> float:
+    """Return the greatest rate at which a quarter of the probes came in.
+
+    Raises
+    ------
+    LinkClosedError, ProtocolError
+    """
+    scratch = np.empty(limits.CALIBRATION_MESSAGE_BYTES, np.uint8)
+    times: list[float] = []
+    while True:
+        header, nbytes = await link.receive_header()
+        if bytes(header) == _LAST_PROBE and not nbytes:
+            break
+        if bytes(header) != _PROBE or nbytes != scratch.nbytes or len(times) > _most_probes():
+            raise ProtocolError(f"{nbytes} bytes with header {bytes(header)[:16]!r} came where probes of lines belong")
+        await link.receive_into((scratch,))
+        times.append(trio.current_time())
+    span = max(len(times) // 4, 1)
+    gaps = [later - earlier for earlier, later in zip(times, times[span:], strict=False)]
+    return span * scratch.nbytes / max(min(gaps), 1e-9) if gaps else 0.0
+
+
+def _most_probes() -> int:
+    return limits.CALIBRATION_LINE_MAX_BYTES // limits.CALIBRATION_MESSAGE_BYTES
+
+
+def describe_ways(rank: int, rates: Array, links: Mapping[int, Link], host: bytes) -> Array:
+    """Return what ``rank`` tells the others: a row of float64 for :func:`make_topology`, of ``2 + 2 * size``."""
+    size = rates.size
+    latencies = np.full(size, np.nan)
+    for other, link in links.items():
+        if link.stats.latency_s is not None:
+            latencies[other] = link.stats.latency_s
+    # 48 bits fit into a float's precision.
+    numbers = [float(int.from_bytes(host[at : at + 6], "big")) for at in (0, 6)]
+    return np.concatenate([numbers, rates, latencies])
+
+
+def make_topology(rows: Array) -> Topology:
+    """Return what follows from the rows of all ranks, whatever numbers are in them; the same from the same rows."""
+    size = len(rows)
+    ids = [tuple(row[:2].tolist()) for row in rows]
+    hosts = tuple(ids.index(one) for one in ids)
+    rates = _within(rows[:, 2 : 2 + size], 0.0, limits.TOPOLOGY_LINE_MAX_BYTES_PER_S, 0.0)
+    lines = [_line(rates, rank) for rank in range(size)]
+    known = [line for line in lines if line]
+    # Ranks of one host have one line; of whom nothing is known is taken to be as good as any.
+    usual = max(known, default=limits.TOPOLOGY_LINE_MAX_BYTES_PER_S)
+    shared = [max(lines[other] for other in range(size) if hosts[other] == hosts[rank]) for rank in range(size)]
+    latencies = _within(rows[:, 2 + size :], 0.0, limits.TOPOLOGY_LATENCY_MAX_S, DEFAULT_LATENCY_S)
+    both = np.maximum(latencies, latencies.T)
+    return Topology(
+        size,
+        hosts,
+        tuple(max(line or usual, limits.TOPOLOGY_LINE_MIN_BYTES_PER_S) for line in shared),
+        tuple(tuple(row) for row in both.tolist()),
+    )
+
+
+def _line(rates: Array, rank: int) -> float:
+    """What a rank can both send and receive."""
+    out, into = float(rates[:, rank].max()), float(rates[rank].max())
+    return min(out, into) if out and into else max(out, into)
+
+
+def _within(numbers: Array, low: float, high: float, instead: float) -> Array:
+    """``numbers`` between the bounds, and ``instead`` for what is none."""
+    bounded: Array = np.clip(np.nan_to_num(numbers, nan=instead, posinf=high, neginf=low), low, high)
+    return bounded
