@@ -275,6 +275,10 @@ class CollectiveGroup(GroupState):
             rank = min(self.lost)
             self._post(self._abort_message("lost", lost=rank, reason=self.lost[rank]))
             raise self._lost_error()
+        if host is None and self.topology.is_uneven:
+            for rank, exchange in self._exchanges.items():
+                together = call.algorithm == "butterfly"
+                exchange.link.pace(self.topology.pace_bytes_per_s(self.rank, rank) if together else None)
         operation = self._new_operation(call, buckets, lanes, host)
         began, self.next_operation = self.next_operation, trio.Event()
         began.set()

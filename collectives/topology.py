@@ -70,6 +70,22 @@ class Topology:
         return tuple(shard_shares(self.lines))
 
     @cached_property
+    def is_uneven(self) -> bool:
+        """Whether some lines are so much slower than others that shards differ."""
+        return max(self.shares) > min(self.shares)
+
+    def pace_bytes_per_s(self, rank: int, other: int) -> float | None:
+        """How fast ``rank`` shall send to ``other`` where all send to all at once; None if as fast as can be.
+
+        Only on a slow line, where what the others send comes together: a little more than its part of the line. (Three
+        lines of 1 Gbit/s and one of a tenth, 16 MiB: 1.40 s paced, 1.40 to 1.65 s not paced, of 1.34.)
+        """
+        line = min(self.lines[rank], self.lines[other])
+        if not self.is_uneven or line * limits.TOPOLOGY_EQUAL_LINES_RATIO >= max(self.lines):
+            return None
+        return limits.TOPOLOGY_PACE_RATIO * line / (self.size - 1)
+
+    @cached_property
     def ring_order(self) -> tuple[int, ...]:
         """The ranks in the order in which a ring of them is fastest."""
         return ring_order(self)

@@ -121,6 +121,13 @@ class Link(ABC):
     async def discard_payload(self) -> None:
         """Read the announced payload and drop it, in bounded memory."""
 
+    def pace(self, bytes_per_s: float | None) -> None:
+        """Send no faster than this from now on, as fast as can be if None; a link that cannot do so does as before.
+
+        What comes in bursts overflows queues on the way, and what is lost at the end of a burst costs a timeout.
+        """
+        return
+
     @abstractmethod
     async def aclose(self) -> None:
         """Close; the peer reads what was sent and then gets LinkClosedError. Idempotent, never raises."""

@@ -145,6 +145,18 @@ def limit_unsent(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, option, limits.LINK_STREAM_UNSENT_MAX_BYTES)
 
 
+# Linux's; the module does not name it.
+_SO_MAX_PACING_RATE = 47
+_UNLIMITED_BYTES_PER_S = 2**32 - 1
+
+
+def pace_socket(sock: TunableSocket, bytes_per_s: float | None) -> None:
+    """Let the kernel send no faster than this; as fast as it will if None."""
+    if sys.platform == "linux":
+        rate = _UNLIMITED_BYTES_PER_S if bytes_per_s is None else min(max(int(bytes_per_s), 1), _UNLIMITED_BYTES_PER_S)
+        sock.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, rate.to_bytes(4, sys.byteorder))
+
+
 async def linger(sock: socket.socket, scratch: memoryview) -> None:
     """Wait until the peer has all that was sent. Whoever calls this has a deadline.
 

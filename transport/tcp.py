@@ -39,7 +39,7 @@ from sparkle_mesh.transport.records import (
     RecordSealer,
     parse_prefix,
 )
-from sparkle_mesh.transport.sockets import NO_SIGNAL, linger, take_socket
+from sparkle_mesh.transport.sockets import NO_SIGNAL, linger, pace_socket, take_socket
 from sparkle_mesh.transport.turns import Turns
 
 MESSAGE: Final = 1
@@ -89,6 +89,7 @@ class TcpLink(Link):
         self._on_released = on_released
         self._stats = LinkStats()
         self._path = PathMeter(latency_s)
+        self._pace: float | None = None
         # The plain socket beneath trio's: its methods are what the hot path calls.
         self._sock = take_socket(stream)
         self._sealer = sealer
@@ -125,6 +126,13 @@ class TcpLink(Link):
     def _sockets(self) -> list[socket.socket]:
         """Return all sockets of the link, the first one's first."""
         return [self._sock]
+
+    def pace(self, bytes_per_s: float | None) -> None:
+        if bytes_per_s != self._pace and not self.closed:
+            self._pace = bytes_per_s
+            sockets = self._sockets()
+            for sock in sockets:
+                pace_socket(sock, None if bytes_per_s is None else bytes_per_s / len(sockets))
 
     # --- Sending ---------------------------------------------------------------------------------
 

@@ -206,6 +206,9 @@ class UpgradableLink(Link):
     def closed(self) -> bool:
         return self._closed_because is not None or self._outgoing.closed or self._incoming.closed
 
+    def pace(self, bytes_per_s: float | None) -> None:
+        self._outgoing.pace(bytes_per_s)
+
     def close_in_child(self) -> None:
         self._closed_because = "the link belongs to the parent process"
         for link in self.parts:
