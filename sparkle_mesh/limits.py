@@ -260,6 +260,15 @@ CALIBRATION_LINE_S = 0.3
 TOPOLOGY_LINE_MAX_BYTES_PER_S = 500e6
 TOPOLOGY_LINE_MIN_BYTES_PER_S = 1e3
 TOPOLOGY_LATENCY_MAX_S = 60.0
+# --- Codecs of array data ------------------------------------------------------------------------
+# Encoded and decoded at a time: a few float32 temporaries of so many elements stay in a core's own cache, and NumPy's
+# cost per call does not count.
+CODEC_PIECE_COUNT = 64 * KIB
+# What an index of 32 bits can tell apart.
+CODEC_INDEXED_MAX_COUNT = 2**32
+# Arrays whose residuals are kept between calls.
+FEEDBACK_KEYS_MAX_COUNT = 4096
+
 # Lines that differ by less are taken to be equal: measurements do.
 TOPOLOGY_EQUAL_LINES_RATIO = 1.25
 # By how much a link may send faster than its part of a line.
@@ -324,6 +333,8 @@ assert COLLECTIVE_PART_BYTES <= RECORD_MAX_BYTES
 assert COLLECTIVE_PART_BYTES % 64 == 0
 assert COLLECTIVE_EAGER_MAX_BYTES <= COLLECTIVE_SEGMENT_MIN_BYTES <= COLLECTIVE_SEGMENT_BYTES
 assert COLLECTIVE_DESCRIPTION_MAX_CHARS * 3 < LINK_HEADER_MAX_BYTES
+# A piece is whole blocks of every codec.
+assert CODEC_PIECE_COUNT % 256 == 0
 assert CONTROL_REQUEST_MAX_BYTES < CONTROL_REPLY_MAX_BYTES
 assert PING_INTERVAL_S * 3 < SILENCE_TIMEOUT_S
 assert MESH_PROOF_TIMEOUT_S < JOIN_TIMEOUT_S
