@@ -59,6 +59,10 @@ class Bucket:
     arrays: list[Array]
     staged: bool
 
+    def stage(self, vector: Array) -> None:
+        """Let ``vector`` take the place of the data, which are the caller's; what it holds is committed to them."""
+        self.data, self.staged = vector, True
+
     def commit(self, result: Array) -> None:
         """Write ``result`` (like ``data``) into the caller's arrays."""
         if not self.staged:

@@ -22,7 +22,7 @@ class CallIdentity(NamedTuple):
 
 @lru_cache(maxsize=limits.COLLECTIVE_PLANS_CACHED_MAX_COUNT)
 def call_identity(
-    kind: str, algorithm: str, one_sided: bool, op: str, root: int | None, look: ArraysLook
+    kind: str, algorithm: str, one_sided: bool, op: str, root: int | None, look: ArraysLook, compression: str = ""
 ) -> CallIdentity:
     """Return the identity of a call over arrays of one look."""
     # Training repeats the same few calls over and over.
@@ -30,6 +30,7 @@ def call_identity(
         case "all_reduce":
             shown = "auto" if one_sided and algorithm != SHARED else algorithm
             text = f"all_reduce({look.describe()}, op={op!r}, algorithm={shown!r})"
+            text = text if not compression else f"{text[:-1]}, compression={compression!r})"
         case "broadcast":
             text = f"broadcast({look.describe()}, root={root})"
         case "barrier":
@@ -40,5 +41,5 @@ def call_identity(
             arguments += [f"root={root}"] if root is not None else []
             text = f"{kind}({', '.join(arguments)})"
     limit = limits.COLLECTIVE_DESCRIPTION_MAX_CHARS
-    digest = call_digest((1, kind, algorithm, one_sided, op, root, look.signature()))
+    digest = call_digest((1, kind, algorithm, one_sided, op, root, compression, look.signature()))
     return CallIdentity(digest, text if len(text) <= limit else text[: limit - 1] + "…")

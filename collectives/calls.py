@@ -13,6 +13,7 @@ from sparkle_mesh.collectives.arrays import Arrays, check_arrays
 from sparkle_mesh.collectives.broadcast import chain_broadcast, tree_broadcast
 from sparkle_mesh.collectives.butterfly import butterfly_all_reduce, split_by_weight
 from sparkle_mesh.collectives.call_identity import SHARED, CallIdentity, call_identity
+from sparkle_mesh.collectives.compression import Compression, check_compression
 from sparkle_mesh.collectives.cost import butterfly_segment, choose_algorithm, segment_bytes
 from sparkle_mesh.collectives.direct import direct_all_reduce
 from sparkle_mesh.collectives.halving_doubling import halving_doubling_all_reduce
@@ -42,11 +43,16 @@ class Call:
     root: int | None = None
     #: Whether it is done one-sided where the ranks share memory.
     one_sided: bool = False
+    #: How numbers are sent; as they are if None.
+    compression: Compression | None = None
 
     @property
     def identity(self) -> CallIdentity:
         """What all ranks must have in common."""
-        return call_identity(self.kind, self.algorithm, self.one_sided, self.op, self.root, self.arrays.look)
+        compression = "" if self.compression is None else self.compression.describe()
+        return call_identity(
+            self.kind, self.algorithm, self.one_sided, self.op, self.root, self.arrays.look, compression
+        )
 
     def describe(self) -> str:
         """Return the call for people, of bounded length."""
@@ -84,7 +90,7 @@ class Call:
                 return cached_plan(in_place, butterfly_all_reduce, rank, size, count, elements, shards)
 
 
-def all_reduce_call(data: object, op: str, algorithm: str, topology: Topology) -> Call:
+def all_reduce_call(data: object, op: str, algorithm: str, topology: Topology, compression: object = None) -> Call:
     """Check the arguments of an all-reduce among the ranks of ``topology``. Raises UsageError."""
 
     def check(dtype: np.dtype[Any], label: str) -> None:
@@ -93,8 +99,11 @@ def all_reduce_call(data: object, op: str, algorithm: str, topology: Topology) -
 
     check_op(op, np.dtype(np.float32), "the data")
     arrays = check_arrays(data, check)
-    if algorithm == SHARED:
+    if algorithm == SHARED and compression is None:
         return Call("all_reduce", SHARED, arrays, op, one_sided=True)
+    packing = check_compression(compression, arrays, op, algorithm, topology)
+    if packing is not None:
+        return Call("all_reduce", "butterfly", arrays, op, compression=packing)
     chosen = choose_algorithm(arrays.nbytes, topology, asked=algorithm)
     return Call("all_reduce", chosen, arrays, op, one_sided=algorithm == "auto")
 

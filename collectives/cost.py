@@ -175,12 +175,15 @@ def binary_tree_work(nbytes: int, topology: Topology) -> Work:
     return Work(max(size.bit_length() - 1, 1), segment, messages, _even(size, twice * nbytes))
 
 
+def turns_at_processors(topology: Topology, processor: Processor = PROCESSOR) -> float:
+    """Return how many times longer processing takes because the ranks of a host share its processors."""
+    return max(max(Counter(topology.host_of).values()) / processor.cores, 1.0)
+
+
 def predict_s(work: Work, topology: Topology, processor: Processor = PROCESSOR) -> float:
     """Return the seconds that ``work`` takes, from the call to its return."""
     size = topology.size
-    # A host's ranks take turns at its processors.
-    crowd = max(Counter(topology.host_of).values())
-    turns = max(crowd / processor.cores, 1.0)
+    turns = turns_at_processors(topology, processor)
     slowest = max(sent / line for sent, line in zip(work.rank_bytes, topology.lines, strict=True))
     processing = turns * (work.messages * processor.message_s + max(work.rank_bytes) * processor.byte_s)
     hop = (

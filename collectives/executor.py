@@ -41,6 +41,8 @@ class Lane:
         Of the digests.
     form
         How numbers travel.
+    lost
+        Like ``source``: where what sending in that form loses of this rank's numbers is noted, for error feedback.
     """
 
     __slots__ = (
@@ -53,6 +55,7 @@ class Lane:
         "digests",
         "dtype",
         "form",
+        "lost",
         "plan",
         "source",
         "waiters",
@@ -61,13 +64,21 @@ class Lane:
     )
 
     def __init__(
-        self, plan: Plan, source: Array, work: Array, reduction: Reduction, key: bytes, form: Form | None = None
+        self,
+        plan: Plan,
+        source: Array,
+        work: Array,
+        reduction: Reduction,
+        key: bytes,
+        form: Form | None = None,
+        lost: Array | None = None,
     ) -> None:
         self.plan = plan
         self.source = source
         self.work = work
         self.dtype = work.dtype
         self.form = form or Form(source.dtype)
+        self.lost = lost
         self.waiting = list(plan.waits_for)
         self.waiters: dict[int, Callable[[], None]] = {}
         self.digests = [b""] * len(plan.digests)
@@ -101,7 +112,13 @@ class Lane:
         if self.form.is_plain(step.content):
             return data
         if step.content is not Content.RESULT:
-            return self.form.encode(data)
+            encoded = self.form.encode(data)
+            if self.lost is not None:
+                lost = self.lost[step.start : step.stop]
+                self.form.decode(encoded, lost)
+                with np.errstate(invalid="ignore"):
+                    np.subtract(data, lost, out=lost)
+            return encoded
         found = self._encoded.get((step.start, step.stop))
         return self.form.encode(data) if found is None else found[0]
 
@@ -172,7 +189,16 @@ class Lane:
         if isinstance(step, Reduce | Accumulate) and step.finish:
             result = self._of_work(*place)
             encoded = self.form.encode(result)
-            self.form.decode(encoded, result)
+            if self.lost is None:
+                self.form.decode(encoded, result)
+            else:
+                # What the sum loses here is put down to this rank's own part of it, which loses nothing.
+                lost = self.lost[step.start : step.stop]
+                lost[:] = result
+                self.form.decode(encoded, result)
+                with np.errstate(invalid="ignore"):
+                    np.subtract(lost, result, out=lost)
+                    np.multiply(lost, self._reduction.share, out=lost)
             times = self.plan.result_sends.get(place, 0)
             if times:
                 self._encoded[place] = (encoded, times)

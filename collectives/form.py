@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from sparkle_mesh.collectives.reduction import Array, is_half, work_dtype
+from sparkle_mesh.collectives.codec import Codec
+from sparkle_mesh.collectives.reduction import FLOAT32, Array, is_half, work_dtype
 from sparkle_mesh.collectives.schedule import Content
 
 
 class Form:
-    """The form of numbers of ``dtype``.
+    """The form of numbers of ``dtype``; inputs and results encoded by ``codec``, if there is one.
 
     Attributes
     ----------
@@ -24,12 +25,13 @@ class Form:
         Whether all contents travel as they are added up.
     """
 
-    __slots__ = ("_dtype", "_work", "plain")
+    __slots__ = ("_codec", "_dtype", "_work", "plain")
 
-    def __init__(self, dtype: np.dtype[Any]) -> None:
+    def __init__(self, dtype: np.dtype[Any], codec: Codec | None = None) -> None:
         self._dtype = dtype
         self._work = work_dtype(dtype)
-        self.plain = not is_half(dtype)
+        self._codec = codec
+        self.plain = codec is None and not is_half(dtype)
 
     def is_plain(self, content: Content) -> bool:
         """Whether ``content`` travels as it is added up."""
@@ -37,13 +39,22 @@ class Form:
 
     def nbytes(self, content: Content, count: int) -> int:
         """Return how many bytes ``count`` numbers are on their way."""
-        return count * (self._work if self.is_plain(content) else self._dtype).itemsize
+        if self.is_plain(content):
+            return count * self._work.itemsize
+        return count * self._dtype.itemsize if self._codec is None else self._codec.encoded_bytes(count)
 
     def encode(self, numbers: Array) -> Array:
         """Return ``numbers``, of either dtype, as they travel."""
         with np.errstate(over="ignore"):
-            return numbers.astype(self._dtype, copy=False)
+            if self._codec is None:
+                return numbers.astype(self._dtype, copy=False)
+            encoded = np.empty(self._codec.encoded_bytes(numbers.size), np.uint8)
+            self._codec.encode(numbers.astype(FLOAT32, copy=False), encoded)
+            return encoded
 
     def decode(self, data: Array, out: Array) -> None:
         """Write what travelled as ``data`` to ``out``. Raises ProtocolError if it cannot be."""
-        out[:] = data.view(self._dtype)
+        if self._codec is None:
+            out[:] = data.view(self._dtype)
+        else:
+            self._codec.decode(data, out)

@@ -28,6 +28,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
+import numpy as np
 import trio
 
 from sparkle_mesh.collectives.agreement import Agreement
@@ -41,14 +42,16 @@ from sparkle_mesh.collectives.calls import (
     check_timeout,
     reduce_call,
 )
+from sparkle_mesh.collectives.compression import Compression
 from sparkle_mesh.collectives.executor import Execution, Lane
+from sparkle_mesh.collectives.form import Form
 from sparkle_mesh.collectives.group_state import GroupState
 from sparkle_mesh.collectives.host_path import HostPath
 from sparkle_mesh.collectives.messages import Begin
 from sparkle_mesh.collectives.operation import Operation, Outcome
 from sparkle_mesh.collectives.parts_call import PartsCall, parts_call
 from sparkle_mesh.collectives.quick import QuickCall
-from sparkle_mesh.collectives.reduction import Reduction, work_dtype
+from sparkle_mesh.collectives.reduction import Array, Reduction, work_dtype
 from sparkle_mesh.collectives.shared import Setback
 from sparkle_mesh.errors import (
     CollectiveTimeoutError,
@@ -80,6 +83,7 @@ class CollectiveGroup(GroupState):
         op: str = "sum",
         *,
         algorithm: str = "auto",
+        compression: str | Compression | None = None,
         timeout_s: float | None = None,
     ) -> T:
         """Combine the arrays of all ranks, element by element; every rank ends with the same bits. Returns ``data``.
@@ -91,7 +95,9 @@ class CollectiveGroup(GroupState):
         op
             ``"sum"`` or ``"mean"``.
         algorithm
-            ``"auto"``, ``"shared"`` (if all ranks share memory), ``"ring"``, ``"tree"`` or ``"direct"``.
+            ``"auto"``, ``"shared"`` (if all ranks share memory), or one of ``cost.ALL_REDUCE_ALGORITHMS``.
+        compression
+            None; a codec's name, or a :class:`Compression`; or ``"auto"``.
         timeout_s
             How long to wait for the other ranks; ``limits.COLLECTIVE_TIMEOUT_S`` if None.
 
@@ -105,7 +111,10 @@ class CollectiveGroup(GroupState):
             See the module's text. The arrays are as they were.
         """
         async with self._refusals("all_reduce"):
-            call, deadline_s = all_reduce_call(data, op, algorithm, self.topology), check_timeout(timeout_s)
+            call, deadline_s = (
+                all_reduce_call(data, op, algorithm, self.topology, compression),
+                check_timeout(timeout_s),
+            )
         await self.perform(call, deadline_s)
         return data
 
@@ -304,6 +313,8 @@ class CollectiveGroup(GroupState):
         execution = Execution(lanes, self.epoch, number)
         agreement = Agreement(self.size, self.rank, begin)
         operation = Operation(begin, agreement, execution, buckets, lanes, one_sided=host is not None)
+        if isinstance(call, Call) and call.compression is not None:
+            operation.feedback = call.compression.feedback
         self.operation, self.number = operation, number
         if host is not None:
             host.begin(operation, call)
@@ -328,12 +339,13 @@ class CollectiveGroup(GroupState):
     def quick_all_reduce(self, data: object, op: str, algorithm: str, timeout_s: float | None) -> QuickCall | None:
         """Return the all-reduce as one that the calling thread can carry out; None if :meth:`all_reduce` must."""
         host = self._host
-        if host is None or not host.ready or algorithm not in ("auto", SHARED):
+        # What is not one of these may be anything, and fail in any way: that is for the call in its turn.
+        plain = type(data) in (np.ndarray, list, tuple, dict)
+        if host is None or not host.ready or algorithm not in ("auto", SHARED) or not plain:
             return None
         try:
             call, deadline_s = all_reduce_call(data, op, algorithm, self.topology), check_timeout(timeout_s)
-        except Exception:
-            # Made once more, in its turn, it fails for all.
+        except UsageError:
             return None
         return QuickCall(self, host, call, deadline_s) if host.takes(call) else None
 
@@ -401,16 +413,26 @@ class CollectiveGroup(GroupState):
             return [], call.lanes(self._key)
         receiving_only = call.kind == "broadcast" and call.root != self.rank
         buckets = call.arrays.buckets(self._pool.take, fill=not receiving_only)
-        reduction = Reduction(call.op, self.size)
-        lanes = []
-        for bucket in buckets:
-            dtype = work_dtype(bucket.data.dtype)
-            within = bucket.staged and dtype == bucket.data.dtype
-            plan = call.plan(self.rank, self.topology, bucket.data.size, bucket.data.dtype.itemsize, within)
-            low, high = plan.schedule.work_range
-            work = bucket.data if plan.in_place or not plan.schedule.steps else self._pool.take(high - low, dtype)
-            lanes.append(Lane(plan, bucket.data, work, reduction, self._key))
-        return buckets, lanes
+        return buckets, [self._lane(call, number, bucket) for number, bucket in enumerate(buckets)]
+
+    def _lane(self, call: Call, number: int, bucket: Bucket) -> Lane:
+        dtype = work_dtype(bucket.data.dtype)
+        compression = call.compression
+        feedback = None if compression is None else compression.feedback
+        lost: Array | None = None
+        if feedback is not None:
+            # What was lost is added to a copy, which may be written to.
+            given = bucket.data
+            bucket.stage(self._pool.take(given.size, dtype))
+            with np.errstate(all="ignore"):
+                np.add(given, feedback.begin((number, dtype.name), given.size), out=bucket.data)
+            lost = np.zeros(given.size, dtype)
+        within = bucket.staged and dtype == bucket.data.dtype
+        plan = call.plan(self.rank, self.topology, bucket.data.size, bucket.data.dtype.itemsize, within)
+        low, high = plan.schedule.work_range
+        work = bucket.data if plan.in_place or not plan.schedule.steps else self._pool.take(high - low, dtype)
+        form = Form(bucket.data.dtype, None if compression is None else compression.codec)
+        return Lane(plan, bucket.data, work, Reduction(call.op, self.size), self._key, form, lost)
 
     def _finish(self, operation: Operation) -> None:
         self.operation = None
@@ -420,6 +442,7 @@ class CollectiveGroup(GroupState):
             # Links may still be busy with its buffers: they are dropped, not reused.
             return
         operation.commit()
+        operation.keep_what_was_lost()
         if operation.one_sided and self._host is not None:
             self._host.give_back(operation.buckets)
             return

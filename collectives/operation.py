@@ -10,6 +10,7 @@ from sparkle_mesh.collectives.agreement import Agreement
 from sparkle_mesh.collectives.arrays import Bucket
 from sparkle_mesh.collectives.calls import Call
 from sparkle_mesh.collectives.executor import Execution, Lane
+from sparkle_mesh.collectives.feedback import ErrorFeedback
 from sparkle_mesh.collectives.messages import Begin
 from sparkle_mesh.collectives.parts_call import PartsCall
 from sparkle_mesh.collectives.schedule import Space
@@ -63,6 +64,7 @@ class Operation:
     sent_prepared: bool = False
     #: Whether it is done over shared memory, with no word over the links.
     one_sided: bool = False
+    feedback: ErrorFeedback | None = None
 
     @property
     def number(self) -> int:
@@ -89,6 +91,13 @@ class Operation:
         for bucket, lane in zip(self.buckets, self.lanes, strict=False):
             if lane.plan.schedule.result is Space.WORK:
                 bucket.commit(lane.work)
+
+    def keep_what_was_lost(self) -> None:
+        """Keep for the next call what this one has lost, as far as error feedback was asked for."""
+        if self.feedback is not None:
+            for number, lane in enumerate(self.lanes):
+                if lane.lost is not None:
+                    self.feedback.commit((number, lane.dtype.name), lane.lost)
 
     def outcome(self, call: Call | PartsCall, size: int, seconds: float) -> Outcome:
         """Return how ``call`` among ``size`` ranks went."""

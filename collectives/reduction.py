@@ -94,6 +94,11 @@ class Reduction:
     op: str
     size: int
 
+    @property
+    def share(self) -> float:
+        """By how much a rank's number must differ so that the result differs by one: for sums and means."""
+        return float(self.size) if self.op == "mean" else 1.0
+
     def combine(self, first: Array, second: Array, out: Array) -> None:
         """``out = first + second``; the order counts where both are NaN. ``out`` may be either."""
         # Overflow and invalid are the numbers' own affair: they come out as inf and nan on every rank.

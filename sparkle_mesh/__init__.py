@@ -20,15 +20,17 @@ if TYPE_CHECKING:
     from sparkle_mesh import errors as errors
     from sparkle_mesh.async_mesh import AsyncMesh as AsyncMesh
     from sparkle_mesh.async_mesh import open_mesh as open_mesh
+    from sparkle_mesh.collectives.compression import Compression as Compression
     from sparkle_mesh.membership.keys import MeshKey as MeshKey
     from sparkle_mesh.mesh import Mesh as Mesh
     from sparkle_mesh.mesh import join as join
     from sparkle_mesh.version import __version__ as __version__
 
-__all__ = ["AsyncMesh", "Mesh", "MeshKey", "__version__", "errors", "join", "open_mesh"]
+__all__ = ["AsyncMesh", "Compression", "Mesh", "MeshKey", "__version__", "errors", "join", "open_mesh"]
 
 _HOMES = {
     "AsyncMesh": "sparkle_mesh.async_mesh",
+    "Compression": "sparkle_mesh.collectives.compression",
     "Mesh": "sparkle_mesh.mesh",
     "MeshKey": "sparkle_mesh.membership.keys",
     "__version__": "sparkle_mesh.version",

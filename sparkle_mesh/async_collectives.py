@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+from sparkle_mesh.collectives.compression import Compression
 from sparkle_mesh.collectives.group import CollectiveGroup
 
 D = TypeVar("D")
@@ -18,7 +19,13 @@ class AsyncCollectives:
         raise NotImplementedError
 
     async def all_reduce(
-        self, data: D, op: str = "sum", *, algorithm: str = "auto", timeout_s: float | None = None
+        self,
+        data: D,
+        op: str = "sum",
+        *,
+        algorithm: str = "auto",
+        compression: str | Compression | None = None,
+        timeout_s: float | None = None,
     ) -> D:
         """Reduce arrays over all ranks, in place; every rank ends with the same bits.
 
@@ -34,6 +41,10 @@ class AsyncCollectives:
         algorithm
             ``"auto"`` to choose; or ``"ring"``, ``"tree"``, ``"direct"``, ``"halving_doubling"``, ``"butterfly"``,
             ``"hierarchical"``, or ``"shared"`` (one-sided, where all ranks share one host's memory).
+        compression
+            How to send float32, float16 or bfloat16 in fewer bytes: ``"float16"``, ``"bfloat16"``, ``"int8"``,
+            ``"int4"``, ``"topk"``, a :class:`~sparkle_mesh.Compression` (with error feedback), or ``"auto"`` to weigh
+            what the lines gain against what encoding costs. None, the default, loses nothing.
         timeout_s
             Deadline in seconds, waiting for slow ranks included; ``limits.COLLECTIVE_TIMEOUT_S`` if None.
 
@@ -60,7 +71,7 @@ class AsyncCollectives:
             If the results differ between ranks, another rank gave up, or the mesh was closed.
         """
         self._check_process()
-        return await self._group.all_reduce(data, op, algorithm=algorithm, timeout_s=timeout_s)
+        return await self._group.all_reduce(data, op, algorithm=algorithm, compression=compression, timeout_s=timeout_s)
 
     async def broadcast(self, data: D, root: int = 0, *, timeout_s: float | None = None) -> D:
         """Copy ``data`` of rank ``root`` into ``data`` of every rank; returns it. Errors as :meth:`all_reduce`."""

@@ -9,6 +9,7 @@ from sparkle_mesh.portal import Portal
 
 if TYPE_CHECKING:
     from sparkle_mesh.async_mesh import AsyncMesh
+    from sparkle_mesh.collectives.compression import Compression
     from sparkle_mesh.collectives.quick import QuickCall
 
 D = TypeVar("D")
@@ -21,17 +22,27 @@ class Collectives:
     _mesh: AsyncMesh
     _portal: Portal
 
-    def all_reduce(self, data: D, op: str = "sum", *, algorithm: str = "auto", timeout_s: float | None = None) -> D:
+    def all_reduce(
+        self,
+        data: D,
+        op: str = "sum",
+        *,
+        algorithm: str = "auto",
+        compression: str | Compression | None = None,
+        timeout_s: float | None = None,
+    ) -> D:
         """Reduce arrays over all ranks in place and return them; see :meth:`AsyncMesh.all_reduce`."""
-
         self._mesh._check_process()
-        quick = self._mesh._group.quick_all_reduce(data, op, algorithm, timeout_s)
-        if quick is not None:
-            self._run_quickly(quick)
-            return data
+        if compression is None:
+            quick = self._mesh._group.quick_all_reduce(data, op, algorithm, timeout_s)
+            if quick is not None:
+                self._run_quickly(quick)
+                return data
 
         async def all_reduce() -> D:
-            return await self._mesh.all_reduce(data, op, algorithm=algorithm, timeout_s=timeout_s)
+            return await self._mesh.all_reduce(
+                data, op, algorithm=algorithm, compression=compression, timeout_s=timeout_s
+            )
 
         return self._call(all_reduce)
 

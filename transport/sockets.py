@@ -145,8 +145,8 @@ def limit_unsent(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, option, limits.LINK_STREAM_UNSENT_MAX_BYTES)
 
 
-# Linux's; the module does not name it.
-_SO_MAX_PACING_RATE = 47
+# Linux's SO_MAX_PACING_RATE, which the module does not name.
+_PACING_RATE_OPTION = 47
 _UNLIMITED_BYTES_PER_S = 2**32 - 1
 
 
@@ -154,7 +154,7 @@ def pace_socket(sock: TunableSocket, bytes_per_s: float | None) -> None:
     """Let the kernel send no faster than this; as fast as it will if None."""
     if sys.platform == "linux":
         rate = _UNLIMITED_BYTES_PER_S if bytes_per_s is None else min(max(int(bytes_per_s), 1), _UNLIMITED_BYTES_PER_S)
-        sock.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, rate.to_bytes(4, sys.byteorder))
+        sock.setsockopt(socket.SOL_SOCKET, _PACING_RATE_OPTION, rate.to_bytes(4, sys.byteorder))
 
 
 async def linger(sock: socket.socket, scratch: memoryview) -> None:

@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "sparkle_mesh.errors",
         "sparkle_mesh.version",
         "sparkle_mesh.async_mesh",
+        "sparkle_mesh.collectives.compression",
         "sparkle_mesh.mesh",
         "sparkle_mesh.membership",
     ),
