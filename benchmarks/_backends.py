@@ -60,8 +60,12 @@ class Backend(ABC):
         return np.empty(count, np.float32)
 
     @abstractmethod
-    def all_reduce(self, array: np.ndarray, algorithm: str) -> None:
-        """Sum ``array`` (float32, one dimension) over all ranks, in place."""
+    def all_reduce(self, array: np.ndarray, algorithm: str, compression: str | None = None) -> None:
+        """Sum ``array`` (float32, one dimension) over all ranks, in place; others than ours take no compression."""
+
+    def explain(self, nbytes: int) -> dict[str, Any]:
+        """Return what is told of a reduction of ``nbytes``: ``chosen`` and ``predicted_s`` by algorithm."""
+        return {}
 
     @abstractmethod
     def barrier(self) -> None:
@@ -88,8 +92,12 @@ class Sparkle(Backend):
         )
         self.rank, self.size = self._mesh.rank, self._mesh.size
 
-    def all_reduce(self, array: np.ndarray, algorithm: str) -> None:
-        self._mesh.all_reduce(array, algorithm=algorithm)
+    def all_reduce(self, array: np.ndarray, algorithm: str, compression: str | None = None) -> None:
+        self._mesh.all_reduce(array, algorithm=algorithm, compression=compression)
+
+    def explain(self, nbytes: int) -> dict[str, Any]:
+        explanation = self._mesh.explain(nbytes)
+        return {"chosen": explanation.algorithm, "predicted_s": explanation.predicted_s}
 
     def barrier(self) -> None:
         self._mesh.barrier()
@@ -139,7 +147,7 @@ class OpenMpi(Backend):
         root = ["--allow-run-as-root"] if os.name == "posix" and os.geteuid() == 0 else []
         return ["mpirun", *root, "--oversubscribe", "-n", str(size)]
 
-    def all_reduce(self, array: np.ndarray, algorithm: str) -> None:
+    def all_reduce(self, array: np.ndarray, algorithm: str, compression: str | None = None) -> None:
         self._ranks.Allreduce(self._mpi.IN_PLACE, array)
 
     def barrier(self) -> None:
@@ -166,7 +174,7 @@ class Gloo(Backend):
         distributed.init_process_group("gloo", init_method=meeting_point, rank=number, world_size=size)
         self.rank, self.size = number, size
 
-    def all_reduce(self, array: np.ndarray, algorithm: str) -> None:
+    def all_reduce(self, array: np.ndarray, algorithm: str, compression: str | None = None) -> None:
         self._distributed.all_reduce(self._torch.from_numpy(array))  # shares the array's memory
 
     def barrier(self) -> None:
@@ -220,7 +228,7 @@ class Wire(Backend):
                 raise ConnectionError("the rank before this one closed its connection")
             count -= received
 
-    def all_reduce(self, array: np.ndarray, algorithm: str) -> None:
+    def all_reduce(self, array: np.ndarray, algorithm: str, compression: str | None = None) -> None:
         count = 2 * (self.size - 1) * array.nbytes // self.size
         payload = array.view(np.uint8).data
         if count <= FITS_SOCKET_BUFFERS_BYTES:
@@ -273,3 +281,6 @@ BACKENDS: dict[str, type[Backend]] = {
 PEERS = ("gloo", "openmpi", "wire")
 #: Ours, by the links that they use.
 OURS = {"tcp": "sparkle", "shared": "sparkle_shared", "allocated": "sparkle_allocated"}
+#: Ours.
+ALGORITHMS = ("auto", "ring", "tree", "direct", "halving_doubling", "butterfly")
+COMPRESSIONS = ("auto", "float16", "bfloat16", "int8", "int4")

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -35,6 +35,8 @@ class Measurement:
     seconds: list[float]
     cpu_seconds: float
     verified: bool
+    error: float = 0.0
+    told: dict[str, Any] = field(default_factory=dict)
 
 
 # Starts one process of a group: gets its number, a command, and options of subprocess.Popen.
@@ -136,7 +138,15 @@ class Group:
                 replies.put(line)
         replies.put("")
 
-    def measure(self, nbytes: int, iterations: int, warmup: int, algorithm: str, timeout_s: float) -> Measurement:
+    def measure(
+        self,
+        nbytes: int,
+        iterations: int,
+        warmup: int,
+        algorithm: str,
+        timeout_s: float,
+        compression: str | None = None,
+    ) -> Measurement:
         """Reduce ``nbytes`` bytes of float32 ``iterations`` times.
 
         Raises
@@ -144,7 +154,13 @@ class Group:
         GroupError
             If a process ends or does not answer within ``timeout_s``.
         """
-        command = {"bytes": nbytes, "iterations": iterations, "warmup": warmup, "algorithm": algorithm}
+        command = {
+            "bytes": nbytes,
+            "iterations": iterations,
+            "warmup": warmup,
+            "algorithm": algorithm,
+            "compression": compression,
+        }
         for commands in self._commands:
             with contextlib.suppress(BrokenPipeError):  # its log is shown by _collect
                 commands.write(json.dumps(command) + "\n")
@@ -154,6 +170,8 @@ class Group:
             seconds=[max(of_ranks) for of_ranks in zip(*(reply["seconds"] for reply in replies), strict=True)],
             cpu_seconds=sum(reply["cpu_seconds"] for reply in replies),
             verified=all(reply["verified"] for reply in replies),
+            error=max(reply.get("error", 0.0) for reply in replies),
+            told=replies[0].get("told", {}),
         )
 
     def _collect(self, timeout_s: float) -> list[dict[str, Any]]:

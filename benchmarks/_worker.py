@@ -1,8 +1,9 @@
 """One process of a group under measurement: reads commands from stdin, writes one JSON reply a line to stdout.
 
 Started by ``_group.py`` as ``_worker.py BACKEND NUMBER SIZE FOLDER``. First reply: ``{"rank": …}`` once the group has
-met. A command is ``{"bytes", "iterations", "warmup", "algorithm"}``; its reply holds wall-clock seconds per iteration,
-CPU seconds of all of them, and whether the sums were right. End of input ends the process.
+met. A command is ``{"bytes", "iterations", "warmup", "algorithm", "compression"}``; its reply holds wall-clock seconds
+per iteration, CPU seconds of all of them, whether the sums were right, the largest error (of the largest sum), and what
+is told of such a reduction. End of input ends the process.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from _backends import BACKENDS, Backend
 
 PERIOD = 1021  # of the pattern; a prime, so that shifted or swapped shards are noticed
 SAMPLES = 4096
+COMPRESSED_ERROR_MAX = 0.25
 
 
 def pattern(count: int) -> np.ndarray:
@@ -37,23 +39,31 @@ def measure(backend: Backend, command: dict[str, Any]) -> dict[str, Any]:
     expected = base * np.float32(backend.size * (backend.size + 1) // 2)
     stride = max(1, len(base) // SAMPLES)
     work = backend.allocate(len(base))
+    compression = command.get("compression")
+    packing = {} if compression is None else {"compression": compression}
     seconds: list[float] = []
-    cpu_seconds = 0.0
+    cpu_seconds = error = 0.0
     verified = True
     total = command["warmup"] + command["iterations"]
     for iteration in range(total):
         work[:] = mine
         backend.barrier()
         cpu_before, started = time.process_time(), time.perf_counter()
-        backend.all_reduce(work, command["algorithm"])
+        backend.all_reduce(work, command["algorithm"], **packing)
         ended, cpu_after = time.perf_counter(), time.process_time()
         if iteration >= command["warmup"]:
             seconds.append(ended - started)
             cpu_seconds += cpu_after - cpu_before
         if backend.reduces:
             every = 1 if iteration in (0, total - 1) else stride
-            verified = verified and bool(np.array_equal(work[::every], expected[::every]))
-    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "verified": verified}
+            if compression is None:
+                verified = verified and bool(np.array_equal(work[::every], expected[::every]))
+            else:
+                off = np.abs(work[::every] - expected[::every]).max(initial=0)
+                error = max(error, float(off / expected.max(initial=1)))
+                verified = verified and error <= COMPRESSED_ERROR_MAX
+    told = backend.explain(command["bytes"])
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "verified": verified, "error": error, "told": told}
 
 
 def main() -> None:

@@ -28,7 +28,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _backends import BACKENDS, OURS, PEERS
+from _algorithms import compare, describe
+from _backends import ALGORITHMS, BACKENDS, COMPRESSIONS, OURS, PEERS
 from _figures import (
     TABLE_HEADER,
     cpu_seconds_per_gb,
@@ -66,7 +67,8 @@ def measure_rounds(
         order = names[number % len(names) :] + names[: number % len(names)]
         for name in order:
             timeout_s = ITERATION_TIMEOUT_S * (options.warmup + iterations)
-            measured = groups[name].measure(nbytes, iterations, options.warmup, options.algorithm, timeout_s)
+            packing = {"compression": options.compression} if name in OURS.values() and options.compression else {}
+            measured = groups[name].measure(nbytes, iterations, options.warmup, options.algorithm, timeout_s, **packing)
             if not measured.verified:
                 raise WrongResultError(f"{name}: wrong sums over {groups[name].size} ranks of {format_size(nbytes)}")
             results[name].append(measured)
@@ -131,7 +133,14 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="turns that each group takes (default: %(default)s)")
     parser.add_argument("--iterations", type=int, help="reductions per turn (default: by size, 8 to 200)")
     parser.add_argument("--warmup", type=int, default=2, help="reductions before each turn (default: %(default)s)")
-    parser.add_argument("--algorithm", default="auto", choices=("auto", "ring", "tree"), help="ours (default: auto)")
+    parser.add_argument("--algorithm", default="auto", choices=ALGORITHMS, help="ours (default: auto)")
+    parser.add_argument("--compression", choices=COMPRESSIONS, help="ours (default: none); its error is printed")
+    parser.add_argument(
+        "--algorithms",
+        choices=("all", *ALGORITHMS[1:]),
+        nargs="+",
+        help="instead: compare ours with each other over tcp, beside what is predicted and what auto picks",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows and the machine, for programs")
     options = parser.parse_args(arguments)
     if min(options.ranks) < 2:
@@ -168,9 +177,31 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def write_json(path: Path | None, rows: list[dict[str, Any]]) -> None:
+    """Write ``rows`` for programs, if that was asked for."""
+    if path:
+        path.write_text(json.dumps({"machine": describe_machine(), "rows": rows}, indent=2) + "\n")
+        print(f"wrote {path}")
+
+
+def compare_algorithms(options: argparse.Namespace) -> int:
+    """Compare our algorithms with each other; return the exit code."""
+    try:
+        rows = compare(options, default_iterations, ITERATION_TIMEOUT_S, show_progress)
+    except GroupError as error:
+        show_progress("")
+        print(f"all_reduce.py: {error}", file=sys.stderr)
+        return 1
+    print(describe(rows))
+    write_json(options.json, rows)
+    return 0 if all(row["verified"] for row in rows) else 1
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; return the exit code: 1 if a group fails or is wrong, 2 if a peer is not installed."""
     options = parse_options(arguments)
+    if options.algorithms:
+        return compare_algorithms(options)
     for name in options.against:
         if missing := BACKENDS[name].how_to_install():
             print(f"all_reduce.py: {name} cannot be measured: {missing}", file=sys.stderr)
@@ -185,9 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row in {(row["ranks"], row["bytes"]): row for row in rows}.values():
         limit = f"{format_seconds(row['limit_s'])}, {row['limit_bytes_per_s'] / 1e9:.2f} GB/s"
         print(f"wire limit, {row['ranks']} ranks, {format_size(row['bytes'])}: {limit}")
-    if options.json:
-        options.json.write_text(json.dumps({"machine": describe_machine(), "rows": rows}, indent=2) + "\n")
-        print(f"wrote {options.json}")
+    write_json(options.json, rows)
     return 0
 
 

@@ -32,7 +32,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _backends import BACKENDS
+from _backends import ALGORITHMS, BACKENDS, COMPRESSIONS
 from _figures import format_seconds, format_size, make_table, parse_size, ratio_per_round, spread
 from _group import Group, GroupError, Measurement
 from _wan_scenarios import SCENARIOS, Scenario
@@ -64,7 +64,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="turns that each takes (default: %(default)s)")
     parser.add_argument("--iterations", type=int, help="reductions per turn (default: by scenario)")
     parser.add_argument("--warmup", type=int, default=1, help="reductions before each turn (default: %(default)s)")
-    parser.add_argument("--algorithm", default="auto", choices=("auto", "ring", "tree"), help="ours (default: auto)")
+    parser.add_argument("--algorithm", default="auto", choices=ALGORITHMS, help="ours (default: auto)")
+    parser.add_argument("--compression", choices=COMPRESSIONS, help="ours (default: none); its error is printed")
     changes = parser.add_argument_group("instead of the scenario's")
     changes.add_argument("--hosts", "--ranks", type=int, help="how many, one rank on each")
     changes.add_argument("--bytes", type=parse_size, nargs="+", help="of every rank's array: 16MiB …")
@@ -130,6 +131,7 @@ def make_rows(
                 "peer_spread": peers,
                 "ratio_per_round": by_round,
                 "emulator": effort,
+                "error": max(one.error for one in results[OURS]),
             }
         )
     order = list(results)
@@ -172,6 +174,9 @@ def measure(scenario: Scenario, mtu: int, options: argparse.Namespace) -> list[l
             results = measure_rounds(groups, nbytes, turns, show_progress)
             stats = wan.stats()
             measured.append(make_rows(scenario, mtu, nbytes, results, stats["router"]))
+            if options.compression:
+                error = max(one.error for one in results[OURS])
+                print(f"  {options.compression}: largest error {error:.2%} of the largest sum")
             drops = {key: sum(host[key] for host in stats["hosts"]) for key in ("queue_drops", "lost")}
             show_progress("")
             print(make_table(TABLE_HEADER, describe(measured[-1])))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from sparkle_mesh import limits
 from sparkle_mesh.collectives.arrays import Arrays
 from sparkle_mesh.collectives.codec import Codec
 from sparkle_mesh.collectives.codecs import CODECS, make_codec
@@ -102,6 +103,8 @@ def _choose(arrays: Arrays, op: str, algorithm: object, topology: Topology) -> C
     """Weigh the time that encoding and decoding take against what it saves on the slowest line."""
     if algorithm not in ("auto", "butterfly") or topology.size == 1 or not arrays.named:
         return None
+    if min(topology.lines) >= limits.TOPOLOGY_LINE_MAX_BYTES_PER_S:
+        return None
     if not all(item.array.dtype == FLOAT32 for item in arrays.named):
         return None
     nbytes = arrays.nbytes
@@ -109,7 +112,7 @@ def _choose(arrays: Arrays, op: str, algorithm: object, topology: Topology) -> C
     for name, (encode_s, decode_s) in _CODEC_S_PER_BYTE.items():
         ratio = make_codec(name).encoded_bytes(nbytes // 4) / nbytes if nbytes else 1.0
         # All of the input is encoded, and a shard once more; what comes is decoded, as much as goes.
-        seconds = predict_s(butterfly_work(int(nbytes * ratio), topology), topology) + 2 * nbytes * (
+        seconds = predict_s(butterfly_work(int(nbytes * ratio), topology), nbytes, topology) + 2 * nbytes * (
             encode_s + decode_s
         )
         if seconds < least_s:

@@ -44,6 +44,7 @@ from sparkle_mesh.collectives.calls import (
 )
 from sparkle_mesh.collectives.compression import Compression
 from sparkle_mesh.collectives.executor import Execution, Lane
+from sparkle_mesh.collectives.explanation import Explanation, explain
 from sparkle_mesh.collectives.form import Form
 from sparkle_mesh.collectives.group_state import GroupState
 from sparkle_mesh.collectives.host_path import HostPath
@@ -186,6 +187,12 @@ class CollectiveGroup(GroupState):
         async with self._refusals("barrier"):
             deadline_s = check_timeout(timeout_s)
         await self.perform(barrier_call(), deadline_s)
+
+    def explain(self, nbytes: int) -> Explanation:
+        """Return what an all-reduce of ``nbytes`` would do, and why. Raises UsageError."""
+        if isinstance(nbytes, bool) or not isinstance(nbytes, int) or nbytes < 0:
+            raise UsageError(f"nbytes is {nbytes!r}; give the size of an array in bytes, such as array.nbytes")
+        return explain(nbytes, self.topology, shared=self._host is not None and self._host.ready)
 
     # --- What the owner uses ---------------------------------------------------------------------
 

@@ -12,8 +12,8 @@ from itertools import permutations
 
 from sparkle_mesh import limits
 
-#: A line that nothing is known of.
-DEFAULT_LINE_BYTES_PER_S = 1e9
+#: Of a line that nothing is known of: as good as any.
+DEFAULT_LINE_BYTES_PER_S = limits.TOPOLOGY_LINE_MAX_BYTES_PER_S
 DEFAULT_LATENCY_S = 50e-6
 
 

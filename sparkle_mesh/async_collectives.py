@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from sparkle_mesh.collectives.compression import Compression
+from sparkle_mesh.collectives.explanation import Explanation
 from sparkle_mesh.collectives.group import CollectiveGroup
 
 D = TypeVar("D")
@@ -72,6 +73,13 @@ class AsyncCollectives:
         """
         self._check_process()
         return await self._group.all_reduce(data, op, algorithm=algorithm, compression=compression, timeout_s=timeout_s)
+
+    def explain(self, nbytes: int) -> Explanation:
+        """Return how ``all_reduce`` of an array of ``nbytes`` would be done: by which algorithm, in what time, and why.
+
+        Print it for a table. Nothing is sent; every rank gets the same.
+        """
+        return self._group.explain(nbytes)
 
     async def broadcast(self, data: D, root: int = 0, *, timeout_s: float | None = None) -> D:
         """Copy ``data`` of rank ``root`` into ``data`` of every rank; returns it. Errors as :meth:`all_reduce`."""

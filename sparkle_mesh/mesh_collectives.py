@@ -10,6 +10,7 @@ from sparkle_mesh.portal import Portal
 if TYPE_CHECKING:
     from sparkle_mesh.async_mesh import AsyncMesh
     from sparkle_mesh.collectives.compression import Compression
+    from sparkle_mesh.collectives.explanation import Explanation
     from sparkle_mesh.collectives.quick import QuickCall
 
 D = TypeVar("D")
@@ -45,6 +46,10 @@ class Collectives:
             )
 
         return self._call(all_reduce)
+
+    def explain(self, nbytes: int) -> Explanation:
+        """Return how ``all_reduce`` of ``nbytes`` would be done, for printing; see :meth:`AsyncMesh.explain`."""
+        return self._mesh.explain(nbytes)
 
     def broadcast(self, data: D, root: int = 0, *, timeout_s: float | None = None) -> D:
         """Copy ``data`` of rank ``root`` to every rank in place; see :meth:`AsyncMesh.broadcast`."""
