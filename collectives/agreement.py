@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from sparkle_mesh.collectives.messages import Begin
+from sparkle_mesh.collectives.messages import SEQUENCE_MASK, Begin
 from sparkle_mesh.errors import DivergenceError, MismatchError
 
 Describe = Callable[[int], str]
@@ -70,7 +70,7 @@ class Agreement:
         # The majority first, so that the message reads as "these, but that one"; ties go to the lowest rank.
         ordered = sorted(groups.values(), key=lambda ranks: (-len(ranks), ranks[0]))
         said = [f"{name_ranks(ranks, describe)} called {self.begins[ranks[0]].description}" for ranks in ordered]
-        text = f"call number {self.own.operation} is not the same on every rank: {'; '.join(said)}"
+        text = f"call number {self.own.operation & SEQUENCE_MASK} is not the same on every rank: {'; '.join(said)}"
         if self.absent:
             text += f"; {name_ranks(self.absent, describe)} called nothing yet"
         return f"{text}. Every rank must make the same calls in the same order; no array was changed"
@@ -81,7 +81,8 @@ class Agreement:
             groups.setdefault(digest, []).append(rank)
         ordered = sorted(groups.values(), key=lambda ranks: (-len(ranks), ranks[0]))
         said = [f"{name_ranks(ranks, describe)} holds {self.prepared[ranks[0]].hex()[:16]}" for ranks in ordered]
+        number = self.own.operation & SEQUENCE_MASK
         return (
-            f"results of {self.own.description}, call number {self.own.operation}, differ by their digests: "
+            f"results of {self.own.description}, call number {number}, differ by their digests: "
             f"{'; '.join(said)}. No array was changed; suspect faulty memory or mixed versions"
         )

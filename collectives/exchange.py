@@ -1,15 +1,20 @@
 """The two tasks that own one link to one peer: a reader and a writer.
 
-The reader never stops reading: data for the running operation goes where the execution says, control messages go to the
-group, data of an operation that has failed is dropped, and the little that a peer may send ahead of this rank is
-held. So the end of a link is noticed at once, an abort is not stuck behind data, and after a failed operation links
-are in step for the next one. Two exceptions hold a peer back: a segment that cannot be taken before another peer's
-has come, and a peer that is too many operations ahead.
+The reader never stops reading: data for an operation in flight goes where its execution says, control messages go to
+the group, data of an operation that has failed is dropped, and the little that a peer may send ahead of this rank is
+held. So the end of a link is noticed at once, an abort is not stuck behind data, and after a failed operation links are
+in step for the next one. Two exceptions hold a peer back: a segment that cannot be taken before another peer's has
+come, and a peer that is too many operations ahead.
+
+Several operations may be in flight, and messages of one then wait behind those of others. A segment that would hold
+its peer back is therefore held itself, unless what it waits for comes from a peer of lower rank
+(:attr:`.plan.Plan.blocks_in_order`): then links wait for links of lower ranks alone, and never in a circle.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +24,7 @@ import trio
 from sparkle_mesh import limits
 from sparkle_mesh.collectives.digest import parts
 from sparkle_mesh.collectives.messages import (
+    SEQUENCE_MASK,
     Abort,
     Begin,
     Control,
@@ -65,7 +71,8 @@ class Exchange:
         self._closed = False
         self._wake = trio.Event()
         self._scratch = self._encoded = np.empty(0, np.uint8)
-        self._replaying: trio.Event | None = None
+        #: By operation: what came before it could be taken, in the order in which it came.
+        self._held: dict[int, deque[tuple[Incoming, bytearray]]] = {}
 
     # --- Writing ---------------------------------------------------------------------------------
 
@@ -103,14 +110,15 @@ class Exchange:
             while self._outbox:
                 batch.append((self._outbox.popleft(), ()))
             said = len(batch)
-            operation = self._group.operation
-            message = None
-            if operation is not None:
+            # The oldest operation goes first; while it has nothing to send, others do.
+            operation, message = None, None
+            for operation in self._group.operations.values():
                 begun = self.rank in operation.agreement.begins
                 message = operation.execution.next_send(self.rank, begun, self.wake)
                 if message is not None:
                     # With what is said before: a small message costs as much as both.
                     batch.append((message.header, (message.data,)))
+                    break
             if not batch:
                 self._wake = trio.Event()
                 await self._wake.wait()
@@ -120,8 +128,9 @@ class Exchange:
             if operation is not None and message is not None:
                 operation.execution.sent(self.rank, message)
                 self._group.progress(operation)
-            elif not self.unsent and self._group.operation is not None:
-                self._group.progress(self._group.operation)
+            elif not self.unsent:
+                for other in list(self._group.operations.values()):
+                    self._group.progress(other)
 
     # --- Reading ---------------------------------------------------------------------------------
 
@@ -151,13 +160,17 @@ class Exchange:
         if isinstance(message, Begin):
             if message.lineage != group.lineage:
                 raise ProtocolError("the peer is in another lineage of the mesh")
-            self.last_seen = (message.operation, f"call {message.operation}, {message.description}")
-        while message.operation > group.number + limits.COLLECTIVE_OPERATIONS_AHEAD_MAX_COUNT:
+            number = message.operation & SEQUENCE_MASK
+            self.last_seen = (number, f"call {number}, {message.description}")
+        while group.is_ahead(message.operation) and self._too_far_ahead(message.operation):
             await group.next_operation.wait()
-        if message.operation > group.number:
+        if group.is_ahead(message.operation):
             self._note_ahead(message)
-        elif group.operation is not None and message.operation == group.number:
+        elif message.operation in group.operations:
             group.heard(self.rank, message)
+
+    def _too_far_ahead(self, number: int) -> bool:
+        return number not in self.ahead and len(self.ahead) >= limits.COLLECTIVE_OPERATIONS_AHEAD_MAX_COUNT
 
     def _note_ahead(self, message: Control) -> None:
         ahead = self.ahead.setdefault(message.operation, Ahead())
@@ -174,67 +187,81 @@ class Exchange:
 
     async def _data(self, header: bytes, nbytes: int) -> None:
         group = self._group
-        if self._replaying is not None:
-            await self._replaying.wait()
-        operation = group.operation
-        if operation is not None:
-            expected = operation.execution.next_receive(self.rank)
-            if expected is not None and expected.header == header and not operation.execution.stopped:
-                await self._take(operation, expected, nbytes, None)
-                return
         epoch, number = data_operation(memoryview(header))
         if epoch != group.epoch:
             raise ProtocolError(f"data of epoch {epoch} in epoch {group.epoch}")
-        if number > group.number:
-            await self._hold(number, header, nbytes)
-        elif operation is None or number < group.number or operation.execution.stopped:
+        operation = group.operations.get(number)
+        if operation is None and group.is_ahead(number):
+            await self._hold_ahead(number, header, nbytes)
+        elif operation is None or operation.execution.stopped:
             await self.link.discard_payload()
         else:
-            raise ProtocolError(f"data out of order in operation {number}")
+            execution, held = operation.execution, self._held.get(number)
+            expected = execution.next_receive(self.rank, len(held or ()))
+            if expected is None or expected.header != header:
+                raise ProtocolError(f"data out of order in operation {number}")
+            if held is None and not execution.would_block(expected):
+                await self._take(operation, expected, nbytes, None)
+                return
+            check_size(operation, expected, nbytes)
+            self._hold(operation, expected, await self._receive_whole(nbytes))
 
-    async def _hold(self, number: int, header: bytes, nbytes: int) -> None:
+    async def _receive_whole(self, nbytes: int) -> bytearray:
+        payload = bytearray(nbytes)
+        if nbytes:
+            await self.link.receive_into((payload,))
+        return payload
+
+    async def _hold_ahead(self, number: int, header: bytes, nbytes: int) -> None:
         ahead = self.ahead.get(number)
         if ahead is None or ahead.begin is None or ahead.abort is not None:
             raise ProtocolError(f"data of operation {number}, which the peer has not begun")
         if ahead.held_bytes + nbytes > limits.COLLECTIVE_EAGER_MAX_BYTES:
             raise ProtocolError(f"{nbytes} bytes of operation {number}, ahead of this rank, and past the limit")
-        payload = bytearray(nbytes)
-        if nbytes:
-            await self.link.receive_into((payload,))
-        if self._group.number < number:
+        payload = await self._receive_whole(nbytes)
+        operation = self._group.operations.get(number)
+        if operation is not None:
+            # It began here while the payload was coming in.
+            self.hold_all(operation, ((header, payload),))
+        elif self._group.is_ahead(number):
             ahead.data.append((header, payload))
+
+    # --- What came before it can be taken --------------------------------------------------------
+
+    def hold_all(self, operation: Operation, messages: Iterable[tuple[bytes, bytearray]]) -> None:
+        """Take ``messages`` of ``operation`` in their turn. Raises ProtocolError for what does not belong."""
+        for header, payload in messages:
+            if operation.execution.stopped:
+                return
+            expected = operation.execution.next_receive(self.rank, len(self._held.get(operation.number, ())))
+            if expected is None or expected.header != header:
+                raise ProtocolError(f"data out of order in operation {operation.number}")
+            check_size(operation, expected, len(payload))
+            self._hold(operation, expected, payload)
+
+    def _hold(self, operation: Operation, expected: Incoming, payload: bytearray) -> None:
+        """Take ``payload`` once all that came before has been, and what it waits for is there; go on reading."""
+        held = self._held.get(operation.number)
+        if held is not None:
+            held.append((expected, payload))
             return
-        # The operation began here while the payload was coming in; what was held before goes first.
-        if self._replaying is not None:
-            await self._replaying.wait()
-        operation = self._group.operation
-        if operation is not None and operation.number == number:
-            await self._replay_one(operation, header, payload)
+        self._held[operation.number] = deque([(expected, payload)])
+        self._group.serve(self, self._take_held, operation)
 
-    def expect_replay(self) -> None:
-        """From now on, and until :meth:`replay` is done, the reader waits with data."""
-        self._replaying = trio.Event()
-
-    async def replay(self, operation: Operation, held: deque[tuple[bytes, bytearray]]) -> None:
-        """Feed what was held for ``operation`` into it."""
-        assert self._replaying is not None
-        while held:
-            await self._replay_one(operation, *held.popleft())
-        self._replaying.set()
-        self._replaying = None
-
-    async def _replay_one(self, operation: Operation, header: bytes, payload: bytearray) -> None:
-        expected = operation.execution.next_receive(self.rank)
-        if operation.execution.stopped:
-            return
-        if expected is None or expected.header != header:
-            raise ProtocolError(f"data out of order in operation {operation.number}")
-        await self._take(operation, expected, len(payload), payload)
+    async def _take_held(self, operation: Operation) -> None:
+        held = self._held[operation.number]
+        try:
+            while held:
+                expected, payload = held[0]
+                if not operation.execution.stopped:
+                    await self._take(operation, expected, len(payload), payload)
+                held.popleft()
+        finally:
+            del self._held[operation.number]
 
     async def _take(self, operation: Operation, expected: Incoming, nbytes: int, held: bytearray | None) -> None:
         """Receive one segment to where it belongs; reduce and digest it part by part, while each is in the cache."""
-        if nbytes != expected.nbytes:
-            raise ProtocolError(f"{nbytes} bytes came in operation {operation.number} where {expected.nbytes} belong")
+        check_size(operation, expected, nbytes)
         execution, lane, reduction = operation.execution, expected.lane, expected.reduction
         if lane.waiting[expected.index] and not await execution.ready(lane, expected.index):
             await self._drop(held)
@@ -244,14 +271,24 @@ class Exchange:
             return
         last = expected.index if reduction is None else reduction
         digest = lane.digest_of(last)
-        target = lane.target(expected) if reduction is None else self._scratch_for(lane.dtype, nbytes)
+        whole = np.frombuffer(b"" if held is None else held, lane.dtype)
+        # The scratch is the reader's; what is held is reduced from where it is.
+        target = (
+            lane.target(expected)
+            if reduction is None
+            else self._scratch_for(lane.dtype, nbytes)
+            if held is None
+            else whole
+        )
         item_bytes = lane.dtype.itemsize
         for start, stop in parts(nbytes // item_bytes, item_bytes):
             part = target[start:stop] if reduction is None else target[: stop - start]
             if held is None:
                 await self.link.receive_into((part,))
-            else:
+            elif reduction is None:
                 part.view(np.uint8)[:] = memoryview(held)[start * item_bytes : stop * item_bytes]
+            else:
+                part = whole[start:stop]
             if reduction is not None:
                 if not start:
                     lane.done(expected.index)
@@ -287,8 +324,11 @@ class Exchange:
         if execution.stopped:
             return
         nbytes = (expected.step.stop - expected.step.start) * lane.dtype.itemsize if reduction is not None else 0
-        self._scratch = _at_least(self._scratch, nbytes)
-        lane.take_encoded(expected, data, self._scratch[:nbytes].view(lane.dtype))
+        if held is None:
+            scratch = self._scratch = _at_least(self._scratch, nbytes)
+        else:
+            scratch = np.empty(nbytes, np.uint8)
+        lane.take_encoded(expected, data, scratch[:nbytes].view(lane.dtype))
         lane.done(last)
         execution.received(self.rank, expected)
         self._group.progress(operation)
@@ -301,6 +341,12 @@ class Exchange:
         nbytes = min(nbytes, limits.COLLECTIVE_PART_BYTES)
         self._scratch = _at_least(self._scratch, nbytes)
         return self._scratch[:nbytes].view(dtype)
+
+
+def check_size(operation: Operation, expected: Incoming, nbytes: int) -> None:
+    """Raises ProtocolError if what comes is not of the size that belongs there."""
+    if nbytes != expected.nbytes:
+        raise ProtocolError(f"{nbytes} bytes came in operation {operation.number} where {expected.nbytes} belong")
 
 
 def _at_least(buffer: Array, nbytes: int) -> Array:

@@ -265,11 +265,14 @@ class Execution:
         Messages not yet handed to a link.
     bytes_sent
         Payload bytes handed to links.
+    small
+        Whether it is so little that what cannot be taken yet is held.
     """
 
     def __init__(self, lanes: Sequence[Lane], epoch: int, operation: int) -> None:
         self.stopped = False
         self.bytes_sent = 0
+        self.small = sum(lane.work.nbytes for lane in lanes) <= limits.COLLECTIVE_EAGER_MAX_BYTES
         self._lanes = lanes
         self._key = (epoch, operation)
         self._sends: dict[int, list[tuple[int, int]]] = {}
@@ -286,6 +289,13 @@ class Execution:
         self.sends_left = sum(len(sends) for sends in self._sends.values())
         for lane in lanes:
             lane.start()
+
+    @property
+    def progress(self) -> float:
+        """How much of what this rank sends and receives is done, from 0 to 1."""
+        total = sum(map(len, self._sends.values())) + sum(map(len, self._receives.values()))
+        done = sum(self._sent.values()) + sum(self._received.values())
+        return done / total if total else 1.0
 
     @property
     def complete(self) -> bool:
@@ -339,9 +349,9 @@ class Execution:
         self.bytes_sent += message.data.nbytes
         message.lane.done(message.index)
 
-    def next_receive(self, peer: int) -> Incoming | None:
-        """Return what ``peer`` must send next; None if it has sent everything."""
-        position = self._received.get(peer, 0)
+    def next_receive(self, peer: int, held: int = 0) -> Incoming | None:
+        """Return what ``peer`` must send next, ``held`` messages not being taken yet; None if it has sent all."""
+        position = self._received.get(peer, 0) + held
         queue = self._receives.get(peer, ())
         if position >= len(queue):
             return None
@@ -350,6 +360,18 @@ class Execution:
         step = lane.plan.schedule.steps[index]
         assert isinstance(step, Receive)
         return Incoming(lane, index, reduction, step, encode_data(number, step.round, step.segment, *self._key))
+
+    def would_block(self, message: Incoming) -> bool:
+        """Whether ``message`` has to wait for something, and must not keep others waiting meanwhile."""
+        lane = message.lane
+        if self.small or not lane.plan.blocks_in_order:
+            return bool(lane.waiting[message.index] or self._reduction_waits(message))
+        return False
+
+    @staticmethod
+    def _reduction_waits(message: Incoming) -> bool:
+        # It always waits for its own message.
+        return message.reduction is not None and message.lane.waiting[message.reduction] > 1
 
     async def ready(self, lane: Lane, index: int) -> bool:
         """Wait until step ``index`` may be done; False if the operation was stopped meanwhile."""

@@ -20,7 +20,7 @@ from sparkle_mesh.collectives.exchange import Exchange
 from sparkle_mesh.collectives.executor import BufferPool
 from sparkle_mesh.collectives.gate import Gate
 from sparkle_mesh.collectives.host_path import HostPath, group_number
-from sparkle_mesh.collectives.messages import Abort, Begin, Control, Prepared
+from sparkle_mesh.collectives.messages import SEQUENCE_MASK, Abort, Begin, Control, Prepared
 from sparkle_mesh.collectives.operation import Operation, Outcome
 from sparkle_mesh.collectives.topology import Topology
 from sparkle_mesh.errors import (
@@ -66,8 +66,10 @@ class GroupState:
 
     lost
         The ranks that are lost, and why.
-    operation, number
-        The operation in flight, if any, and the number of the last one begun.
+    operations
+        Those in flight, by number, in the order in which they began here.
+    hosted
+        The one of them that goes over shared memory, if there is one.
     """
 
     def __init__(
@@ -95,9 +97,10 @@ class GroupState:
         self.epoch = epoch
         self.last_outcome: Outcome | None = None
         self.protocol_errors = 0
-        #: The operation in flight and the number of the last one begun; for the exchanges.
-        self.operation: Operation | None = None
-        self.number = 0
+        self.operations: dict[int, Operation] = {}
+        self.hosted: Operation | None = None
+        #: By stream: the number of the last operation begun.
+        self._streams: dict[int, int] = {0: 0}
         self.next_operation = trio.Event()
         self._describe = describe_rank
         self._key = digest_key(lineage)
@@ -106,8 +109,13 @@ class GroupState:
         self.lost: dict[int, str] = {}
         self._peer_lost = trio.Event()
         self._ended: SparkleError | None = None
-        self._turn = trio.Lock()
+        #: By tag: calls begin in the order in which they were made.
+        self._turns: dict[str, trio.Lock] = {"": trio.Lock()}
+        self._slots = trio.Semaphore(limits.COLLECTIVE_IN_FLIGHT_MAX_COUNT)
+        self._host_turn = trio.Lock()
         self.gate = Gate()
+        self._gate_turn = trio.Lock()
+        self._inside_count = 0
         self._pool = BufferPool()
         self._nursery: trio.Nursery | None = None
         self._ran = False
@@ -122,10 +130,24 @@ class GroupState:
         Boards.refuse(memory, links.values(), group_number(self.lineage, self.epoch))
         return None
 
+    @property
+    def number(self) -> int:
+        """The number of the last operation begun without a tag."""
+        return self._streams[0]
+
+    def is_ahead(self, number: int) -> bool:
+        """Whether this rank has not come to operation ``number``."""
+        return self._streams.get(number >> 32, 0) < number & SEQUENCE_MASK
+
+    def _register(self, operation: Operation) -> None:
+        """``operation`` is in flight; doing so again changes nothing."""
+        self.operations[operation.number] = operation
+        self._streams[operation.number >> 32] = operation.sequence
+
     # --- Losing ranks ----------------------------------------------------------------------------
 
     def peer_lost(self, rank: int, reason: str) -> None:
-        """``rank`` is gone: the operation in flight and all later ones raise PeerLostError.
+        """``rank`` is gone: the operations in flight and all later ones raise PeerLostError.
 
         An operation whose last word from that rank has been heard still ends well: a rank may leave right after
         its last collective.
@@ -137,8 +159,11 @@ class GroupState:
         noticed.set()
         if self._nursery is not None:
             self._nursery.start_soon(self._exchanges[rank].link.aclose)
-        operation = self.operation
-        if operation is None or operation.finished.is_set():
+        for operation in list(self.operations.values()):
+            self._peer_lost_in(operation, rank, reason)
+
+    def _peer_lost_in(self, operation: Operation, rank: int, reason: str) -> None:
+        if operation.finished.is_set():
             return
         if operation.one_sided and self._host is not None:
             self._host.wake()
@@ -156,9 +181,8 @@ class GroupState:
     # --- What the exchanges use ------------------------------------------------------------------
 
     def heard(self, rank: int, message: Control) -> None:
-        """``rank`` said ``message`` about the operation in flight. Raises ProtocolError."""
-        operation = self.operation
-        assert operation is not None
+        """``rank`` said ``message`` about an operation in flight. Raises ProtocolError."""
+        operation = self.operations[message.operation]
         agreement = operation.agreement
         if operation.finished.is_set():
             return
@@ -218,7 +242,7 @@ class GroupState:
 
     def _give_up(self, operation: Operation, timed_out: str | None) -> None:
         """The caller stops waiting: because it was cancelled, or because time ran out."""
-        what = f"{operation.begin.description}, call number {operation.number},"
+        what = f"{operation.begin.description}, call number {operation.sequence},"
         one_sided = operation.one_sided and self._host is not None
         if operation.sent_prepared or (self._host is not None and one_sided and not self._host.try_to_abort(operation)):
             if one_sided:
@@ -272,7 +296,7 @@ class GroupState:
             self._abort(operation, self._lost_error(), cause="lost", lost=lost, reason=told)
             return
         text = (
-            f"{operation.begin.description}, call number {operation.number}, was given up by "
+            f"{operation.begin.description}, call number {operation.sequence}, was given up by "
             f"{self._describe(message.origin)}: {message.reason}"
         )
         # Where ranks differ too, that is what a caller must know.
@@ -291,14 +315,14 @@ class GroupState:
     ) -> None:
         """Fail ``operation`` here and, passing the news on, everywhere."""
         operation.fail(error)
-        self._post(self._abort_message(cause, origin=origin, lost=lost, reason=reason))
+        self._post(self._abort_message(operation.number, cause, origin=origin, lost=lost, reason=reason))
 
     def _abort_message(
-        self, cause: str, *, origin: int | None = None, lost: int | None = None, reason: str = ""
+        self, number: int, cause: str, *, origin: int | None = None, lost: int | None = None, reason: str = ""
     ) -> Abort:
         return Abort(
             epoch=self.epoch,
-            operation=self.number,
+            operation=number,
             cause=cause,
             origin=self.rank if origin is None else origin,
             lost=lost,
@@ -315,17 +339,22 @@ class GroupState:
             self._ended = error
         if self._host is not None:
             self._host.retire()
-        operation = self.operation
-        if operation is not None and not operation.finished.is_set():
-            operation.fail(type(error)(str(error)))
-            if self._host is not None and operation.one_sided:
-                self._host.wake()
+        for operation in list(self.operations.values()):
+            if not operation.finished.is_set():
+                operation.fail(type(error)(str(error)))
+                if self._host is not None and operation.one_sided:
+                    self._host.wake()
 
     def _post(self, message: Control) -> None:
         data = wire.encode(message)
         for rank, exchange in self._exchanges.items():
             if rank not in self.lost:
                 exchange.post(data)
+
+    def serve(self, exchange: Exchange, work: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+        """Run one more task of an exchange."""
+        if self._nursery is not None:
+            self._nursery.start_soon(self._serve, exchange, work, *arguments)
 
     async def _serve(self, exchange: Exchange, work: Callable[..., Awaitable[None]], *arguments: Any) -> None:
         """Run one of an exchange's tasks; when its link ends or its peer misbehaves, the peer is lost."""
@@ -334,6 +363,9 @@ class GroupState:
         except LinkClosedError as error:
             self.peer_lost(exchange.rank, str(error) or "its link was closed")
         except ProtocolError as error:
-            self.protocol_errors += 1
-            _log.warning("closing the link to %s: %s", self._describe(exchange.rank), error)
-            self.peer_lost(exchange.rank, f"it broke the protocol: {error}")
+            self._broke_protocol(exchange, error)
+
+    def _broke_protocol(self, exchange: Exchange, error: ProtocolError) -> None:
+        self.protocol_errors += 1
+        _log.warning("closing the link to %s: %s", self._describe(exchange.rank), error)
+        self.peer_lost(exchange.rank, f"it broke the protocol: {error}")

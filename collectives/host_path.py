@@ -205,15 +205,17 @@ class HostPath:
             case _:
                 operation.fail(
                     OutcomeUnknownError(
-                        f"{operation.begin.description}, call number {operation.number}, was finished by the other "
+                        f"{operation.begin.description}, call number {operation.sequence}, was finished by the other "
                         "ranks without this one: what its arrays hold is undefined; join again and synchronise"
                     )
                 )
 
-    def finish(self, *, succeeded: bool = False) -> None:
+    def succeeded(self) -> None:
+        """A call has succeeded, whichever way it went."""
+        self._boards.note_success()
+
+    def finish(self) -> None:
         """Forget the call that was in flight."""
-        if succeeded:
-            self._boards.note_success()
         self._reduction = None
         self._lanes = []
 

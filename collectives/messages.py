@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import struct
 from hashlib import sha256
-from typing import Annotated, Any, TypeAlias, cast
+from typing import Annotated, Any, Final, TypeAlias, cast
+from zlib import crc32
 
 import msgspec
 
@@ -36,9 +37,10 @@ class Begin(wire.Message, frozen=True, kw_only=True, tag="begin"):
     epoch, lineage
         The view it runs over.
     operation
-        Its number, counted from 1 by every rank's calls.
+        Its number: counted from 1 by every rank's calls with the same tag, and the tag's own number above that (see
+        :func:`operation_number`).
     tag
-        Keeps concurrent streams of operations apart; empty for the one stream there is.
+        Keeps concurrent streams of operations apart; may be empty.
     incarnation
         The sender's, where the link alone does not tell; may be empty.
     kind
@@ -98,6 +100,21 @@ _DATA = struct.Struct("<BBHIIQ")
 _SEGMENT_BITS = 24
 DATA_KIND = 1
 DATA_HEADER_BYTES = _DATA.size
+
+
+_SEQUENCE_BITS = 32
+#: Of an operation's number: which of its tag it is.
+SEQUENCE_MASK: Final[int] = 2**_SEQUENCE_BITS - 1
+
+
+def stream_of(tag: str) -> int:
+    """Return the number of a tag: 0 for none, else 31 bits of its checksum."""
+    return (crc32(tag.encode()) & 0x7FFFFFFF) or 1 if tag else 0
+
+
+def operation_number(stream: int, sequence: int) -> int:
+    """Return the number of the ``sequence``-th operation of a tag's stream."""
+    return stream << _SEQUENCE_BITS | sequence
 
 
 def encode_data(lane: int, turn: int, segment: int, epoch: int, operation: int) -> bytes:

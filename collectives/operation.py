@@ -11,7 +11,7 @@ from sparkle_mesh.collectives.arrays import Bucket
 from sparkle_mesh.collectives.calls import Call
 from sparkle_mesh.collectives.executor import Execution, Lane
 from sparkle_mesh.collectives.feedback import ErrorFeedback
-from sparkle_mesh.collectives.messages import Begin
+from sparkle_mesh.collectives.messages import SEQUENCE_MASK, Begin
 from sparkle_mesh.collectives.parts_call import PartsCall
 from sparkle_mesh.collectives.schedule import Space
 from sparkle_mesh.errors import SparkleError
@@ -71,6 +71,12 @@ class Operation:
         return self.begin.operation
 
     @property
+    def sequence(self) -> int:
+        """Which of its tag's calls it is, for people."""
+        sequence: int = self.number & SEQUENCE_MASK
+        return sequence
+
+    @property
     def succeeded(self) -> bool:
         return self.finished.is_set() and self.failure is None
 
@@ -106,7 +112,7 @@ class Operation:
             algorithm="shared" if self.one_sided else call.algorithm,
             contributors=(call.root,) if call.root is not None and call.kind in _FROM_ROOT else tuple(range(size)),
             epoch=self.begin.epoch,
-            operation=self.number,
+            operation=self.sequence,
             bytes=call.arrays.nbytes,
             bytes_sent=self.execution.bytes_sent,
             seconds=seconds,

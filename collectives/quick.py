@@ -17,7 +17,7 @@ from sparkle_mesh.collectives.calls import Call
 from sparkle_mesh.collectives.shared import Setback
 
 if TYPE_CHECKING:
-    from sparkle_mesh.collectives.group import CollectiveGroup
+    from sparkle_mesh.collectives.group_operations import GroupOperations
     from sparkle_mesh.collectives.host_path import HostPath
 
 
@@ -31,7 +31,7 @@ class QuickCall:
         In all.
     """
 
-    group: CollectiveGroup
+    group: GroupOperations
     host: HostPath
     call: Call
     timeout_s: float
@@ -66,7 +66,7 @@ class QuickCall:
     async def finish(self) -> None:
         """Do what :meth:`run` could not. Errors are those of any call."""
         left_s = max(self.timeout_s - (SYSTEM_CLOCK.now() - self._started_at), 0.0)
-        operation = self.group.operation if self._entered else None
+        operation = self.group.hosted if self._entered else None
         if operation is not None:
             try:
                 await self.group.adopt(

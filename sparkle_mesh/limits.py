@@ -239,8 +239,11 @@ COLLECTIVE_SEGMENT_MIN_BYTES = 512 * KIB
 COLLECTIVE_SEGMENT_SLOW_MIN_BYTES = 64 * KIB
 # Data that may be sent to a peer before it has begun the same operation; the peer holds it until then.
 COLLECTIVE_EAGER_MAX_BYTES = 64 * KIB
-# Operations that a peer may have begun and given up before this rank has come to them.
+# Operations that a peer may have begun, and given up, before this rank has come to them.
 COLLECTIVE_OPERATIONS_AHEAD_MAX_COUNT = 64
+# Operations of a group in flight at a time; further calls wait.
+COLLECTIVE_IN_FLIGHT_MAX_COUNT = 32
+COLLECTIVE_TAGS_MAX_COUNT = 4096
 # Control messages waiting for a peer that takes none; then it counts as lost.
 COLLECTIVE_OUTBOX_MAX_COUNT = 1024
 COLLECTIVE_ARRAYS_MAX_COUNT = 65536
@@ -332,6 +335,7 @@ assert UPGRADE_TIMEOUT_S < DIAL_TIMEOUT_S
 assert COLLECTIVE_PART_BYTES <= RECORD_MAX_BYTES
 assert COLLECTIVE_PART_BYTES % 64 == 0
 assert COLLECTIVE_EAGER_MAX_BYTES <= COLLECTIVE_SEGMENT_MIN_BYTES <= COLLECTIVE_SEGMENT_BYTES
+assert COLLECTIVE_IN_FLIGHT_MAX_COUNT <= COLLECTIVE_OPERATIONS_AHEAD_MAX_COUNT
 assert COLLECTIVE_DESCRIPTION_MAX_CHARS * 3 < LINK_HEADER_MAX_BYTES
 # A piece is whole blocks of every codec.
 assert CODEC_PIECE_COUNT % 256 == 0

@@ -312,12 +312,13 @@ async def test_a_rank_far_behind_catches_up(
 
 
 async def test_a_call_that_waits_for_its_turn_times_out_by_itself(
-    make_world: Any, autojump_clock: trio.testing.MockClock
+    make_world: Any, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(limits, "COLLECTIVE_IN_FLIGHT_MAX_COUNT", 1)
     async with make_world(2, delay_s=0.01).running() as world:
 
         async def impatient() -> None:
-            with pytest.raises(CollectiveTimeoutError, match="did not start in 1 s: an earlier call"):
+            with pytest.raises(CollectiveTimeoutError, match="did not start in 1 s: calls take turns, and an earlier"):
                 await world.groups[0].barrier(timeout_s=1)
 
         async with trio.open_nursery() as nursery:
