@@ -45,13 +45,15 @@ class Call:
     one_sided: bool = False
     #: How numbers are sent; as they are if None.
     compression: Compression | None = None
+    #: What the op is called for people, if it is not ``op``.
+    label: str = ""
 
     @property
     def identity(self) -> CallIdentity:
         """What all ranks must have in common."""
         compression = "" if self.compression is None else self.compression.describe()
         return call_identity(
-            self.kind, self.algorithm, self.one_sided, self.op, self.root, self.arrays.look, compression
+            self.kind, self.algorithm, self.one_sided, self.label or self.op, self.root, self.arrays.look, compression
         )
 
     def describe(self) -> str:
@@ -131,6 +133,19 @@ def broadcast_call(data: object, root: object, rank: int, topology: Topology) ->
 def barrier_call() -> Call:
     """Return the call of a barrier: an operation without data."""
     return Call("barrier", "direct", Arrays("list", ()), one_sided=True)
+
+
+def check_tag(tag: object) -> str:
+    """Return ``tag``, "" for None. Raises UsageError."""
+    if tag is None:
+        return ""
+    if not isinstance(tag, str) or not 0 < len(tag) <= limits.NAME_MAX_CHARS:
+        raise UsageError(f"tag is {tag!r}; give a text of 1 to {limits.NAME_MAX_CHARS} characters, or None")
+    try:
+        tag.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"tag {tag!r} holds half a character (a lone surrogate), which cannot be sent") from error
+    return tag
 
 
 def check_timeout(timeout_s: object) -> float:

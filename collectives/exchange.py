@@ -65,8 +65,9 @@ class Exchange:
         #: The number of the last call that the peer spoke of, and that for people.
         self.last_seen = (0, "nothing yet")
         self._group = group
-        #: Control messages that are not with the operating system yet.
-        self.unsent = 0
+        #: How many control messages were posted, and how many of them are with the operating system.
+        self.posted = 0
+        self.said = 0
         self._outbox: deque[bytes] = deque()
         self._closed = False
         self._wake = trio.Event()
@@ -84,7 +85,7 @@ class Exchange:
             self._group.peer_lost(self.rank, f"it has not taken {len(self._outbox)} messages")
             return
         self._outbox.append(message)
-        self.unsent += 1
+        self.posted += 1
         self.wake()
 
     def wake(self) -> None:
@@ -102,7 +103,7 @@ class Exchange:
         except LinkClosedError:
             self._closed = True
             self._outbox.clear()
-            self.unsent = 0
+            self.said = self.posted
 
     async def _write(self) -> None:
         while True:
@@ -124,11 +125,11 @@ class Exchange:
                 await self._wake.wait()
                 continue
             await self.link.send_all(batch)
-            self.unsent -= said
+            self.said += said
             if operation is not None and message is not None:
                 operation.execution.sent(self.rank, message)
                 self._group.progress(operation)
-            elif not self.unsent:
+            if said:
                 for other in list(self._group.operations.values()):
                     self._group.progress(other)
 

@@ -24,6 +24,8 @@ tag alone: ranks may make those of different tags in any order.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import trio
@@ -32,14 +34,18 @@ from sparkle_mesh.collectives.calls import (
     all_reduce_call,
     barrier_call,
     broadcast_call,
+    check_tag,
     check_timeout,
     reduce_call,
 )
 from sparkle_mesh.collectives.compression import Compression
 from sparkle_mesh.collectives.explanation import Explanation, explain
 from sparkle_mesh.collectives.group_operations import GroupOperations
-from sparkle_mesh.collectives.operation import Outcome
+from sparkle_mesh.collectives.operation import Operation, Outcome
 from sparkle_mesh.collectives.parts_call import parts_call
+from sparkle_mesh.collectives.pending import AsyncPendingReduction
+from sparkle_mesh.collectives.tickets import Ticket
+from sparkle_mesh.collectives.weighted import weigh
 from sparkle_mesh.errors import (
     MeshClosedError,
     UsageError,
@@ -70,7 +76,9 @@ class CollectiveGroup(GroupOperations):
         *,
         algorithm: str = "auto",
         compression: str | Compression | None = None,
+        weight: float | None = None,
         timeout_s: float | None = None,
+        tag: str | None = None,
     ) -> T:
         """Combine the arrays of all ranks, element by element; every rank ends with the same bits. Returns ``data``.
 
@@ -84,8 +92,12 @@ class CollectiveGroup(GroupOperations):
             ``"auto"``, ``"shared"`` (if all ranks share memory), or one of ``cost.ALL_REDUCE_ALGORITHMS``.
         compression
             None; a codec's name, or a :class:`Compression`; or ``"auto"``.
+        weight
+            Of this rank's arrays in a mean: 0 or more. Ranks all give one, or none does.
         timeout_s
             How long to wait for the other ranks; ``limits.COLLECTIVE_TIMEOUT_S`` if None.
+        tag
+            Calls with the same tag are matched with each other, in their order.
 
         Raises
         ------
@@ -96,13 +108,67 @@ class CollectiveGroup(GroupOperations):
         OutcomeUnknownError, MeshClosedError
             See the module's text. The arrays are as they were.
         """
-        async with self._refusals("all_reduce"):
-            call, deadline_s = (
-                all_reduce_call(data, op, algorithm, self.topology, compression),
-                check_timeout(timeout_s),
-            )
-        await self.perform(call, deadline_s)
+        name, ticket = check_tag(tag), self.take_turn(check_tag(tag))
+        await self._all_reduce(data, op, algorithm, compression, weight, timeout_s, name, ticket)
         return data
+
+    def all_reduce_async(
+        self,
+        data: T,
+        op: str = "sum",
+        *,
+        algorithm: str = "auto",
+        compression: str | Compression | None = None,
+        weight: float | None = None,
+        timeout_s: float | None = None,
+        tag: str | None = None,
+    ) -> AsyncPendingReduction[T]:
+        """Begin an :meth:`all_reduce`, and return at once. It takes its turn among all calls with the same tag."""
+        if self._nursery is None:
+            raise UsageError("run() of the collective group must be running before its collectives are called")
+        name = check_tag(tag)
+        ticket = self.take_turn(name)
+        pending = AsyncPendingReduction(data, f"all_reduce with tag {name!r}" if name else "all_reduce")
+
+        async def carry_out() -> None:
+            try:
+                operation = await self._all_reduce(
+                    data, op, algorithm, compression, weight, timeout_s, name, ticket, pending.begun
+                )
+            except trio.Cancelled:
+                pending.end(None, MeshClosedError("the mesh was left while the reduction was in flight"))
+                raise
+            except Exception as error:
+                pending.end(None, error)
+            else:
+                pending.end(operation, None)
+
+        self._nursery.start_soon(carry_out)
+        return pending
+
+    async def _all_reduce(
+        self,
+        data: object,
+        op: str,
+        algorithm: str,
+        compression: str | Compression | None,
+        weight: float | None,
+        timeout_s: float | None,
+        tag: str,
+        ticket: Ticket,
+        begun: Callable[[Operation], None] | None = None,
+    ) -> Outcome | None:
+        async with self._refusals("all_reduce", tag, ticket):
+            deadline_s = check_timeout(timeout_s)
+            weighted = None if weight is None else weigh(data, op, weight, compression)
+            given, real_op = (data, op) if weighted is None else (weighted.vectors, "sum")
+            call = all_reduce_call(given, real_op, algorithm, self.topology, compression)
+            if weighted is not None:
+                call = replace(call, label=weighted.label)
+        operation = await self.perform(call, deadline_s, tag, begun, ticket)
+        if weighted is not None:
+            weighted.commit()
+        return operation.ended_with
 
     async def broadcast(self, data: T, root: int = 0, *, timeout_s: float | None = None) -> T:
         """Overwrite the arrays of all ranks with those of ``root``.

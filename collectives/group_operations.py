@@ -31,6 +31,7 @@ from sparkle_mesh.collectives.parts_call import PartsCall
 from sparkle_mesh.collectives.quick import QuickCall
 from sparkle_mesh.collectives.reduction import Array, Reduction, work_dtype
 from sparkle_mesh.collectives.shared import Setback
+from sparkle_mesh.collectives.tickets import Queue, Ticket
 from sparkle_mesh.errors import (
     CollectiveTimeoutError,
     ProtocolError,
@@ -53,16 +54,19 @@ class GroupOperations(GroupState):
         timeout_s: float,
         tag: str = "",
         started: Callable[[Operation], None] | None = None,
+        ticket: Ticket | None = None,
     ) -> Operation:
         """Carry out ``call`` in its turn, which comes when all calls with the same tag before it have begun.
 
-        ``started`` is called with the operation when that has begun.
+        ``started`` is called with the operation when that has begun. The turn is that of ``ticket``, or the next.
         """
+        ticket = ticket or self.take_turn(tag)
         called_at = trio.current_time()
         operation: Operation | None = None
         with ExitStack() as held:
             with trio.move_on_after(timeout_s) as scope:
-                async with self._turn_of(tag):
+                try:
+                    await ticket.wait()
                     await _acquire(self._slots)
                     held.callback(self._slots.release)
                     host = self._host if not tag and self._host is not None and self._host.takes(call) else None
@@ -74,6 +78,8 @@ class GroupOperations(GroupState):
                     await self._enter()
                     held.callback(self._leave)
                     operation = self._start(call, host, tag)
+                finally:
+                    ticket.leave()
                 if started is not None:
                     started(operation)
                 await self._carry_out(operation, host, scope, timeout_s)
@@ -99,16 +105,16 @@ class GroupOperations(GroupState):
         if not self._inside_count:
             self.gate.leave()
 
-    def _turn_of(self, tag: str) -> trio.Lock:
-        """Return the lock of a tag's calls. Raises UsageError for a tag too many, or one that cannot be told apart."""
-        if tag not in self._turns:
-            if len(self._turns) >= limits.COLLECTIVE_TAGS_MAX_COUNT:
-                raise UsageError(f"tag {tag!r} is one too many: {len(self._turns)} were used; use the same ones again")
-            same = next((other for other in self._turns if stream_of(other) == stream_of(tag)), None)
+    def take_turn(self, tag: str) -> Ticket:
+        """Return the next place among a tag's calls. Raises UsageError for a tag too many, or like another."""
+        if tag not in self._queues:
+            if len(self._queues) >= limits.COLLECTIVE_TAGS_MAX_COUNT:
+                raise UsageError(f"tag {tag!r} is one too many: {len(self._queues)} were used; use the same ones again")
+            same = next((other for other in self._queues if stream_of(other) == stream_of(tag)), None)
             if same is not None:
                 raise UsageError(f"tag {tag!r} has the same checksum as {same!r}; choose another")
-            self._turns[tag] = trio.Lock()
-        return self._turns[tag]
+            self._queues[tag] = Queue()
+        return self._queues[tag].take()
 
     async def _carry_out(
         self,
@@ -135,7 +141,7 @@ class GroupOperations(GroupState):
     def _tell(self, operation: Operation, call: Call | PartsCall, seconds: float) -> None:
         if operation.failure is not None:
             raise operation.failure
-        self.last_outcome = operation.outcome(call, self.size, seconds)
+        self.last_outcome = operation.ended_with = operation.outcome(call, self.size, seconds)
 
     def _start(self, call: Call | PartsCall, host: HostPath | None, tag: str) -> Operation:
         if self._ended is not None:
@@ -245,6 +251,7 @@ class GroupOperations(GroupState):
             self._ended is not None
             or self.lost
             or self._nursery is None
+            or self._queues[""].busy
             or self.next_operation.statistics().tasks_waiting
             or any(number in exchange.ahead for exchange in self._exchanges.values())
         ):
@@ -339,14 +346,18 @@ class GroupOperations(GroupState):
     # --- Calls that are refused ------------------------------------------------------------------
 
     @asynccontextmanager
-    async def _refusals(self, kind: str, tag: str = "") -> AsyncIterator[None]:
+    async def _refusals(self, kind: str, tag: str = "", ticket: Ticket | None = None) -> AsyncIterator[None]:
         """Let a call that is refused within the block count in its turn, here and on all other ranks."""
         try:
             yield
         except Exception as error:
             # Whatever it is: the others make the call that this rank does not.
-            async with self._turn_of(tag):
+            ticket = ticket or self.take_turn(tag)
+            try:
+                await ticket.wait()
                 self._skip(f"its {kind} was refused: {error}", tag)
+            finally:
+                ticket.leave()
             raise
 
     def _skip(self, reason: str, tag: str) -> None:

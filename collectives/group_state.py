@@ -22,6 +22,7 @@ from sparkle_mesh.collectives.gate import Gate
 from sparkle_mesh.collectives.host_path import HostPath, group_number
 from sparkle_mesh.collectives.messages import SEQUENCE_MASK, Abort, Begin, Control, Prepared
 from sparkle_mesh.collectives.operation import Operation, Outcome
+from sparkle_mesh.collectives.tickets import Queue
 from sparkle_mesh.collectives.topology import Topology
 from sparkle_mesh.errors import (
     CollectiveAbortedError,
@@ -110,7 +111,7 @@ class GroupState:
         self._peer_lost = trio.Event()
         self._ended: SparkleError | None = None
         #: By tag: calls begin in the order in which they were made.
-        self._turns: dict[str, trio.Lock] = {"": trio.Lock()}
+        self._queues: dict[str, Queue] = {"": Queue()}
         self._slots = trio.Semaphore(limits.COLLECTIVE_IN_FLIGHT_MAX_COUNT)
         self._host_turn = trio.Lock()
         self.gate = Gate()
@@ -227,16 +228,19 @@ class GroupState:
             digest = execution.digest(self._key)
             agreement.prepared[self.rank] = digest
             self._post(Prepared(epoch=self.epoch, operation=operation.number, digest=digest))
+            operation.last_words = {rank: exchange.posted for rank, exchange in self._exchanges.items()}
         if agreement.settled:
             error = agreement.verdict(self._describe)
             if error is not None:
                 operation.fail(error)
-            elif not execution.sends_left and not self._unsent():
+            elif not execution.sends_left and not self._unsaid(operation):
                 operation.finished.set()
 
-    def _unsent(self) -> bool:
-        """Whether a live peer is still to be sent something: leaving before would leave it without."""
-        return any(exchange.unsent for rank, exchange in self._exchanges.items() if rank not in self.lost)
+    def _unsaid(self, operation: Operation) -> bool:
+        """Whether a live peer is still to be told that this rank is done: leaving before would leave it without."""
+        return any(
+            self._exchanges[rank].said < last for rank, last in operation.last_words.items() if rank not in self.lost
+        )
 
     # --- Failure ---------------------------------------------------------------------------------
 

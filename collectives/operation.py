@@ -62,9 +62,13 @@ class Operation:
     finished: trio.Event = field(default_factory=trio.Event)
     failure: SparkleError | None = None
     sent_prepared: bool = False
+    #: By rank: how many messages had been posted to it when the last one of this operation was.
+    last_words: dict[int, int] = field(default_factory=dict)
     #: Whether it is done over shared memory, with no word over the links.
     one_sided: bool = False
     feedback: ErrorFeedback | None = None
+    #: Known once its caller has been told.
+    ended_with: Outcome | None = None
 
     @property
     def number(self) -> int:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from sparkle_mesh.collectives.compression import Compression
 from sparkle_mesh.collectives.explanation import Explanation
 from sparkle_mesh.collectives.group import CollectiveGroup
+from sparkle_mesh.collectives.pending import AsyncPendingReduction
 
 D = TypeVar("D")
 
@@ -26,7 +27,9 @@ class AsyncCollectives:
         *,
         algorithm: str = "auto",
         compression: str | Compression | None = None,
+        weight: float | None = None,
         timeout_s: float | None = None,
+        tag: str | None = None,
     ) -> D:
         """Reduce arrays over all ranks, in place; every rank ends with the same bits.
 
@@ -46,8 +49,14 @@ class AsyncCollectives:
             How to send float32, float16 or bfloat16 in fewer bytes: ``"float16"``, ``"bfloat16"``, ``"int8"``,
             ``"int4"``, ``"topk"``, a :class:`~sparkle_mesh.Compression` (with error feedback), or ``"auto"`` to weigh
             what the lines gain against what encoding costs. None, the default, loses nothing.
+        weight
+            Of this rank's arrays in a mean, such as the size of its batch: ``sum(weight * array) / sum(weight)``. 0 for
+            a rank that has no data. Either all ranks give one, or none does.
         timeout_s
             Deadline in seconds, waiting for slow ranks included; ``limits.COLLECTIVE_TIMEOUT_S`` if None.
+        tag
+            Keeps calls apart that ranks may make in different orders, from several threads for example: calls with the
+            same tag are matched with each other, in their order, and calls without one likewise.
 
         Returns
         -------
@@ -72,7 +81,30 @@ class AsyncCollectives:
             If the results differ between ranks, another rank gave up, or the mesh was closed.
         """
         self._check_process()
-        return await self._group.all_reduce(data, op, algorithm=algorithm, compression=compression, timeout_s=timeout_s)
+        return await self._group.all_reduce(
+            data, op, algorithm=algorithm, compression=compression, weight=weight, timeout_s=timeout_s, tag=tag
+        )
+
+    def all_reduce_async(
+        self,
+        data: D,
+        op: str = "sum",
+        *,
+        algorithm: str = "auto",
+        compression: str | Compression | None = None,
+        weight: float | None = None,
+        timeout_s: float | None = None,
+        tag: str | None = None,
+    ) -> AsyncPendingReduction[D]:
+        """Begin an :meth:`all_reduce` and return at once; ``await pending.wait()`` for its result, or its error.
+
+        Parameters are as there. The arrays must be left alone until it has ended. Many may be in flight; calls that are
+        awaited directly may come between, in the same order on every rank for each tag.
+        """
+        self._check_process()
+        return self._group.all_reduce_async(
+            data, op, algorithm=algorithm, compression=compression, weight=weight, timeout_s=timeout_s, tag=tag
+        )
 
     def explain(self, nbytes: int) -> Explanation:
         """Return how ``all_reduce`` of an array of ``nbytes`` would be done: by which algorithm, in what time, and why.

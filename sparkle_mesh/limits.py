@@ -241,6 +241,8 @@ COLLECTIVE_SEGMENT_SLOW_MIN_BYTES = 64 * KIB
 COLLECTIVE_EAGER_MAX_BYTES = 64 * KIB
 # Operations that a peer may have begun, and given up, before this rank has come to them.
 COLLECTIVE_OPERATIONS_AHEAD_MAX_COUNT = 64
+# How often a callback for progress is called.
+PROGRESS_INTERVAL_S = 0.05
 # Operations of a group in flight at a time; further calls wait.
 COLLECTIVE_IN_FLIGHT_MAX_COUNT = 32
 COLLECTIVE_TAGS_MAX_COUNT = 4096

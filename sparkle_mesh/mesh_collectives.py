@@ -2,19 +2,77 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from sparkle_mesh import limits
+from sparkle_mesh.clock import SYSTEM_CLOCK
+from sparkle_mesh.errors import CollectiveTimeoutError
 from sparkle_mesh.portal import Portal
 
 if TYPE_CHECKING:
     from sparkle_mesh.async_mesh import AsyncMesh
     from sparkle_mesh.collectives.compression import Compression
     from sparkle_mesh.collectives.explanation import Explanation
+    from sparkle_mesh.collectives.operation import Outcome
+    from sparkle_mesh.collectives.pending import AsyncPendingReduction
     from sparkle_mesh.collectives.quick import QuickCall
 
 D = TypeVar("D")
 T = TypeVar("T")
+
+
+class PendingReduction(Generic[D]):
+    """A reduction in flight; made by :meth:`Mesh.all_reduce_async`. Leave its arrays alone until it has ended."""
+
+    def __init__(self, pending: AsyncPendingReduction[D], portal: Portal) -> None:
+        self._pending, self._portal = pending, portal
+
+    def __repr__(self) -> str:
+        return repr(self._pending)
+
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self._pending.done()
+
+    @property
+    def progress(self) -> float:
+        """How much of what this rank sends and receives is done, from 0 to 1."""
+        return self._pending.progress
+
+    @property
+    def contributors(self) -> tuple[int, ...]:
+        """The ranks whose data is in the result; empty until it has succeeded."""
+        return self._pending.contributors
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """How it went; None until it has succeeded."""
+        return self._pending.outcome
+
+    def wait(self, timeout_s: float | None = None, *, on_progress: Callable[[float], object] | None = None) -> D:
+        """Return the data, which hold the result then; raise what ended it otherwise.
+
+        Parameters
+        ----------
+        timeout_s
+            How long to wait; until it ends if None. CollectiveTimeoutError if it has not ended by then: it goes on.
+        on_progress
+            Called in this thread now and then, with how much is done, from 0 to 1.
+        """
+        deadline = None if timeout_s is None else SYSTEM_CLOCK.now() + timeout_s
+        while on_progress is not None and not self.done():
+            left = math.inf if deadline is None else deadline - SYSTEM_CLOCK.now()
+            if left <= 0:
+                break
+            with suppress(CollectiveTimeoutError):
+                self._portal.call(partial(self._pending.wait, min(left, limits.PROGRESS_INTERVAL_S)))
+            on_progress(self.progress)
+        left_s = None if deadline is None else max(deadline - SYSTEM_CLOCK.now(), 0.0)
+        return self._portal.call(partial(self._pending.wait, left_s))
 
 
 class Collectives:
@@ -30,11 +88,22 @@ class Collectives:
         *,
         algorithm: str = "auto",
         compression: str | Compression | None = None,
+        weight: float | None = None,
         timeout_s: float | None = None,
+        tag: str | None = None,
+        on_progress: Callable[[float], object] | None = None,
     ) -> D:
-        """Reduce arrays over all ranks in place and return them; see :meth:`AsyncMesh.all_reduce`."""
+        """Reduce arrays over all ranks in place and return them; see :meth:`AsyncMesh.all_reduce`.
+
+        ``on_progress`` is called in this thread now and then, with how much is done, from 0 to 1.
+        """
         self._mesh._check_process()
-        if compression is None:
+        if on_progress is not None:
+            pending = self.all_reduce_async(
+                data, op, algorithm=algorithm, compression=compression, weight=weight, timeout_s=timeout_s, tag=tag
+            )
+            return pending.wait(on_progress=on_progress)
+        if compression is None and weight is None and tag is None:
             quick = self._mesh._group.quick_all_reduce(data, op, algorithm, timeout_s)
             if quick is not None:
                 self._run_quickly(quick)
@@ -42,10 +111,39 @@ class Collectives:
 
         async def all_reduce() -> D:
             return await self._mesh.all_reduce(
-                data, op, algorithm=algorithm, compression=compression, timeout_s=timeout_s
+                data, op, algorithm=algorithm, compression=compression, weight=weight, timeout_s=timeout_s, tag=tag
             )
 
         return self._call(all_reduce)
+
+    def all_reduce_async(
+        self,
+        data: D,
+        op: str = "sum",
+        *,
+        algorithm: str = "auto",
+        compression: str | Compression | None = None,
+        weight: float | None = None,
+        timeout_s: float | None = None,
+        tag: str | None = None,
+    ) -> PendingReduction[D]:
+        """Begin an :meth:`all_reduce` and return at once; see :meth:`AsyncMesh.all_reduce_async`.
+
+        Examples
+        --------
+        >>> import numpy as np, sparkle_mesh as sparkle
+        >>> with sparkle.join("my-run", min_peers=1, lan=False) as mesh:
+        ...     pending = mesh.all_reduce_async(np.ones(3))
+        ...     pending.wait()  # after some other work
+        array([1., 1., 1.])
+        """
+
+        async def begin() -> AsyncPendingReduction[D]:
+            return self._mesh.all_reduce_async(
+                data, op, algorithm=algorithm, compression=compression, weight=weight, timeout_s=timeout_s, tag=tag
+            )
+
+        return PendingReduction(self._call(begin), self._portal)
 
     def explain(self, nbytes: int) -> Explanation:
         """Return how ``all_reduce`` of ``nbytes`` would be done, for printing; see :meth:`AsyncMesh.explain`."""

@@ -1,0 +1,96 @@
+"""A reduction that goes on while its caller does something else."""
+
+from __future__ import annotations
+
+import logging
+from typing import Generic, TypeVar
+
+import trio
+
+from sparkle_mesh.collectives.operation import Operation, Outcome
+from sparkle_mesh.errors import CollectiveTimeoutError
+
+_log = logging.getLogger(__name__)
+
+D = TypeVar("D")
+
+
+class AsyncPendingReduction(Generic[D]):
+    """A reduction in flight, for trio programs; made by ``all_reduce_async``. Its arrays are not to be touched.
+
+    Attributes
+    ----------
+    outcome
+        How it went; None until it has succeeded.
+    """
+
+    def __init__(self, data: D, description: str) -> None:
+        self.outcome: Outcome | None = None
+        self._data = data
+        self._description = description
+        self._operation: Operation | None = None
+        self._error: BaseException | None = None
+        self._told = False
+        self._ended = trio.Event()
+
+    def __repr__(self) -> str:
+        state = "failed" if self._error is not None else "done" if self.done() else f"{self.progress:.0%} done"
+        return f"<reduction, {self._description}, {state}>"
+
+    def __del__(self) -> None:
+        if self._error is not None and not self._told:
+            _log.warning("nobody waited for %s, which failed: %s", self._description, self._error)
+
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self._ended.is_set()
+
+    @property
+    def progress(self) -> float:
+        """How much of what this rank sends and receives is done, from 0 to 1."""
+        if self.done():
+            return 1.0
+        return 0.0 if self._operation is None else self._operation.execution.progress * 0.99
+
+    @property
+    def contributors(self) -> tuple[int, ...]:
+        """The ranks whose data is in the result; empty until it has succeeded."""
+        return () if self.outcome is None else self.outcome.contributors
+
+    async def wait(self, timeout_s: float | None = None) -> D:
+        """Return the data, which hold the result then.
+
+        Parameters
+        ----------
+        timeout_s
+            How long to wait; until it ends if None. Waiting can be done again.
+
+        Raises
+        ------
+        CollectiveTimeoutError
+            If it has not ended by then; it goes on.
+        CollectiveError
+            Whatever ended it, as ``all_reduce`` raises it.
+        """
+        if timeout_s is None:
+            await self._ended.wait()
+        else:
+            with trio.move_on_after(timeout_s):
+                await self._ended.wait()
+        if not self.done():
+            raise CollectiveTimeoutError(f"{self._description} has not ended in {timeout_s} s; it goes on: wait again")
+        if self._error is not None:
+            self._told = True
+            raise self._error
+        return self._data
+
+    # --- For the group ---------------------------------------------------------------------------
+
+    def begun(self, operation: Operation) -> None:
+        """``operation`` carries it out."""
+        self._operation = operation
+
+    def end(self, outcome: Outcome | None, error: BaseException | None) -> None:
+        """It has ended."""
+        self.outcome, self._error, self._operation = outcome, error, None
+        self._ended.set()

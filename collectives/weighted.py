@@ -1,0 +1,72 @@
+"""Means to which ranks contribute with weights of their own: ``sum(weight * array) / sum(weight)``.
+
+What is added up are vectors of ``weight * array`` with the weight itself behind them; so every path and codec that adds
+up can be taken, and the division is by the same bits on every rank. A weight of 0 is for a rank that has no data.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sparkle_mesh.collectives.arrays import Bucket, check_arrays
+from sparkle_mesh.collectives.reduction import Array, check_dtype, check_op, work_dtype
+from sparkle_mesh.errors import UsageError
+
+
+@dataclass(slots=True)
+class Weighted:
+    """One rank's part of a weighted mean: ``vectors`` are to be summed over all ranks, then :meth:`commit` writes."""
+
+    vectors: list[Array]
+    buckets: list[Bucket]
+    label: str = "weighted mean"
+
+    def commit(self) -> None:
+        """Write the means into the caller's arrays.
+
+        Raises
+        ------
+        UsageError
+            On every rank, if all weights are 0; the arrays are as they were.
+        """
+        if any(not vector[-1] for vector in self.vectors):
+            raise UsageError(
+                "the weights of all ranks are 0: there is nothing to take the mean of; no array was changed"
+            )
+        for vector, bucket in zip(self.vectors, self.buckets, strict=True):
+            with np.errstate(all="ignore"):
+                np.divide(vector[:-1], vector[-1], out=vector[:-1])
+                bucket.commit(vector[:-1])
+
+
+def weigh(data: object, op: str, weight: object, compression: object) -> Weighted:
+    """Return this rank's part of a mean with ``weight``. Raises UsageError."""
+    if isinstance(weight, bool) or not isinstance(weight, int | float | np.integer | np.floating):
+        raise UsageError(f"weight is {weight!r}; give a number, such as the size of this rank's batch")
+    if not 0 <= weight < math.inf:
+        raise UsageError(f"weight is {weight!r}; it must be 0 or more, and finite")
+    if compression is not None:
+        raise UsageError(
+            "weight does not go with compression; scale the arrays, and reduce the weights in another call"
+        )
+    if op != "mean":
+        raise UsageError(f"op {op!r} does not go with weight, only 'mean' does")
+
+    def check(dtype: np.dtype[Any], label: str) -> None:
+        check_dtype(dtype, label)
+        check_op("mean", dtype, label)
+
+    buckets = check_arrays(data, check).buckets(np.empty)
+    vectors = []
+    for bucket in buckets:
+        vector = np.empty(bucket.data.size + 1, work_dtype(bucket.data.dtype))
+        with np.errstate(all="ignore"):
+            # Not 0 times what may be NaN: who has no data contributes nothing.
+            np.multiply(bucket.data, vector.dtype.type(weight), out=vector[:-1]) if weight else vector.fill(0)
+        vector[-1] = weight
+        vectors.append(vector)
+    return Weighted(vectors, buckets)
