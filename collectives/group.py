@@ -130,20 +130,12 @@ class CollectiveGroup(GroupOperations):
         ticket = self.take_turn(name)
         pending = AsyncPendingReduction(data, f"all_reduce with tag {name!r}" if name else "all_reduce")
 
-        async def carry_out() -> None:
-            try:
-                operation = await self._all_reduce(
-                    data, op, algorithm, compression, weight, timeout_s, name, ticket, pending.begun
-                )
-            except trio.Cancelled:
-                pending.end(None, MeshClosedError("the mesh was left while the reduction was in flight"))
-                raise
-            except Exception as error:
-                pending.end(None, error)
-            else:
-                pending.end(operation, None)
+        async def call() -> Outcome | None:
+            return await self._all_reduce(
+                data, op, algorithm, compression, weight, timeout_s, name, ticket, pending.begun
+            )
 
-        self._nursery.start_soon(carry_out)
+        self._nursery.start_soon(pending.run, call)
         return pending
 
     async def _all_reduce(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
 import trio
 
 from sparkle_mesh.collectives.operation import Operation, Outcome
-from sparkle_mesh.errors import CollectiveTimeoutError
+from sparkle_mesh.errors import CollectiveTimeoutError, MeshClosedError
 
 _log = logging.getLogger(__name__)
 
@@ -90,7 +91,15 @@ class AsyncPendingReduction(Generic[D]):
         """``operation`` carries it out."""
         self._operation = operation
 
-    def end(self, outcome: Outcome | None, error: BaseException | None) -> None:
-        """It has ended."""
-        self.outcome, self._error, self._operation = outcome, error, None
-        self._ended.set()
+    async def run(self, call: Callable[[], Awaitable[Outcome | None]]) -> None:
+        """Carry out ``call``; keep its outcome, or its error for whoever waits."""
+        try:
+            self.outcome = await call()
+        except trio.Cancelled:
+            self._error = MeshClosedError(f"the mesh was left while {self._description} was in flight")
+            raise
+        except Exception as error:
+            self._error = error
+        finally:
+            self._operation = None
+            self._ended.set()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import numpy as np
+
 from sparkle_mesh import limits
 from sparkle_mesh.clock import SYSTEM_CLOCK
-from sparkle_mesh.errors import CollectiveTimeoutError
+from sparkle_mesh.errors import CollectiveTimeoutError, UsageError
 from sparkle_mesh.portal import Portal
+from sparkle_mesh.uneven import UnevenSteps
 
 if TYPE_CHECKING:
     from sparkle_mesh.async_mesh import AsyncMesh
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from sparkle_mesh.collectives.pending import AsyncPendingReduction
     from sparkle_mesh.collectives.quick import QuickCall
 
+B = TypeVar("B")
 D = TypeVar("D")
 T = TypeVar("T")
 
@@ -80,6 +84,47 @@ class Collectives:
 
     _mesh: AsyncMesh
     _portal: Portal
+    _uneven: UnevenSteps | None = None
+
+    def uneven(self, batches: Iterable[B]) -> Iterator[B]:
+        """Give ``batches`` one after the other, and go on for as long as any rank has some.
+
+        For data that do not divide evenly: when a rank's own batches are used up, it makes the reductions of its last
+        step again on behalf of the others, with a weight of 0, until nobody has a batch. So within the loop every rank
+        calls ``all_reduce`` alike in every step, with ``op="mean"`` (a mean over those who have a batch; ``weight`` may
+        say how much each counts) or ``"sum"`` (to which others add zeros). Each step costs one more small message.
+
+        Raises
+        ------
+        UsageError
+            If another op is reduced within the loop, or a rank has no batch at all and so cannot know what to reduce.
+
+        Examples
+        --------
+        >>> import numpy as np, sparkle_mesh as sparkle
+        >>> with sparkle.join("my-run", min_peers=1, lan=False) as mesh:
+        ...     for batch in mesh.uneven([np.ones(2), np.ones(2)]):
+        ...         gradient = mesh.all_reduce(batch.copy(), op="mean", weight=len(batch))
+        """
+        if self._uneven is not None:
+            raise UsageError("uneven() within uneven(); one loop at a time")
+        left, steps = iter(batches), UnevenSteps()
+        none = object()
+        while True:
+            batch: Any = next(left, none)
+            having = np.array([batch is not none], np.int64)
+            self.all_reduce(having)
+            if not having[0]:
+                return
+            if batch is none:
+                steps.stand_in(self)
+                continue
+            steps.begin()
+            self._uneven = steps
+            try:
+                yield batch
+            finally:
+                self._uneven = None
 
     def all_reduce(
         self,
@@ -98,11 +143,13 @@ class Collectives:
         ``on_progress`` is called in this thread now and then, with how much is done, from 0 to 1.
         """
         self._mesh._check_process()
+        if self._uneven is not None:
+            weight = self._uneven.note(data, op, weight, algorithm=algorithm, compression=compression, tag=tag)
         if on_progress is not None:
-            pending = self.all_reduce_async(
+            begun = self._begin(
                 data, op, algorithm=algorithm, compression=compression, weight=weight, timeout_s=timeout_s, tag=tag
             )
-            return pending.wait(on_progress=on_progress)
+            return begun.wait(on_progress=on_progress)
         if compression is None and weight is None and tag is None:
             quick = self._mesh._group.quick_all_reduce(data, op, algorithm, timeout_s)
             if quick is not None:
@@ -138,10 +185,15 @@ class Collectives:
         array([1., 1., 1.])
         """
 
+        if self._uneven is not None:
+            weight = self._uneven.note(data, op, weight, algorithm=algorithm, compression=compression, tag=tag)
+        return self._begin(
+            data, op, algorithm=algorithm, compression=compression, weight=weight, timeout_s=timeout_s, tag=tag
+        )
+
+    def _begin(self, data: D, op: str, **options: Any) -> PendingReduction[D]:
         async def begin() -> AsyncPendingReduction[D]:
-            return self._mesh.all_reduce_async(
-                data, op, algorithm=algorithm, compression=compression, weight=weight, timeout_s=timeout_s, tag=tag
-            )
+            return self._mesh.all_reduce_async(data, op, **options)
 
         return PendingReduction(self._call(begin), self._portal)
 
