@@ -97,7 +97,8 @@ class Sparkle(Backend):
 
     def explain(self, nbytes: int) -> dict[str, Any]:
         explanation = self._mesh.explain(nbytes)
-        return {"chosen": explanation.algorithm, "predicted_s": explanation.predicted_s}
+        told = {"chosen": explanation.algorithm, "predicted_s": explanation.predicted_s}
+        return told | {"lines_bytes_per_s": explanation.lines_bytes_per_s, "shares": explanation.shares}
 
     def barrier(self) -> None:
         self._mesh.barrier()

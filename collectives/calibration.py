@@ -53,8 +53,10 @@ async def measure_lines(rank: int, size: int, links: Mapping[int, Link]) -> Arra
 
 async def _send_probes(link: Link) -> None:
     payload = bytes(limits.CALIBRATION_MESSAGE_BYTES)
+    # TCP finds out what a line carries in so many round trips.
+    seconds = 2 * (link.stats.latency_s or 0.0) * limits.CALIBRATION_ROUND_TRIPS_COUNT
     try:
-        with trio.move_on_after(limits.CALIBRATION_LINE_S) as scope:
+        with trio.move_on_after(min(max(seconds, limits.CALIBRATION_LINE_S), limits.CALIBRATION_LINE_MAX_S)) as scope:
             for _ in range(limits.CALIBRATION_LINE_MAX_BYTES // limits.CALIBRATION_MESSAGE_BYTES):
                 # Cancelled within a message, a link would be closed.
                 with trio.CancelScope(shield=True):
@@ -118,6 +120,9 @@ def make_topology(rows: Array) -> Topology:
     shared = [max(lines[other] for other in range(size) if hosts[other] == hosts[rank]) for rank in range(size)]
     latencies = _within(rows[:, 2 + size :], 0.0, limits.TOPOLOGY_LATENCY_MAX_S, DEFAULT_LATENCY_S)
     both = np.maximum(latencies, latencies.T)
+    if 2 * both.max(initial=0.0) >= limits.LINK_NEAR_ROUND_TRIP_S and rates.any():
+        # Over a long way so short a measurement says too little of one line to make others wait for it, or not.
+        shared = [float(np.median(rates[rates > 0]))] * size
     return Topology(
         size,
         hosts,

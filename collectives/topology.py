@@ -81,6 +81,9 @@ class Topology:
         lines of 1 Gbit/s and one of a tenth, 16 MiB: 1.40 s paced, 1.40 to 1.65 s not paced, of 1.34.)
         """
         line = min(self.lines[rank], self.lines[other])
+        if 2 * self.latency(rank, other) >= limits.LINK_NEAR_ROUND_TRIP_S:
+            # What is sent over a long way is paced by what it measures itself.
+            return None
         if not self.is_uneven or line * limits.TOPOLOGY_EQUAL_LINES_RATIO >= max(self.lines):
             return None
         return limits.TOPOLOGY_PACE_RATIO * line / (self.size - 1)

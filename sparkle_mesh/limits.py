@@ -259,8 +259,10 @@ COLLECTIVE_BUFFERS_POOLED_MAX_COUNT = 8
 
 # What ranks send each other to learn how fast their lines are, and how long they do at most, per pair.
 CALIBRATION_MESSAGE_BYTES = 64 * KIB
-CALIBRATION_LINE_MAX_BYTES = 4 * MIB
-CALIBRATION_LINE_S = 0.3
+CALIBRATION_LINE_MAX_BYTES = 8 * MIB
+CALIBRATION_LINE_S = 0.1
+CALIBRATION_LINE_MAX_S = 1.0
+CALIBRATION_ROUND_TRIPS_COUNT = 16
 # Faster lines than this are as good as any: processors take no more.
 TOPOLOGY_LINE_MAX_BYTES_PER_S = 500e6
 TOPOLOGY_LINE_MIN_BYTES_PER_S = 1e3
