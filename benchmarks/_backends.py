@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -63,6 +64,11 @@ class Backend(ABC):
     def all_reduce(self, array: np.ndarray, algorithm: str, compression: str | None = None) -> None:
         """Sum ``array`` (float32, one dimension) over all ranks, in place; others than ours take no compression."""
 
+    def all_reduce_parts(self, parts: Sequence[np.ndarray]) -> None:
+        """Sum several arrays over all ranks, in place, all in flight at the same time where the library can do so."""
+        for part in parts:
+            self.all_reduce(part, "auto")
+
     def explain(self, nbytes: int) -> dict[str, Any]:
         """Return what is told of a reduction of ``nbytes``: ``chosen`` and ``predicted_s`` by algorithm."""
         return {}
@@ -94,6 +100,10 @@ class Sparkle(Backend):
 
     def all_reduce(self, array: np.ndarray, algorithm: str, compression: str | None = None) -> None:
         self._mesh.all_reduce(array, algorithm=algorithm, compression=compression)
+
+    def all_reduce_parts(self, parts: Sequence[np.ndarray]) -> None:
+        for pending in [self._mesh.all_reduce_async(part) for part in parts]:
+            pending.wait()
 
     def explain(self, nbytes: int) -> dict[str, Any]:
         explanation = self._mesh.explain(nbytes)
@@ -177,6 +187,11 @@ class Gloo(Backend):
 
     def all_reduce(self, array: np.ndarray, algorithm: str, compression: str | None = None) -> None:
         self._distributed.all_reduce(self._torch.from_numpy(array))  # shares the array's memory
+
+    def all_reduce_parts(self, parts: Sequence[np.ndarray]) -> None:
+        tensors = [self._torch.from_numpy(part) for part in parts]
+        for work in [self._distributed.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            work.wait()
 
     def barrier(self) -> None:
         self._distributed.barrier()

@@ -146,6 +146,7 @@ class Group:
         algorithm: str,
         timeout_s: float,
         compression: str | None = None,
+        in_flight: int = 1,
     ) -> Measurement:
         """Reduce ``nbytes`` bytes of float32 ``iterations`` times.
 
@@ -160,6 +161,7 @@ class Group:
             "warmup": warmup,
             "algorithm": algorithm,
             "compression": compression,
+            "in_flight": in_flight,
         }
         for commands in self._commands:
             with contextlib.suppress(BrokenPipeError):  # its log is shown by _collect

@@ -1,7 +1,7 @@
 """One process of a group under measurement: reads commands from stdin, writes one JSON reply a line to stdout.
 
 Started by ``_group.py`` as ``_worker.py BACKEND NUMBER SIZE FOLDER``. First reply: ``{"rank": …}`` once the group has
-met. A command is ``{"bytes", "iterations", "warmup", "algorithm", "compression"}``; its reply holds wall-clock seconds
+met. A command is ``{"bytes", "iterations", "warmup", "algorithm", "compression", "in_flight"}``; its reply holds seconds
 per iteration, CPU seconds of all of them, whether the sums were right, the largest error (of the largest sum), and what
 is told of such a reduction. End of input ends the process.
 """
@@ -40,6 +40,7 @@ def measure(backend: Backend, command: dict[str, Any]) -> dict[str, Any]:
     stride = max(1, len(base) // SAMPLES)
     work = backend.allocate(len(base))
     compression = command.get("compression")
+    in_flight = command.get("in_flight") or 1
     packing = {} if compression is None else {"compression": compression}
     seconds: list[float] = []
     cpu_seconds = error = 0.0
@@ -49,7 +50,10 @@ def measure(backend: Backend, command: dict[str, Any]) -> dict[str, Any]:
         work[:] = mine
         backend.barrier()
         cpu_before, started = time.process_time(), time.perf_counter()
-        backend.all_reduce(work, command["algorithm"], **packing)
+        if in_flight > 1:
+            backend.all_reduce_parts(np.array_split(work, in_flight))
+        else:
+            backend.all_reduce(work, command["algorithm"], **packing)
         ended, cpu_after = time.perf_counter(), time.process_time()
         if iteration >= command["warmup"]:
             seconds.append(ended - started)

@@ -67,7 +67,11 @@ def measure_rounds(
         order = names[number % len(names) :] + names[: number % len(names)]
         for name in order:
             timeout_s = ITERATION_TIMEOUT_S * (options.warmup + iterations)
-            packing = {"compression": options.compression} if name in OURS.values() and options.compression else {}
+            packing: dict[str, Any] = {}
+            if name in OURS.values() and options.compression:
+                packing["compression"] = options.compression
+            if getattr(options, "in_flight", 1) > 1:
+                packing["in_flight"] = options.in_flight
             measured = groups[name].measure(nbytes, iterations, options.warmup, options.algorithm, timeout_s, **packing)
             if not measured.verified:
                 raise WrongResultError(f"{name}: wrong sums over {groups[name].size} ranks of {format_size(nbytes)}")

@@ -66,6 +66,9 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=1, help="reductions before each turn (default: %(default)s)")
     parser.add_argument("--algorithm", default="auto", choices=ALGORITHMS, help="ours (default: auto)")
     parser.add_argument("--compression", choices=COMPRESSIONS, help="ours (default: none); its error is printed")
+    parser.add_argument(
+        "--in-flight", type=int, default=1, metavar="N", help="reduce N parts of the array at the same time"
+    )
     changes = parser.add_argument_group("instead of the scenario's")
     changes.add_argument("--hosts", "--ranks", type=int, help="how many, one rank on each")
     changes.add_argument("--bytes", type=parse_size, nargs="+", help="of every rank's array: 16MiB …")
