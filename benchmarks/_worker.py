@@ -1,9 +1,9 @@
 """One process of a group under measurement: reads commands from stdin, writes one JSON reply a line to stdout.
 
 Started by ``_group.py`` as ``_worker.py BACKEND NUMBER SIZE FOLDER``. First reply: ``{"rank": …}`` once the group has
-met. A command is ``{"bytes", "iterations", "warmup", "algorithm", "compression", "in_flight"}``; its reply holds seconds
-per iteration, CPU seconds of all of them, whether the sums were right, the largest error (of the largest sum), and what
-is told of such a reduction. End of input ends the process.
+met. A command is ``{"bytes", "iterations", "warmup", "algorithm", "compression", "in_flight"}``; its reply holds the
+seconds of each iteration, CPU seconds of all of them, whether the sums were right, the largest error (of the largest
+sum), and what is told of such a reduction. End of input ends the process.
 """
 
 from __future__ import annotations

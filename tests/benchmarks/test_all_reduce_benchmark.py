@@ -48,6 +48,40 @@ def test_small_run_writes_rows(tmp_path):
     assert "ratio" in ended.stdout.splitlines()[0]
 
 
+def test_algorithms_are_compared(tmp_path):
+    rows_file = tmp_path / "rows.json"
+    small = ["--ranks", "2", "--sizes", "64KiB", "--rounds", "1", "--iterations", "2", "--algorithms", "all"]
+    command = [sys.executable, str(PROGRAM), *small, "--json", str(rows_file)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    assert ended.returncode == 0, ended.stderr
+    rows = json.loads(rows_file.read_text())["rows"]
+    names = [row["algorithm"] for row in rows]
+    assert names == ["auto", "ring", "tree", "direct", "halving_doubling", "butterfly"]
+    assert all(row["verified"] and row["predicted_s"] > 0 for row in rows)
+    assert max(row["ratio"] for row in rows if row["algorithm"] != "auto") == 1
+    assert "picked" in ended.stdout
+    assert "auto over the best of them: median" in ended.stdout
+
+
+def test_calls_are_measured(tmp_path):
+    rows_file = tmp_path / "rows.json"
+    command = [sys.executable, str(PROGRAM.with_name("calls.py")), "--ranks", "2", "--links", "tcp"]
+    ended = subprocess.run(
+        [*command, "--iterations", "1", "--json", str(rows_file)],
+        capture_output=True,
+        text=True,
+        timeout=55,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    rows = json.loads(rows_file.read_text())["rows"]
+    assert [row["what"] for row in rows[:2]] == ["1000 arrays of 1 KiB", "8 in flight"]
+    memory = {row["what"]: row for row in rows[2:]}
+    # A result that is not the caller's array until it is agreed on, and nothing that grows with the array beside it.
+    assert all(row["of_bytes"] < 1.1 for row in memory.values()), memory
+    assert all(row["allocated_again_bytes"] < 2**20 for row in memory.values()), memory
+
+
 def test_absent_peer_is_one_line_and_exit_code_2(load_benchmark, monkeypatch, capsys):
     benchmark, backends = load_benchmark("all_reduce"), load_benchmark("_backends")
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
