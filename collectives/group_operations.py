@@ -66,17 +66,11 @@ class GroupOperations(GroupState):
         with ExitStack() as held:
             with trio.move_on_after(timeout_s) as scope:
                 try:
-                    await ticket.wait()
-                    await _acquire(self._slots)
-                    held.callback(self._slots.release)
-                    host = self._host if not tag and self._host is not None and self._host.takes(call) else None
-                    if host is not None and await host.agreed():
-                        await _acquire(self._host_turn)
-                        held.callback(self._host_turn.release)
-                    else:
-                        host = None
-                    await self._enter()
-                    held.callback(self._leave)
+                    host = await self._come_to_turn(call, tag, ticket, held)
+                except trio.Cancelled:
+                    self._abandon(tag, ticket)
+                    raise
+                try:
                     operation = self._start(call, host, tag)
                 finally:
                     ticket.leave()
@@ -89,6 +83,32 @@ class GroupOperations(GroupState):
             )
         self._tell(operation, call, trio.current_time() - called_at)
         return operation
+
+    async def _come_to_turn(self, call: Call | PartsCall, tag: str, ticket: Ticket, held: ExitStack) -> HostPath | None:
+        """Wait for all that ``call`` needs to begin, kept by ``held``; return the host path if it goes that way."""
+        await ticket.wait()
+        await _acquire(self._slots)
+        held.callback(self._slots.release)
+        host = self._host if not tag and self._host is not None and self._host.takes(call) else None
+        if host is not None and await host.agreed():
+            await _acquire(self._host_turn)
+            held.callback(self._host_turn.release)
+        else:
+            host = None
+        await self._enter()
+        held.callback(self._leave)
+        return host
+
+    def _abandon(self, tag: str, ticket: Ticket) -> None:
+        """A call is given up that has not begun: it counts all the same, because the others make it."""
+
+        async def skip() -> None:
+            await ticket.wait()
+            self._skip("its call was given up before it began", tag)
+            ticket.leave()
+
+        if self._nursery is not None:
+            self._nursery.start_soon(skip)
 
     async def _enter(self) -> None:
         """Keep threads from carrying out calls by themselves until :meth:`_leave`; any number of tasks may be in."""

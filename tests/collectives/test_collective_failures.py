@@ -327,6 +327,11 @@ async def test_a_call_that_waits_for_its_turn_times_out_by_itself(
             nursery.start_soon(impatient)
             await trio.sleep(5)
             await world.groups[1].all_reduce(np.ones(3))
+            # It counts all the same.
+            with pytest.raises(CollectiveAbortedError, match="given up before it began"):
+                await world.groups[1].barrier()
+            nursery.start_soon(lambda: world.groups[0].barrier(timeout_s=60))
+            await world.groups[1].barrier(timeout_s=60)
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.005, 0.015, 0.025, 0.035, 0.045, 0.055, 0.065])
