@@ -33,12 +33,16 @@ async def measure_lines(rank: int, size: int, links: Mapping[int, Link]) -> Arra
 
     Returns
     -------
-    array of float64, shape (size,)
-        Bytes per second from each rank; 0 where that was not measured.
+    array of float64, shape (2, size)
+        Bytes per second from each rank, 0 where that was not measured; and the seconds to each, NaN likewise.
     """
-    rates = np.zeros(size)
+    rates, latencies = measured = np.stack([np.zeros(size), np.full(size, np.nan)])
+    # Before there is anything to wait behind.
+    for other, link in links.items():
+        if link.stats.latency_s is not None:
+            latencies[other] = link.stats.latency_s
     if all(isinstance(link, SharedMemoryLink) for link in links.values()):
-        return rates
+        return measured
     for ahead in sorted({1, size // 2, size - 1} - {0}):
         following, before = (rank + ahead) % size, (rank - ahead) % size
         async with trio.open_nursery() as nursery:
@@ -48,7 +52,7 @@ async def measure_lines(rank: int, size: int, links: Mapping[int, Link]) -> Arra
             except LinkClosedError:
                 # Whoever uses the link next learns of it.
                 rates[before] = 0.0
-    return rates
+    return measured
 
 
 async def _send_probes(link: Link) -> None:
@@ -95,16 +99,11 @@ def _most_probes() -> int:
     return limits.CALIBRATION_LINE_MAX_BYTES // limits.CALIBRATION_MESSAGE_BYTES
 
 
-def describe_ways(rank: int, rates: Array, links: Mapping[int, Link], host: bytes) -> Array:
-    """Return what ``rank`` tells the others: a row of float64 for :func:`make_topology`, of ``2 + 2 * size``."""
-    size = rates.size
-    latencies = np.full(size, np.nan)
-    for other, link in links.items():
-        if link.stats.latency_s is not None:
-            latencies[other] = link.stats.latency_s
+def describe_ways(measured: Array, host: bytes) -> Array:
+    """Return what a rank tells the others: a row of float64 for :func:`make_topology`, of ``2 + 2 * size``."""
     # 48 bits fit into a float's precision.
     numbers = [float(int.from_bytes(host[at : at + 6], "big")) for at in (0, 6)]
-    return np.concatenate([numbers, rates, latencies])
+    return np.concatenate([numbers, *measured])
 
 
 def make_topology(rows: Array) -> Topology:

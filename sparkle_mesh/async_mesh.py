@@ -191,10 +191,10 @@ class AsyncMesh(AsyncCollectives):
                     if lost is not None:
                         nursery.start_soon(self._lose, lost, event.reason)
 
-    async def _learn_topology(self, rates: np.ndarray[Any, np.dtype[Any]], timeout_s: float) -> None:
+    async def _learn_topology(self, measured: np.ndarray[Any, np.dtype[Any]], timeout_s: float) -> None:
         """Let all ranks know alike what each has measured."""
         if self.size > 1:
-            row = describe_ways(self.rank, rates, self._links, network_host_id())
+            row = describe_ways(measured, network_host_id())
             self._group.topology = make_topology(await self._group.all_gather(row, timeout_s=timeout_s))
 
     def _rank_of_peer(self, peer_id: str) -> int | None:
@@ -272,13 +272,13 @@ async def _open(config: NodeConfig, timeout_s: float, kinds: Sequence[str] | Non
             async with connector:
                 view = await _await_view(node, deadline, timeout_s)
                 links = await _connect_members(node, connector, view, deadline, timeout_s)
-                rates = await _measure_lines(node, view, links, deadline, timeout_s)
+                measured = await _measure_lines(node, view, links, deadline, timeout_s)
                 mesh = AsyncMesh(node, connector, view, links)
                 _meshes.add(mesh)
                 async with trio.open_nursery() as nursery:
                     await nursery.start(mesh._run)
                     try:
-                        await mesh._learn_topology(rates, max(deadline - trio.current_time(), 0.1))
+                        await mesh._learn_topology(measured, max(deadline - trio.current_time(), 0.1))
                         yield mesh
                     finally:
                         mesh._group.close()

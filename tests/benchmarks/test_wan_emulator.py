@@ -115,7 +115,9 @@ def test_bytes_survive_losses(emulator, settings, ipv6, mtu):
 
 
 def test_commands_know_where_they_are_and_their_exit_code_is_told():
-    code = "import os, sys; print(*sys.argv[1:], os.environ['WAN_HOST'], os.environ['WAN_HOSTS']); sys.exit(3)"
+    # Whole lines: the commands write to one pipe.
+    line = "' '.join([*sys.argv[1:], os.environ['WAN_HOST'], os.environ['WAN_HOSTS']]) + os.linesep"
+    code = f"import os, sys; os.write(1, ({line}).encode()); sys.exit(3)"
     command = [sys.executable, str(PROGRAM), "--hosts", "2", "--", sys.executable, "-c", code, "{address}", "{host}"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert ended.returncode == 3, ended.stderr

@@ -126,8 +126,7 @@ async def test_lines_are_measured(autojump_clock: trio.testing.MockClock) -> Non
     measured: list[Any] = [None] * size
 
     async def rank(number: int) -> None:
-        rates = await measure_lines(number, size, links[number])
-        measured[number] = describe_ways(number, rates, links[number], bytes([number]) * 16)
+        measured[number] = describe_ways(await measure_lines(number, size, links[number]), bytes([number]) * 16)
 
     async with trio.open_nursery() as nursery:
         for number in range(size):
@@ -147,4 +146,4 @@ async def test_what_is_no_probe_is_refused_and_a_link_that_ends_tells_nothing() 
                 await calibration._receive_probes(other)
     one, other = memory_link_pair("0", "1")
     await one.aclose()
-    assert (await measure_lines(0, 2, {1: other})).tolist() == [0, 0]
+    assert (await measure_lines(0, 2, {1: other}))[0].tolist() == [0, 0]
