@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from ctypes import addressof, c_char
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -138,10 +139,11 @@ class Arrays:
                 made.append(Bucket(only.reshape(-1), arrays, staged=False))
                 continue
             staging = allocate(sum(array.size for array in arrays), dtype)
-            position = 0
-            for array in arrays if fill else ():
-                np.copyto(staging[position : position + array.size].reshape(array.shape), array)
-                position += array.size
+            if fill and len(arrays) > 1:
+                # What is contiguous is flat without a copy.
+                np.concatenate([array.reshape(-1) for array in arrays], out=staging)
+            elif fill:
+                np.copyto(staging.reshape(only.shape), only)
             made.append(Bucket(staging, arrays, staged=True))
         return made
 
@@ -186,8 +188,11 @@ def check_arrays(data: object, check: Callable[[np.dtype[Any], str], None], *, w
             f"{len(arrays.named)} arrays in one call are over the limit of {limits.COLLECTIVE_ARRAYS_MAX_COUNT}; make"
             " several calls"
         )
+    checked: set[np.dtype[Any]] = set()
     for item in arrays.named:
-        check(item.array.dtype, item.label)
+        if item.array.dtype not in checked:
+            check(item.array.dtype, item.label)
+            checked.add(item.array.dtype)
         if written and not item.array.flags.writeable:
             raise UsageError(f"{item.label} is read-only, and the result is written into it; pass a copy()")
         if not item.array.flags.c_contiguous and _overlaps_itself(item.array):
@@ -209,7 +214,9 @@ def _collect(data: object) -> Arrays:
             raise UsageError(f"key {broken!r} holds half a character (a lone surrogate), which cannot be sent")
         return Arrays("dict", tuple(Named(key, _array(data[key], f"the value of {key!r}")) for key in sorted(data)))
     if isinstance(data, list | tuple):
-        return Arrays("list", tuple(Named(str(i), _array(value, f"item {i}")) for i, value in enumerate(data)))
+        # Almost all are plain arrays, and there may be thousands.
+        given = [value if type(value) is np.ndarray else _array(value, f"item {i}") for i, value in enumerate(data)]
+        return Arrays("list", tuple(Named(str(i), array) for i, array in enumerate(given)))
     return Arrays("array", (Named("", _array(data, "the data")),))
 
 
@@ -260,6 +267,10 @@ def _refuse_shared_memory(named: tuple[Named, ...]) -> None:
 
 def _byte_bounds(array: Array) -> tuple[int, int]:
     """Return the address of the first byte and of the one after the last."""
+    if array.dtype.kind in "iufc" and array.flags.c_contiguous and array.flags.writeable:
+        # A third of the time of what works for all.
+        address = addressof(c_char.from_buffer(array.data))
+        return address, address + array.nbytes
     address = int(array.__array_interface__["data"][0])
     reach = [stride * (length - 1) for stride, length in zip(array.strides, array.shape, strict=True)]
     return address + sum(min(way, 0) for way in reach), address + sum(max(way, 0) for way in reach) + array.itemsize

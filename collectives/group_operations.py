@@ -198,14 +198,15 @@ class GroupOperations(GroupState):
         self, call: Call | PartsCall, buckets: list[Bucket], lanes: list[Lane], host: HostPath | None, tag: str = ""
     ) -> Operation:
         number = operation_number(stream_of(tag), self._streams.get(stream_of(tag), 0) + 1)
+        identity = call.identity
         begin = Begin(
             epoch=self.epoch,
             lineage=self.lineage,
             operation=number,
             tag=tag,
             kind=call.kind,
-            digest=call.identity.digest,
-            description=call.identity.description,
+            digest=identity.digest,
+            description=identity.description,
         )
         execution = Execution(lanes, self.epoch, number)
         agreement = Agreement(self.size, self.rank, begin)
