@@ -272,24 +272,21 @@ class Exchange:
             return
         last = expected.index if reduction is None else reduction
         digest = lane.digest_of(last)
-        whole = np.frombuffer(b"" if held is None else held, lane.dtype)
         # The scratch is the reader's; what is held is reduced from where it is.
-        target = (
-            lane.target(expected)
-            if reduction is None
-            else self._scratch_for(lane.dtype, nbytes)
-            if held is None
-            else whole
-        )
+        there = None if held is None else np.frombuffer(held, lane.dtype)
+        target = lane.target(expected) if reduction is None else None
         item_bytes = lane.dtype.itemsize
         for start, stop in parts(nbytes // item_bytes, item_bytes):
-            part = target[start:stop] if reduction is None else target[: stop - start]
-            if held is None:
-                await self.link.receive_into((part,))
-            elif reduction is None:
-                part.view(np.uint8)[:] = memoryview(held)[start * item_bytes : stop * item_bytes]
+            if target is not None:
+                part = target[start:stop]
+                if there is not None:
+                    part[:] = there[start:stop]
+            elif there is not None:
+                part = there[start:stop]
             else:
-                part = whole[start:stop]
+                part = self._scratch_for(lane.dtype, nbytes)[: stop - start]
+            if there is None:
+                await self.link.receive_into((part,))
             if reduction is not None:
                 if not start:
                     lane.done(expected.index)

@@ -23,7 +23,6 @@ tag alone: ranks may make those of different tags in any order.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -52,8 +51,6 @@ from sparkle_mesh.errors import (
 )
 
 __all__ = ["CollectiveGroup", "Outcome"]
-
-_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -87,7 +84,7 @@ class CollectiveGroup(GroupOperations):
         data
             What :mod:`.arrays` accepts; the same shapes, dtypes and keys on every rank. Reduced in place.
         op
-            ``"sum"`` or ``"mean"``.
+            One of ``reduction.OPS``.
         algorithm
             ``"auto"``, ``"shared"`` (if all ranks share memory), or one of ``cost.ALL_REDUCE_ALGORITHMS``.
         compression
@@ -108,7 +105,8 @@ class CollectiveGroup(GroupOperations):
         OutcomeUnknownError, MeshClosedError
             See the module's text. The arrays are as they were.
         """
-        name, ticket = check_tag(tag), self.take_turn(check_tag(tag))
+        name = check_tag(tag)
+        ticket = self.take_turn(name)
         await self._all_reduce(data, op, algorithm, compression, weight, timeout_s, name, ticket)
         return data
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import trio
@@ -37,10 +36,6 @@ from sparkle_mesh.errors import (
     ProtocolError,
     UsageError,
 )
-
-_log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 class GroupOperations(GroupState):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, TypeVar
 
 from sparkle_mesh.collectives.compression import Compression
@@ -12,13 +13,14 @@ from sparkle_mesh.collectives.pending import AsyncPendingReduction
 D = TypeVar("D")
 
 
-class AsyncCollectives:
+class AsyncCollectives(ABC):
     """What all ranks of a mesh call together: every one the same, in the same order."""
 
     _group: CollectiveGroup
 
+    @abstractmethod
     def _check_process(self) -> None:
-        raise NotImplementedError
+        """Raises ForkedProcessError in another process than that which joined."""
 
     async def all_reduce(
         self,
