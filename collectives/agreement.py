@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from sparkle_mesh.collectives.messages import SEQUENCE_MASK, Begin
@@ -19,9 +19,9 @@ def name_ranks(ranks: Iterable[int], describe: Describe) -> str:
 
 @dataclass(slots=True)
 class Agreement:
-    """Begins and Prepareds of one operation, this rank's own included."""
+    """Begins and Prepareds of one operation among ``ranks``, those of this ``rank`` included."""
 
-    size: int
+    ranks: Sequence[int]
     rank: int
     own: Begin
     begins: dict[int, Begin] = field(default_factory=dict)
@@ -40,12 +40,12 @@ class Agreement:
     @property
     def absent(self) -> list[int]:
         """The ranks that have not called it."""
-        return [rank for rank in range(self.size) if rank not in self.begins]
+        return [rank for rank in self.ranks if rank not in self.begins]
 
     @property
     def unprepared(self) -> list[int]:
         """The ranks that have not said that they hold the result."""
-        return [rank for rank in range(self.size) if rank not in self.prepared]
+        return [rank for rank in self.ranks if rank not in self.prepared]
 
     @property
     def settled(self) -> bool:

@@ -14,10 +14,15 @@ that share memory with each other or with themselves, masked arrays, other dtype
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from ctypes import addressof, c_char
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import lru_cache
+from itertools import accumulate, repeat
+from math import prod
+from operator import attrgetter, setitem
+from typing import Any, Final, NamedTuple, cast
 
 import numpy as np
 
@@ -27,13 +32,16 @@ from sparkle_mesh.collectives.reduction import Array
 from sparkle_mesh.errors import UsageError
 
 _LITTLE = sys.byteorder == "little"
+# Of ndarray.flags.num (numpy/ndarraytypes.h).
+_C_CONTIGUOUS, _OWNDATA, _WRITEABLE = 0x1, 0x4, 0x400
+_dtype_of, _shape_of, _flags_of = attrgetter("dtype"), attrgetter("shape"), attrgetter("flags.num")
+_size_of = attrgetter("size")
 
 # Gives a staging vector: (elements, dtype).
 Allocate = Callable[[int, np.dtype[Any]], Array]
 
 
-@dataclass(frozen=True, slots=True)
-class Named:
+class Named(NamedTuple):
     """One array of a call. ``name`` is its key or position, empty for a lone array."""
 
     name: str
@@ -53,12 +61,18 @@ class Bucket:
     data
         1-d, contiguous, little-endian: the caller's own memory, or a staging vector if ``staged``.
     arrays
-        The arrays it consists of, in order.
+        The arrays it consists of, in order; flat ones where they are contiguous.
+    sizes
+        Their elements.
+    flat
+        Whether all of them are of one dimension.
     """
 
     data: Array
-    arrays: list[Array]
+    arrays: Sequence[Array]
     staged: bool
+    sizes: tuple[int, ...]
+    flat: bool
 
     def stage(self, vector: Array) -> None:
         """Let ``vector`` take the place of the data, which are the caller's; what it holds is committed to them."""
@@ -69,51 +83,107 @@ class Bucket:
         if not self.staged:
             self.data[:] = result
             return
-        position = 0
-        for array in self.arrays:
-            array[...] = result[position : position + array.size].reshape(array.shape)
-            position += array.size
+        parts: Iterable[Array] = map(result.__getitem__, _cuts(self.sizes))
+        if not self.flat:
+            parts = (part.reshape(array.shape) for part, array in zip(parts, self.arrays, strict=True))
+        # A loop that takes two thirds of the time of a statement's.
+        deque(map(cast(Any, setitem), self.arrays, repeat(...), parts), maxlen=0)
+
+
+@lru_cache(maxsize=limits.COLLECTIVE_PLANS_CACHED_MAX_COUNT)
+def _cuts(sizes: tuple[int, ...]) -> tuple[slice, ...]:
+    """Return where in one vector parts of these sizes lie."""
+    ends = list(accumulate(sizes))
+    return tuple(slice(end - size, end) for end, size in zip(ends, sizes, strict=True))
 
 
 class ArraysLook(NamedTuple):
     """The form, names, dtypes and shapes of arrays: what all ranks must have in common."""
 
     form: str
-    items: tuple[tuple[str, np.dtype[Any], tuple[int, ...]], ...]
+    #: The keys of a dict; empty otherwise.
+    names: tuple[str, ...]
+    dtypes: tuple[np.dtype[Any], ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all together."""
+        return sum(dtype.itemsize * prod(shape) for dtype, shape in zip(self.dtypes, self.shapes, strict=True))
+
+    def name(self, number: int) -> str:
+        """Return an array's key or position; "" for a lone one."""
+        return self.names[number] if self.form == "dict" else str(number) if self.form == "list" else ""
 
     def signature(self) -> tuple[object, ...]:
         """Return it as plain values."""
-        return (self.form, tuple((name, dtype.name, shape) for name, dtype, shape in self.items))
+        names = {dtype: dtype.name for dtype in set(self.dtypes)}
+        items = enumerate(zip(self.dtypes, self.shapes, strict=True))
+        return (self.form, tuple((self.name(number), names[dtype], shape) for number, (dtype, shape) in items))
 
     def describe(self) -> str:
         """Return it for people, shortened if there are many."""
-        shown = self.items[: limits.COLLECTIVE_ARRAYS_DESCRIBED_MAX_COUNT]
+        most = limits.COLLECTIVE_ARRAYS_DESCRIBED_MAX_COUNT
         parts = []
-        for name, dtype, shape in shown:
+        for number, (dtype, shape) in enumerate(zip(self.dtypes[:most], self.shapes[:most], strict=True)):
             kind = f"{dtype.name}{list(shape)}"
-            parts.append(f"{_shorten(name)!r}: {kind}" if self.form == "dict" else kind)
-        if len(self.items) > len(shown):
+            parts.append(f"{_shorten(self.name(number))!r}: {kind}" if self.form == "dict" else kind)
+        if len(self.dtypes) > most:
             fingerprint = call_digest(self.signature()).hex()[:8]
-            parts.append(f"… {len(self.items) - len(shown)} more, all together {fingerprint}")
+            parts.append(f"… {len(self.dtypes) - most} more, all together {fingerprint}")
         text = ", ".join(parts)
         return {"array": text, "list": f"[{text}]", "dict": f"{{{text}}}"}[self.form]
 
 
+class _Facts(NamedTuple):
+    """What follows from how arrays look; see :class:`Arrays`."""
+
+    dtypes: tuple[np.dtype[Any], ...]
+    nbytes: int
+    vectors: bool
+
+
+@lru_cache(maxsize=limits.COLLECTIVE_PLANS_CACHED_MAX_COUNT)
+def _facts(look: ArraysLook) -> _Facts:
+    # Training repeats the same few calls over and over.
+    return _Facts(tuple(dict.fromkeys(look.dtypes)), look.nbytes, all(len(shape) == 1 for shape in look.shapes))
+
+
 @dataclass(frozen=True, slots=True)
 class Arrays:
-    """The checked arrays of one call; ``form`` is ``array``, ``list`` or ``dict``."""
+    """The checked arrays of one call.
 
-    form: str
-    named: tuple[Named, ...]
+    There may be thousands: what is asked of all of them at every call is asked once, and left to C as far as can be.
+
+    Attributes
+    ----------
+    look
+        What they are, without what is in them.
+    values
+        The arrays.
+    dtypes
+        Every dtype that occurs, in the order in which it first does.
+    nbytes
+        Of all together.
+    flat
+        Whether all are contiguous and of one dimension.
+    """
+
+    look: ArraysLook
+    values: tuple[Array, ...]
+    dtypes: tuple[np.dtype[Any], ...]
+    nbytes: int
+    flat: bool
 
     @property
-    def nbytes(self) -> int:
-        return sum(item.array.nbytes for item in self.named)
+    def form(self) -> str:
+        """``array``, ``list`` or ``dict``."""
+        return self.look.form
 
     @property
-    def look(self) -> ArraysLook:
-        """What they are, without what is in them."""
-        return ArraysLook(self.form, tuple((item.name, item.array.dtype, item.array.shape) for item in self.named))
+    def named(self) -> list[Named]:
+        """Every array with its name."""
+        return [Named(self.look.name(number), array) for number, array in enumerate(self.values)]
 
     def buckets(self, allocate: Allocate, *, fill: bool = True) -> list[Bucket]:
         """Return one vector per dtype, in the order of the dtypes' names.
@@ -125,27 +195,46 @@ class Arrays:
         fill
             Whether staging vectors start with the arrays' contents.
         """
-        if len(self.named) == 1:
-            only = self.named[0].array
+        if len(self.values) == 1:
+            only = self.values[0]
             if is_plain_vector(only):
-                return [Bucket(only.reshape(-1), [only], staged=False)]
-        groups: dict[np.dtype[Any], list[Array]] = {}
-        for item in self.named:
-            groups.setdefault(item.array.dtype.newbyteorder("<"), []).append(item.array)
+                return [_own_memory(only)]
         made = []
-        for dtype, arrays in sorted(groups.items(), key=lambda group: group[0].name):
+        for dtype, arrays in sorted(self._by_sent_dtype().items(), key=lambda group: group[0].name):
             only = arrays[0]
             if len(arrays) == 1 and only.flags.c_contiguous and only.dtype == dtype:
-                made.append(Bucket(only.reshape(-1), arrays, staged=False))
+                made.append(_own_memory(only))
                 continue
-            staging = allocate(sum(array.size for array in arrays), dtype)
+            sizes = tuple(map(_size_of, arrays))
+            staging = allocate(sum(sizes), dtype)
+            flat = self.flat
+            if not flat:
+                arrays = [array.reshape(-1) if array.flags.c_contiguous else array for array in arrays]
+                flat = all(array.ndim == 1 for array in arrays)
             if fill and len(arrays) > 1:
-                # What is contiguous is flat without a copy.
-                np.concatenate([array.reshape(-1) for array in arrays], out=staging)
+                np.concatenate(arrays if flat else [array.reshape(-1) for array in arrays], out=staging)
             elif fill:
                 np.copyto(staging.reshape(only.shape), only)
-            made.append(Bucket(staging, arrays, staged=True))
+            made.append(Bucket(staging, arrays, True, sizes, flat))
         return made
+
+    def _by_sent_dtype(self) -> dict[np.dtype[Any], Sequence[Array]]:
+        """The arrays by the dtype in which they are sent."""
+        sent = {dtype: dtype.newbyteorder("<") for dtype in self.dtypes}
+        if len(self.dtypes) == 1:
+            return {sent[self.dtypes[0]]: self.values}
+        groups: dict[np.dtype[Any], list[Array]] = {}
+        for array in self.values:
+            groups.setdefault(sent[array.dtype], []).append(array)
+        return dict(groups)
+
+
+def _own_memory(array: Array) -> Bucket:
+    return Bucket(array.reshape(-1), [array], False, (array.size,), False)
+
+
+#: Of a call without data.
+NO_ARRAYS: Final = Arrays(ArraysLook("list", (), (), ()), (), dtypes=(), nbytes=0, flat=True)
 
 
 def is_plain_vector(array: Array) -> bool:
@@ -182,29 +271,40 @@ def check_arrays(data: object, check: Callable[[np.dtype[Any], str], None], *, w
     UsageError
         Naming what was wrong with which array, and what to do.
     """
-    arrays = _collect(data)
-    if len(arrays.named) > limits.COLLECTIVE_ARRAYS_MAX_COUNT:
+    form, values, names = _collect(data)
+    count = len(values)
+    if count > limits.COLLECTIVE_ARRAYS_MAX_COUNT:
         raise UsageError(
-            f"{len(arrays.named)} arrays in one call are over the limit of {limits.COLLECTIVE_ARRAYS_MAX_COUNT}; make"
-            " several calls"
+            f"{count} arrays in one call are over the limit of {limits.COLLECTIVE_ARRAYS_MAX_COUNT}; make several calls"
         )
-    checked: set[np.dtype[Any]] = set()
-    for item in arrays.named:
-        if item.array.dtype not in checked:
-            check(item.array.dtype, item.label)
-            checked.add(item.array.dtype)
-        if written and not item.array.flags.writeable:
-            raise UsageError(f"{item.label} is read-only, and the result is written into it; pass a copy()")
-        if not item.array.flags.c_contiguous and _overlaps_itself(item.array):
-            raise UsageError(f"{item.label} has strides by which elements share memory; pass a copy()")
-    if written and len(arrays.named) > 1:
+    look = ArraysLook(form, names, tuple(map(_dtype_of, values)), tuple(map(_shape_of, values)))
+    flags = set(map(_flags_of, values))
+    contiguous = all(flag & _C_CONTIGUOUS for flag in flags)
+    facts = _facts(look)
+    arrays = Arrays(look, values, facts.dtypes, facts.nbytes, flat=contiguous and facts.vectors)
+    for dtype in arrays.dtypes:
+        check(dtype, Named(look.name(look.dtypes.index(dtype)), values[0]).label)
+    if written and not all(flag & _WRITEABLE for flag in flags):
+        label = _first(arrays, lambda array: not array.flags.writeable)
+        raise UsageError(f"{label} is read-only, and the result is written into it; pass a copy()")
+    if not contiguous and any(map(_overlaps_itself, values)):
+        raise UsageError(
+            f"{_first(arrays, _overlaps_itself)} has strides by which elements share memory; pass a copy()"
+        )
+    # Arrays that each own their memory share none, if they are not the same.
+    owning = all(flag & _OWNDATA for flag in flags) and len(set(map(id, values))) == count
+    if written and count > 1 and not owning:
         _refuse_shared_memory(arrays.named)
     return arrays
 
 
-def _collect(data: object) -> Arrays:
-    if isinstance(data, np.ndarray):
-        return Arrays("array", (Named("", _array(data, "the data")),))
+def _first(arrays: Arrays, wanted: Callable[[Array], bool]) -> str:
+    """Return the label of the first array that is ``wanted``."""
+    return next(item.label for item in arrays.named if wanted(item.array))
+
+
+def _collect(data: object) -> tuple[str, tuple[Array, ...], tuple[str, ...]]:
+    """Return the form of ``data``, the arrays, and their keys if it is a dict."""
     if isinstance(data, Mapping):
         wrong = next((key for key in data if not isinstance(key, str)), None)
         if wrong is not None:
@@ -212,12 +312,13 @@ def _collect(data: object) -> Arrays:
         broken = next((key for key in data if not _can_be_sent(key)), None)
         if broken is not None:
             raise UsageError(f"key {broken!r} holds half a character (a lone surrogate), which cannot be sent")
-        return Arrays("dict", tuple(Named(key, _array(data[key], f"the value of {key!r}")) for key in sorted(data)))
+        names = tuple(sorted(data))
+        return "dict", tuple(_array(data[key], f"the value of {key!r}") for key in names), names
     if isinstance(data, list | tuple):
-        # Almost all are plain arrays, and there may be thousands.
-        given = [value if type(value) is np.ndarray else _array(value, f"item {i}") for i, value in enumerate(data)]
-        return Arrays("list", tuple(Named(str(i), array) for i, array in enumerate(given)))
-    return Arrays("array", (Named("", _array(data, "the data")),))
+        if set(map(type, data)) == {np.ndarray}:
+            return "list", tuple(data), ()
+        return "list", tuple(_array(value, f"item {number}") for number, value in enumerate(data)), ()
+    return "array", (_array(data, "the data"),), ()
 
 
 def _array(value: object, what: str) -> Array:
@@ -254,7 +355,7 @@ def _overlaps_itself(array: Array) -> bool:
     return False
 
 
-def _refuse_shared_memory(named: tuple[Named, ...]) -> None:
+def _refuse_shared_memory(named: list[Named]) -> None:
     spans = sorted(((*_byte_bounds(item.array), item) for item in named if item.array.size), key=lambda span: span[:2])
     open_spans: list[tuple[int, Named]] = []
     for low, high, item in spans:

@@ -22,9 +22,16 @@ class CallIdentity(NamedTuple):
 
 @lru_cache(maxsize=limits.COLLECTIVE_PLANS_CACHED_MAX_COUNT)
 def call_identity(
-    kind: str, algorithm: str, one_sided: bool, op: str, root: int | None, look: ArraysLook, compression: str = ""
+    kind: str,
+    algorithm: str,
+    one_sided: bool,
+    op: str,
+    root: int | None,
+    look: ArraysLook,
+    compression: str = "",
+    target: int | None = None,
 ) -> CallIdentity:
-    """Return the identity of a call over arrays of one look."""
+    """Return the identity of a call over arrays of one look; ``send`` and its ``receive`` are the same call."""
     # Training repeats the same few calls over and over.
     match kind:
         case "all_reduce":
@@ -33,6 +40,10 @@ def call_identity(
             text = text if not compression else f"{text[:-1]}, compression={compression!r})"
         case "broadcast":
             text = f"broadcast({look.describe()}, root={root})"
+        case "send":
+            text = f"send({look.describe()}, to={target})"
+        case "receive":
+            text = f"receive({look.describe()}, source={root})"
         case "barrier":
             text = "barrier()"
         case _:
@@ -41,5 +52,6 @@ def call_identity(
             arguments += [f"root={root}"] if root is not None else []
             text = f"{kind}({', '.join(arguments)})"
     limit = limits.COLLECTIVE_DESCRIPTION_MAX_CHARS
-    digest = call_digest((1, kind, algorithm, one_sided, op, root, compression, look.signature()))
+    what = kind if target is None else f"to {target}"
+    digest = call_digest((1, what, algorithm, one_sided, op, root, compression, look.signature()))
     return CallIdentity(digest, text if len(text) <= limit else text[: limit - 1] + "…")

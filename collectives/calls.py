@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sparkle_mesh import limits
-from sparkle_mesh.collectives.arrays import Arrays, check_arrays
+from sparkle_mesh.collectives.arrays import NO_ARRAYS, Arrays, check_arrays
 from sparkle_mesh.collectives.broadcast import chain_broadcast, tree_broadcast
 from sparkle_mesh.collectives.butterfly import butterfly_all_reduce, split_by_weight
 from sparkle_mesh.collectives.call_identity import SHARED, CallIdentity, call_identity
@@ -132,7 +132,7 @@ def broadcast_call(data: object, root: object, rank: int, topology: Topology) ->
 
 def barrier_call() -> Call:
     """Return the call of a barrier: an operation without data."""
-    return Call("barrier", "direct", Arrays("list", ()), one_sided=True)
+    return Call("barrier", "direct", NO_ARRAYS, one_sided=True)
 
 
 def check_tag(tag: object) -> str:

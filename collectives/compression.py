@@ -101,11 +101,11 @@ def _can_be_compressed(dtype: Any) -> bool:
 
 def _choose(arrays: Arrays, op: str, algorithm: object, topology: Topology) -> Compression | None:
     """Weigh the time that encoding and decoding take against what it saves on the slowest line."""
-    if algorithm not in ("auto", "butterfly") or topology.size == 1 or not arrays.named:
+    if algorithm not in ("auto", "butterfly") or topology.size == 1 or not arrays.values:
         return None
     if min(topology.lines) >= limits.TOPOLOGY_LINE_MAX_BYTES_PER_S:
         return None
-    if not all(item.array.dtype == FLOAT32 for item in arrays.named):
+    if not all(dtype == FLOAT32 for dtype in arrays.dtypes):
         return None
     nbytes = arrays.nbytes
     best, least_s = None, next(iter(predictions(nbytes, topology).values())) / _WORTH_A_LOSS_RATIO

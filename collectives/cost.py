@@ -40,7 +40,9 @@ class Processor:
     message_s, small_message_s
         Seconds per message, for sender and receiver together; the second where all is sent at once with the begin.
     byte_s
-        Seconds per byte that is sent, received, ciphered and added up.
+        Seconds per byte that is sent, received and ciphered.
+    reduce_byte_s
+        Seconds per byte that is added up.
     hop_s
         Seconds until a message that has come lets the next one go.
     shared_call_s, shared_byte_s
@@ -49,12 +51,13 @@ class Processor:
         How many of a host's ranks can work at a time.
     """
 
-    call_s: float = 240e-6
-    peer_s: float = 600e-6
-    message_s: float = 230e-6
-    small_message_s: float = 105e-6
-    byte_s: float = 1.4e-9
-    hop_s: float = 40e-6
+    call_s: float = 10e-6
+    peer_s: float = 370e-6
+    message_s: float = 70e-6
+    small_message_s: float = 26e-6
+    byte_s: float = 0.48e-9
+    reduce_byte_s: float = 0.1e-9
+    hop_s: float = 43e-6
     shared_call_s: float = 150e-6
     shared_byte_s: float = 0.28e-9
     cores: int = 2
@@ -93,6 +96,8 @@ class Work:
         That the busiest rank sends or receives, whichever are more.
     rank_bytes
         That each rank sends, or receives if that is more.
+    reduced_bytes
+        That the busiest rank adds up.
     crossing
         Whether several send to one at the same time, so that queues overflow now and then.
     """
@@ -101,6 +106,7 @@ class Work:
     first_bytes: float
     messages: float
     rank_bytes: tuple[float, ...]
+    reduced_bytes: float = 0.0
     crossing: bool = False
 
 
@@ -114,7 +120,8 @@ def ring_work(nbytes: int, topology: Topology) -> Work:
     shard = nbytes / size
     segment = min(segment_bytes(nbytes, size), shard)
     rounds = 2 * (size - 1)
-    return Work(rounds, segment, rounds * max(ceil(shard / max(segment, 1)), 1), _even(size, rounds * shard))
+    messages = rounds * max(ceil(shard / max(segment, 1)), 1)
+    return Work(rounds, segment, messages, _even(size, rounds * shard), rounds / 2 * shard)
 
 
 def tree_work(nbytes: int, topology: Topology) -> Work:
@@ -122,14 +129,16 @@ def tree_work(nbytes: int, topology: Topology) -> Work:
     size = topology.size
     segment = min(segment_bytes(nbytes, 2), nbytes / 2)
     messages = 4 * max(ceil(nbytes / 2 / max(segment, 1)), 1)
-    return Work(2 * tree_height(size), segment, messages, _even(size, 2.0 * nbytes if size > 2 else nbytes))
+    rank_bytes = _even(size, 2.0 * nbytes if size > 2 else nbytes)
+    return Work(2 * tree_height(size), segment, messages, rank_bytes, nbytes if size > 2 else nbytes / 2)
 
 
 def direct_work(nbytes: int, topology: Topology) -> Work:
     """Every rank sends everything to every other: one hop, ``(size - 1) * nbytes``."""
     others = topology.size - 1
     segment = min(segment_bytes(nbytes, 1), nbytes)
-    return Work(1, segment, others * max(ceil(nbytes / max(segment, 1)), 1), _even(others + 1, others * nbytes))
+    messages = others * max(ceil(nbytes / max(segment, 1)), 1)
+    return Work(1, segment, messages, _even(others + 1, others * nbytes), others * nbytes)
 
 
 def halving_doubling_work(nbytes: int, topology: Topology) -> Work:
@@ -143,7 +152,8 @@ def halving_doubling_work(nbytes: int, topology: Topology) -> Work:
     segment = segment_bytes(nbytes, 1)
     messages = sum(max(ceil(size_ / segment), 1) for size_ in sizes)
     # Each exchange is done before the next begins.
-    return Work(exchanges + folds, rank_bytes / (exchanges + folds), messages, _even(size, rank_bytes))
+    first_bytes = rank_bytes / (exchanges + folds)
+    return Work(exchanges + folds, first_bytes, messages, _even(size, rank_bytes), rank_bytes / 2)
 
 
 def butterfly_work(nbytes: int, topology: Topology) -> Work:
@@ -154,7 +164,8 @@ def butterfly_work(nbytes: int, topology: Topology) -> Work:
     most = max(shares)
     messages = 2 * (size - 1) * max(ceil(most * nbytes / segment), 1)
     rank_bytes = tuple((1 + (size - 2) * share) * nbytes for share in shares)
-    return Work(2, min(segment, most * nbytes), messages, rank_bytes, crossing=True)
+    reduced_bytes = (size - 1) * most * nbytes
+    return Work(2, min(segment, most * nbytes), messages, rank_bytes, reduced_bytes, crossing=True)
 
 
 def butterfly_segment(nbytes: int, topology: Topology) -> int:
@@ -179,7 +190,8 @@ def hierarchical_work(nbytes: int, topology: Topology) -> Work:
     segment = min(segment_bytes(nbytes, count), nbytes / count)
     messages = (2 * (most - 1) + 2 * (count - 1) / count) * max(ceil(nbytes / max(segment, 1)), 1)
     rank_bytes = (most - 1 + 2 * (count - 1) / count) * nbytes
-    return Work(4 if count > 1 else 2, segment, messages, _even(topology.size, rank_bytes))
+    reduced_bytes = (most - 1 + (count - 1) / count) * nbytes
+    return Work(4 if count > 1 else 2, segment, messages, _even(topology.size, rank_bytes), reduced_bytes)
 
 
 def chain_work(nbytes: int, topology: Topology) -> Work:
@@ -207,7 +219,8 @@ def predict_s(work: Work, nbytes: int, topology: Topology, processor: Processor 
     turns, latency_s = turns_at_processors(topology, processor), topology.worst_latency_s
     at_once = nbytes <= limits.COLLECTIVE_EAGER_MAX_BYTES
     message_s = processor.small_message_s if at_once else processor.message_s
-    processing_s = turns * (work.messages * message_s + max(work.rank_bytes) * processor.byte_s)
+    bytes_s = max(work.rank_bytes) * processor.byte_s + work.reduced_bytes * processor.reduce_byte_s
+    processing_s = turns * (work.messages * message_s + bytes_s)
     # A line as fast as processors is none to wait for.
     loss = _CROSSING_RATIO if work.crossing else 1.0
     line_s = [
@@ -244,14 +257,11 @@ ALL_REDUCE_ALGORITHMS = tuple(_ALL_REDUCE)
 def predictions(nbytes: int, topology: Topology, kind: str = "all_reduce") -> dict[str, float]:
     """Return the seconds that each algorithm for ``kind`` is predicted to take, the shortest first.
 
-    Only those that may be chosen: what is not sent at once waits for every peer to have begun, which is a hop more, and
-    what ``direct`` saves; and without several ranks on one of several hosts there is no hierarchy.
+    Only those that may be chosen: without several ranks on one of several hosts there is no hierarchy.
     """
     if topology.size == 1:
         return dict.fromkeys(MODELS[kind], 0.0)
     found = {name: predict_s(model(nbytes, topology), nbytes, topology) for name, model in MODELS[kind].items()}
-    if nbytes > limits.COLLECTIVE_EAGER_MAX_BYTES:
-        found.pop("direct", None)
     if not 1 < topology.host_count < topology.size:
         found.pop("hierarchical", None)
     return dict(sorted(found.items(), key=lambda item: item[1]))

@@ -40,8 +40,9 @@ from sparkle_mesh.collectives.calls import (
 from sparkle_mesh.collectives.compression import Compression
 from sparkle_mesh.collectives.explanation import Explanation, explain
 from sparkle_mesh.collectives.group_operations import GroupOperations
+from sparkle_mesh.collectives.messages import Stream
 from sparkle_mesh.collectives.operation import Operation, Outcome
-from sparkle_mesh.collectives.parts_call import parts_call
+from sparkle_mesh.collectives.parts_call import check_other, parts_call, point_to_point_call
 from sparkle_mesh.collectives.pending import AsyncPendingReduction
 from sparkle_mesh.collectives.tickets import Ticket
 from sparkle_mesh.collectives.weighted import weigh
@@ -105,9 +106,9 @@ class CollectiveGroup(GroupOperations):
         OutcomeUnknownError, MeshClosedError
             See the module's text. The arrays are as they were.
         """
-        name = check_tag(tag)
-        ticket = self.take_turn(name)
-        await self._all_reduce(data, op, algorithm, compression, weight, timeout_s, name, ticket)
+        stream = Stream(check_tag(tag))
+        ticket = self.take_turn(stream)
+        await self._all_reduce(data, op, algorithm, compression, weight, timeout_s, stream, ticket)
         return data
 
     def all_reduce_async(
@@ -124,13 +125,13 @@ class CollectiveGroup(GroupOperations):
         """Begin an :meth:`all_reduce`, and return at once. It takes its turn among all calls with the same tag."""
         if self._nursery is None:
             raise UsageError("run() of the collective group must be running before its collectives are called")
-        name = check_tag(tag)
-        ticket = self.take_turn(name)
-        pending = AsyncPendingReduction(data, f"all_reduce with tag {name!r}" if name else "all_reduce")
+        stream = Stream(check_tag(tag))
+        ticket = self.take_turn(stream)
+        pending = AsyncPendingReduction(data, f"all_reduce {stream}".rstrip())
 
         async def call() -> Outcome | None:
             return await self._all_reduce(
-                data, op, algorithm, compression, weight, timeout_s, name, ticket, pending.begun
+                data, op, algorithm, compression, weight, timeout_s, stream, ticket, pending.begun
             )
 
         self._nursery.start_soon(pending.run, call)
@@ -144,18 +145,18 @@ class CollectiveGroup(GroupOperations):
         compression: str | Compression | None,
         weight: float | None,
         timeout_s: float | None,
-        tag: str,
+        stream: Stream,
         ticket: Ticket,
         begun: Callable[[Operation], None] | None = None,
     ) -> Outcome | None:
-        async with self._refusals("all_reduce", tag, ticket):
+        async with self._refusals("all_reduce", stream, ticket):
             deadline_s = check_timeout(timeout_s)
             weighted = None if weight is None else weigh(data, op, weight, compression)
             given, real_op = (data, op) if weighted is None else (weighted.vectors, "sum")
             call = all_reduce_call(given, real_op, algorithm, self.topology, compression)
             if weighted is not None:
                 call = replace(call, label=weighted.label)
-        operation = await self.perform(call, deadline_s, tag, begun, ticket)
+        operation = await self.perform(call, deadline_s, stream, begun, ticket)
         if weighted is not None:
             weighted.commit()
         return operation.ended_with
@@ -222,6 +223,31 @@ class CollectiveGroup(GroupOperations):
         result = call.result((await self.perform(call, deadline_s)).lanes)
         # What was given is what is filled.
         return data if kind == "scatter" and self.rank != call.root else result
+
+    async def send(self, data: T, to: int, *, timeout_s: float | None = None, tag: str | None = None) -> T:
+        """Give ``data`` to rank ``to``, which must :meth:`receive` it; return ``data`` once it has.
+
+        What one rank sends to another with the same tag, or without one, is received in the order in which it was
+        sent, whatever else either does. Data may be read-only. Errors are as for :meth:`all_reduce`, on these two.
+        """
+        other = check_other("to", to, self.rank, self.size)
+        return await self._point_to_point("send", data, (self.rank, other), timeout_s, tag)
+
+    async def receive(self, data: T, source: int, *, timeout_s: float | None = None, tag: str | None = None) -> T:
+        """Fill ``data``, which is like what is sent, with what rank ``source`` gives to :meth:`send`; return it."""
+        other = check_other("source", source, self.rank, self.size)
+        return await self._point_to_point("receive", data, (other, self.rank), timeout_s, tag)
+
+    async def _point_to_point(
+        self, kind: str, data: T, route: tuple[int, int], timeout_s: float | None, tag: str | None
+    ) -> T:
+        stream = Stream(check_tag(tag), route)
+        ticket = self.take_turn(stream)
+        async with self._refusals(kind, stream, ticket):
+            call = point_to_point_call(kind, data, self.rank, self.size, *route)
+            deadline_s = check_timeout(timeout_s)
+        call.result((await self.perform(call, deadline_s, stream, ticket=ticket)).lanes)
+        return data
 
     async def barrier(self, *, timeout_s: float | None = None) -> None:
         """Return once every rank has called it. Errors are as for :meth:`all_reduce`."""

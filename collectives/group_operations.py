@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import trio
@@ -24,7 +24,7 @@ from sparkle_mesh.collectives.executor import Execution, Lane
 from sparkle_mesh.collectives.form import Form
 from sparkle_mesh.collectives.group_state import GroupState
 from sparkle_mesh.collectives.host_path import HostPath
-from sparkle_mesh.collectives.messages import Begin, operation_number, stream_of
+from sparkle_mesh.collectives.messages import Begin, Stream
 from sparkle_mesh.collectives.operation import Operation
 from sparkle_mesh.collectives.parts_call import PartsCall
 from sparkle_mesh.collectives.quick import QuickCall
@@ -37,6 +37,9 @@ from sparkle_mesh.errors import (
     UsageError,
 )
 
+#: The calls among all ranks that have no tag.
+ALL: Final = Stream()
+
 
 class GroupOperations(GroupState):
     """A rank's operations: how they begin, and how they end."""
@@ -47,26 +50,26 @@ class GroupOperations(GroupState):
         self,
         call: Call | PartsCall,
         timeout_s: float,
-        tag: str = "",
+        stream: Stream = ALL,
         started: Callable[[Operation], None] | None = None,
         ticket: Ticket | None = None,
     ) -> Operation:
-        """Carry out ``call`` in its turn, which comes when all calls with the same tag before it have begun.
+        """Carry out ``call`` in its turn, which comes when all calls of its stream before it have begun.
 
         ``started`` is called with the operation when that has begun. The turn is that of ``ticket``, or the next.
         """
-        ticket = ticket or self.take_turn(tag)
+        ticket = ticket or self.take_turn(stream)
         called_at = trio.current_time()
         operation: Operation | None = None
         with ExitStack() as held:
             with trio.move_on_after(timeout_s) as scope:
                 try:
-                    host = await self._come_to_turn(call, tag, ticket, held)
+                    host = await self._come_to_turn(call, stream, ticket, held)
                 except trio.Cancelled:
-                    self._abandon(tag, ticket)
+                    self._abandon(stream, ticket)
                     raise
                 try:
-                    operation = self._start(call, host, tag)
+                    operation = self._start(call, host, stream)
                 finally:
                     ticket.leave()
                 if started is not None:
@@ -79,12 +82,14 @@ class GroupOperations(GroupState):
         self._tell(operation, call, trio.current_time() - called_at)
         return operation
 
-    async def _come_to_turn(self, call: Call | PartsCall, tag: str, ticket: Ticket, held: ExitStack) -> HostPath | None:
+    async def _come_to_turn(
+        self, call: Call | PartsCall, stream: Stream, ticket: Ticket, held: ExitStack
+    ) -> HostPath | None:
         """Wait for all that ``call`` needs to begin, kept by ``held``; return the host path if it goes that way."""
         await ticket.wait()
         await _acquire(self._slots)
         held.callback(self._slots.release)
-        host = self._host if not tag and self._host is not None and self._host.takes(call) else None
+        host = self._host if stream == ALL and self._host is not None and self._host.takes(call) else None
         if host is not None and await host.agreed():
             await _acquire(self._host_turn)
             held.callback(self._host_turn.release)
@@ -94,12 +99,12 @@ class GroupOperations(GroupState):
         held.callback(self._leave)
         return host
 
-    def _abandon(self, tag: str, ticket: Ticket) -> None:
+    def _abandon(self, stream: Stream, ticket: Ticket) -> None:
         """A call is given up that has not begun: it counts all the same, because the others make it."""
 
         async def skip() -> None:
             await ticket.wait()
-            self._skip("its call was given up before it began", tag)
+            self._skip("its call was given up before it began", stream)
             ticket.leave()
 
         if self._nursery is not None:
@@ -120,16 +125,17 @@ class GroupOperations(GroupState):
         if not self._inside_count:
             self.gate.leave()
 
-    def take_turn(self, tag: str) -> Ticket:
-        """Return the next place among a tag's calls. Raises UsageError for a tag too many, or like another."""
-        if tag not in self._queues:
-            if len(self._queues) >= limits.COLLECTIVE_TAGS_MAX_COUNT:
+    def take_turn(self, stream: Stream) -> Ticket:
+        """Return the next place among a stream's calls. Raises UsageError for a tag too many, or like another."""
+        if stream not in self._queues:
+            tag = stream.tag
+            if len(self._queues) >= limits.COLLECTIVE_STREAMS_MAX_COUNT:
                 raise UsageError(f"tag {tag!r} is one too many: {len(self._queues)} were used; use the same ones again")
-            same = next((other for other in self._queues if stream_of(other) == stream_of(tag)), None)
+            same = next((other for other in self._queues if other.number == stream.number), None)
             if same is not None:
-                raise UsageError(f"tag {tag!r} has the same checksum as {same!r}; choose another")
-            self._queues[tag] = Queue()
-        return self._queues[tag].take()
+                raise UsageError(f"tag {tag!r} has the same checksum as calls {same}; choose another")
+            self._queues[stream] = Queue()
+        return self._queues[stream].take()
 
     async def _carry_out(
         self,
@@ -158,7 +164,7 @@ class GroupOperations(GroupState):
             raise operation.failure
         self.last_outcome = operation.ended_with = operation.outcome(call, self.size, seconds)
 
-    def _start(self, call: Call | PartsCall, host: HostPath | None, tag: str) -> Operation:
+    def _start(self, call: Call | PartsCall, host: HostPath | None, stream: Stream) -> Operation:
         if self._ended is not None:
             raise type(self._ended)(str(self._ended))
         if self._nursery is None and self.size > 1:
@@ -167,44 +173,50 @@ class GroupOperations(GroupState):
         try:
             buckets, lanes = self._lanes(call) if host is None else (host.stage(call.arrays), [])
         except BaseException as error:
-            self._skip(f"its call failed with {type(error).__name__}: {error}", tag)
+            self._skip(f"its call failed with {type(error).__name__}: {error}", stream)
             raise
         if self.lost:
-            number = self._next_number(tag)
+            number = self._next_number(stream)
             # Tell the others, who may not have noticed, so that nobody waits for this rank.
             rank = min(self.lost)
-            self._post(self._abort_message(number, "lost", lost=rank, reason=self.lost[rank]))
+            message = self._abort_message(number, "lost", lost=rank, reason=self.lost[rank])
+            self._post(message, stream.ranks(self.size))
             raise self._lost_error()
         if host is None and self.topology.is_uneven:
             for rank, exchange in self._exchanges.items():
                 together = call.algorithm == "butterfly"
                 exchange.link.pace(self.topology.pace_bytes_per_s(self.rank, rank) if together else None)
-        operation = self._new_operation(call, buckets, lanes, host, tag)
+        operation = self._new_operation(call, buckets, lanes, host, stream)
         began, self.next_operation = self.next_operation, trio.Event()
         began.set()
         if host is None:
-            self._post(operation.begin)
+            self._post(operation.begin, operation.agreement.ranks)
         self._take_what_came_ahead(operation)
         if host is None:
             self.progress(operation)
         return operation
 
     def _new_operation(
-        self, call: Call | PartsCall, buckets: list[Bucket], lanes: list[Lane], host: HostPath | None, tag: str = ""
+        self,
+        call: Call | PartsCall,
+        buckets: list[Bucket],
+        lanes: list[Lane],
+        host: HostPath | None,
+        stream: Stream = ALL,
     ) -> Operation:
-        number = operation_number(stream_of(tag), self._streams.get(stream_of(tag), 0) + 1)
+        number = stream.operation(self._streams.get(stream.number, 0) + 1)
         identity = call.identity
         begin = Begin(
             epoch=self.epoch,
             lineage=self.lineage,
             operation=number,
-            tag=tag,
+            tag=stream.tag,
             kind=call.kind,
             digest=identity.digest,
             description=identity.description,
         )
         execution = Execution(lanes, self.epoch, number)
-        agreement = Agreement(self.size, self.rank, begin)
+        agreement = Agreement(stream.ranks(self.size), self.rank, begin)
         operation = Operation(begin, agreement, execution, buckets, lanes, one_sided=host is not None)
         if isinstance(call, Call) and call.compression is not None:
             operation.feedback = call.compression.feedback
@@ -216,22 +228,21 @@ class GroupOperations(GroupState):
             host.begin(operation, call)
         return operation
 
-    def _next_number(self, tag: str) -> int:
-        """Count one more operation of a tag's, which is none on this rank; return its number."""
-        stream = stream_of(tag)
-        self._streams[stream] = self._streams.get(stream, 0) + 1
-        return operation_number(stream, self._streams[stream])
+    def _next_number(self, stream: Stream) -> int:
+        """Count one more operation of a stream, which is none on this rank; return its number."""
+        self._streams[stream.number] = self._streams.get(stream.number, 0) + 1
+        return stream.operation(self._streams[stream.number])
 
     def _take_what_came_ahead(self, operation: Operation) -> None:
         for rank, exchange in self._exchanges.items():
             ahead = exchange.ahead.pop(operation.number, None)
             if ahead is None or operation.finished.is_set():
                 continue
-            if ahead.begin is not None:
-                self.heard(rank, ahead.begin)
-            if ahead.abort is not None:
-                self.heard(rank, ahead.abort)
             try:
+                if ahead.begin is not None:
+                    self.heard(rank, ahead.begin)
+                if ahead.abort is not None:
+                    self.heard(rank, ahead.abort)
                 exchange.hold_all(operation, ahead.data)
             except ProtocolError as error:
                 self._broke_protocol(exchange, error)
@@ -267,7 +278,7 @@ class GroupOperations(GroupState):
             self._ended is not None
             or self.lost
             or self._nursery is None
-            or self._queues[""].busy
+            or self._queues[ALL].busy
             or self.next_operation.statistics().tasks_waiting
             or any(number in exchange.ahead for exchange in self._exchanges.values())
         ):
@@ -362,30 +373,30 @@ class GroupOperations(GroupState):
     # --- Calls that are refused ------------------------------------------------------------------
 
     @asynccontextmanager
-    async def _refusals(self, kind: str, tag: str = "", ticket: Ticket | None = None) -> AsyncIterator[None]:
+    async def _refusals(self, kind: str, stream: Stream = ALL, ticket: Ticket | None = None) -> AsyncIterator[None]:
         """Let a call that is refused within the block count in its turn, here and on all other ranks."""
         try:
             yield
         except Exception as error:
             # Whatever it is: the others make the call that this rank does not.
-            ticket = ticket or self.take_turn(tag)
+            ticket = ticket or self.take_turn(stream)
             try:
                 await ticket.wait()
-                self._skip(f"its {kind} was refused: {error}", tag)
+                self._skip(f"its {kind} was refused: {error}", stream)
             finally:
                 ticket.leave()
             raise
 
-    def _skip(self, reason: str, tag: str) -> None:
+    def _skip(self, reason: str, stream: Stream) -> None:
         """The next operation is none on this rank: tell the others, who may have begun it or will."""
         if self._ended is not None or self.lost or self._nursery is None:
             return
-        number = self._next_number(tag)
+        number = self._next_number(stream)
         for exchange in self._exchanges.values():
             exchange.ahead.pop(number, None)
         began, self.next_operation = self.next_operation, trio.Event()
         began.set()
-        self._post(self._abort_message(number, "refused", reason=reason))
+        self._post(self._abort_message(number, "refused", reason=reason), stream.ranks(self.size))
 
 
 async def _acquire(what: trio.Lock | trio.Semaphore) -> None:

@@ -7,7 +7,7 @@ memory tell of them meanwhile.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import trio
@@ -20,7 +20,7 @@ from sparkle_mesh.collectives.exchange import Exchange
 from sparkle_mesh.collectives.executor import BufferPool
 from sparkle_mesh.collectives.gate import Gate
 from sparkle_mesh.collectives.host_path import HostPath, group_number
-from sparkle_mesh.collectives.messages import SEQUENCE_MASK, Abort, Begin, Control, Prepared
+from sparkle_mesh.collectives.messages import SEQUENCE_MASK, Abort, Begin, Control, Prepared, Stream
 from sparkle_mesh.collectives.operation import Operation, Outcome
 from sparkle_mesh.collectives.tickets import Queue
 from sparkle_mesh.collectives.topology import Topology
@@ -110,8 +110,8 @@ class GroupState:
         self.lost: dict[int, str] = {}
         self._peer_lost = trio.Event()
         self._ended: SparkleError | None = None
-        #: By tag: calls begin in the order in which they were made.
-        self._queues: dict[str, Queue] = {"": Queue()}
+        #: Calls of a stream begin in the order in which they were made.
+        self._queues: dict[Stream, Queue] = {Stream(): Queue()}
         self._slots = trio.Semaphore(limits.COLLECTIVE_IN_FLIGHT_MAX_COUNT)
         self._host_turn = trio.Lock()
         self.gate = Gate()
@@ -133,7 +133,7 @@ class GroupState:
 
     @property
     def number(self) -> int:
-        """The number of the last operation begun without a tag."""
+        """The number of the last operation among all that was begun without a tag."""
         return self._streams[0]
 
     def is_ahead(self, number: int) -> bool:
@@ -164,7 +164,7 @@ class GroupState:
             self._peer_lost_in(operation, rank, reason)
 
     def _peer_lost_in(self, operation: Operation, rank: int, reason: str) -> None:
-        if operation.finished.is_set():
+        if operation.finished.is_set() or rank not in operation.agreement.ranks:
             return
         if operation.one_sided and self._host is not None:
             self._host.wake()
@@ -188,6 +188,8 @@ class GroupState:
         if operation.finished.is_set():
             return
         match message:
+            case _ if rank not in agreement.ranks:
+                raise ProtocolError(f"it spoke of operation {message.operation}, in which it has no part")
             case Begin():
                 if rank in agreement.begins:
                     raise ProtocolError(f"a second Begin of operation {message.operation}")
@@ -210,7 +212,7 @@ class GroupState:
     def post_begin(self, operation: Operation) -> None:
         """Go on over the links with ``operation``, which was begun one-sided: ranks have called different things."""
         operation.one_sided = False
-        self._post(operation.begin)
+        self._post(operation.begin, operation.agreement.ranks)
         self.progress(operation)
 
     def fail_for_the_lost(self, operation: Operation) -> None:
@@ -227,8 +229,10 @@ class GroupState:
             operation.sent_prepared = True
             digest = execution.digest(self._key)
             agreement.prepared[self.rank] = digest
-            self._post(Prepared(epoch=self.epoch, operation=operation.number, digest=digest))
-            operation.last_words = {rank: exchange.posted for rank, exchange in self._exchanges.items()}
+            self._post(Prepared(epoch=self.epoch, operation=operation.number, digest=digest), agreement.ranks)
+            operation.last_words = {
+                rank: exchange.posted for rank, exchange in self._exchanges.items() if rank in agreement.ranks
+            }
         if agreement.settled:
             error = agreement.verdict(self._describe)
             if error is not None:
@@ -319,7 +323,8 @@ class GroupState:
     ) -> None:
         """Fail ``operation`` here and, passing the news on, everywhere."""
         operation.fail(error)
-        self._post(self._abort_message(operation.number, cause, origin=origin, lost=lost, reason=reason))
+        message = self._abort_message(operation.number, cause, origin=origin, lost=lost, reason=reason)
+        self._post(message, operation.agreement.ranks)
 
     def _abort_message(
         self, number: int, cause: str, *, origin: int | None = None, lost: int | None = None, reason: str = ""
@@ -349,10 +354,10 @@ class GroupState:
                 if self._host is not None and operation.one_sided:
                     self._host.wake()
 
-    def _post(self, message: Control) -> None:
+    def _post(self, message: Control, ranks: Sequence[int]) -> None:
         data = wire.encode(message)
         for rank, exchange in self._exchanges.items():
-            if rank not in self.lost:
+            if rank in ranks and rank not in self.lost:
                 exchange.post(data)
 
     def serve(self, exchange: Exchange, work: Callable[..., Awaitable[None]], *arguments: Any) -> None:

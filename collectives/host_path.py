@@ -93,7 +93,7 @@ class HostPath:
 
     def takes(self, call: Call | PartsCall) -> bool:
         """Whether ``call`` goes this way, where it is agreed on."""
-        return call.one_sided and len({item.array.dtype for item in call.arrays.named}) <= limits.SHARED_LANES_MAX_COUNT
+        return call.one_sided and len(call.arrays.dtypes) <= limits.SHARED_LANES_MAX_COUNT
 
     def stage(self, arrays: Arrays) -> list[Bucket]:
         """Return the vectors of a call: in the arena if the others could not read them where they are, or not as fast.

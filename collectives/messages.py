@@ -4,16 +4,17 @@ Every message names the epoch and the operation. Control messages are MessagePac
 header with no payload; data has a fixed 20-byte header, because there is one per segment. The first byte tells them
 apart: a control message is a MessagePack map, whose first byte is never 1.
 
-One operation, seen from one rank: it sends :class:`Begin` to all; data follows as its schedule says; once it holds
-the whole result it sends :class:`Prepared` with its digest to all; once all have prepared with the same digest
-the result stands. :class:`Abort` at any time before that ends the operation on every rank.
+One operation, seen from one rank: it sends :class:`Begin` to all that take part; data follows as its schedule says;
+once it holds the whole result it sends :class:`Prepared` with its digest to all; once all have prepared with the same
+digest the result stands. :class:`Abort` at any time before that ends the operation on every rank.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from hashlib import sha256
-from typing import Annotated, Any, Final, TypeAlias, cast
+from typing import Annotated, Any, Final, NamedTuple, TypeAlias, cast
 from zlib import crc32
 
 import msgspec
@@ -37,14 +38,14 @@ class Begin(wire.Message, frozen=True, kw_only=True, tag="begin"):
     epoch, lineage
         The view it runs over.
     operation
-        Its number: counted from 1 by every rank's calls with the same tag, and the tag's own number above that (see
-        :func:`operation_number`).
+        Its number: counted from 1 by every rank's calls of the same :class:`Stream`, and the stream's own number above
+        that.
     tag
         Keeps concurrent streams of operations apart; may be empty.
     incarnation
         The sender's, where the link alone does not tell; may be empty.
     kind
-        ``all_reduce``, ``broadcast`` or ``barrier``.
+        ``all_reduce``, ``broadcast``, ``barrier`` and so on.
     digest
         Of everything all ranks must have in common: equal digests, equal calls.
     description
@@ -107,14 +108,38 @@ _SEQUENCE_BITS = 32
 SEQUENCE_MASK: Final[int] = 2**_SEQUENCE_BITS - 1
 
 
-def stream_of(tag: str) -> int:
-    """Return the number of a tag: 0 for none, else 31 bits of its checksum."""
-    return (crc32(tag.encode()) & 0x7FFFFFFF) or 1 if tag else 0
+class Stream(NamedTuple):
+    """Calls that are matched with each other by their order alone.
 
+    Attributes
+    ----------
+    tag
+        What their callers gave; empty if nothing.
+    route
+        From which rank to which, where they are between two; None if among all.
+    """
 
-def operation_number(stream: int, sequence: int) -> int:
-    """Return the number of the ``sequence``-th operation of a tag's stream."""
-    return stream << _SEQUENCE_BITS | sequence
+    tag: str = ""
+    route: tuple[int, int] | None = None
+
+    @property
+    def number(self) -> int:
+        """0 without tag and route, else 31 bits of their checksum."""
+        if self.route is None:
+            return (crc32(self.tag.encode()) & 0x7FFFFFFF) or 1 if self.tag else 0
+        return (crc32(f"{self.route[0]}>{self.route[1]} {self.tag}".encode()) & 0x7FFFFFFF) or 1
+
+    def ranks(self, size: int) -> Sequence[int]:
+        """Return who of ``size`` ranks takes part."""
+        return range(size) if self.route is None else sorted(self.route)
+
+    def operation(self, sequence: int) -> int:
+        """Return the number of its ``sequence``-th operation."""
+        return self.number << _SEQUENCE_BITS | sequence
+
+    def __str__(self) -> str:
+        route = "" if self.route is None else f"from rank {self.route[0]} to rank {self.route[1]}"
+        return " ".join(part for part in (f"with tag {self.tag!r}" if self.tag else "", route) if part)
 
 
 def encode_data(lane: int, turn: int, segment: int, epoch: int, operation: int) -> bytes:

@@ -17,7 +17,7 @@ from sparkle_mesh.collectives.schedule import Space
 from sparkle_mesh.errors import SparkleError
 
 # What these hand out is the root's.
-_FROM_ROOT = ("broadcast", "scatter")
+_FROM_ROOT = ("broadcast", "scatter", "send", "receive")
 
 
 @dataclass(frozen=True, slots=True)

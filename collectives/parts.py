@@ -65,6 +65,14 @@ def gather(rank: int, size: int, element_count: int, segment_elements: int, root
     )
 
 
+def point_to_point(
+    rank: int, size: int, element_count: int, segment_elements: int, source: int, target: int
+) -> Schedule:
+    """Return ``rank``'s part: ``target`` gets the vector that ``source`` gives."""
+    parts = tuple((0, element_count if other == target else 0) for other in range(size))
+    return scatter(rank, size, element_count, segment_elements, source, parts)
+
+
 def scatter(rank: int, size: int, element_count: int, segment_elements: int, root: int, parts: Shards) -> Schedule:
     """Return ``rank``'s part: ``root`` gives the vector; each ends with its own range."""
     cuts = [list(segments(*part, segment_elements)) for part in parts]

@@ -1,8 +1,8 @@
-"""Calls in which ranks give, or get, parts: reduce_scatter, all_gather, gather, scatter, all_to_all.
+"""Calls in which ranks give, or get, parts: reduce_scatter, all_gather, gather, scatter, all_to_all, send, receive.
 
-Results are new arrays (but for ``scatter``, which fills the given ones): every array is a vector of its own, sent from
-where it lies to where it is returned. Of an array of shape ``(n, …)``, rank ``r``'s part is the ``r``-th that
-:func:`numpy.array_split` makes along the first axis.
+Results are new arrays (but for ``scatter`` and ``receive``, which fill the given ones): every array is a vector of its
+own, sent from where it lies to where it is returned. Of an array of shape ``(n, …)``, rank ``r``'s part is the ``r``-th
+that :func:`numpy.array_split` makes along the first axis.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sparkle_mesh.collectives.arrays import Arrays, ArraysLook, Named, check_arr
 from sparkle_mesh.collectives.call_identity import CallIdentity, call_identity
 from sparkle_mesh.collectives.cost import segment_bytes
 from sparkle_mesh.collectives.executor import Lane
-from sparkle_mesh.collectives.parts import all_gather, gather, reduce_scatter, scatter
+from sparkle_mesh.collectives.parts import all_gather, gather, point_to_point, reduce_scatter, scatter
 from sparkle_mesh.collectives.plan import cached_plan
 from sparkle_mesh.collectives.reduction import Array, Reduction, check_dtype, check_op, work_dtype
 from sparkle_mesh.collectives.schedule import Schedule, Space
@@ -36,7 +36,10 @@ class PartsCall:
     rank: int
     size: int
     op: str = "sum"
+    #: Whose arrays are handed out, or to whom they go.
     root: int | None = None
+    #: Of those between two, to whom they go.
+    target: int | None = None
     algorithm: str = "pairwise"
     #: Never over shared memory.
     one_sided: bool = False
@@ -47,12 +50,12 @@ class PartsCall:
         look = self.arrays.look
         if self.kind != "scatter" or self.rank != self.root:
             return look
-        return ArraysLook(look.form, tuple((name, dtype, shape[1:]) for name, dtype, shape in look.items))
+        return look._replace(shapes=tuple(shape[1:] for shape in look.shapes))
 
     @property
     def identity(self) -> CallIdentity:
         """What all ranks must have in common."""
-        return call_identity(self.kind, self.algorithm, False, self.op, self.root, self.look)
+        return call_identity(self.kind, self.algorithm, False, self.op, self.root, self.look, target=self.target)
 
     def describe(self) -> str:
         """Return the call for people, of bounded length."""
@@ -62,8 +65,7 @@ class PartsCall:
         """Return what is to be done, into new arrays."""
         reduction = Reduction(self.op, self.size)
         lanes: list[Lane] = []
-        for item in self.arrays.named:
-            given = item.array
+        for given in self.arrays.values:
             dtype = given.dtype.newbyteorder("<")
             source = given.reshape(-1) if is_plain_vector(given) else given.astype(dtype, order="C").reshape(-1)
             for schedule, *arguments in self._schedules(given):
@@ -77,6 +79,9 @@ class PartsCall:
     def _schedules(self, given: Array) -> list[tuple[Any, ...]]:
         """The schedules over one array: with the elements, those of a segment, and what else each needs."""
         size, count = self.size, given.size
+        if self.target is not None:
+            segment = max(segment_bytes(given.nbytes, 1) // given.itemsize, 1)
+            return [(point_to_point, count, segment, self.root, self.target)]
         makers: dict[str, Callable[..., Schedule]] = {
             "reduce_scatter": reduce_scatter,
             "all_gather": all_gather,
@@ -103,17 +108,16 @@ class PartsCall:
         """Return what the caller gets, in the form in which it gave its arrays."""
         each = self.size if self.kind == "all_to_all" else 1
         made = [
-            self._made(item, lanes[number * each : (number + 1) * each])
-            for number, item in enumerate(self.arrays.named)
+            self._made(given, lanes[number * each : (number + 1) * each])
+            for number, given in enumerate(self.arrays.values)
         ]
         if self.arrays.form == "array":
             return made[0]
         if self.arrays.form == "dict":
-            return {item.name: array for item, array in zip(self.arrays.named, made, strict=True)}
+            return dict(zip(self.arrays.look.names, made, strict=True))
         return made
 
-    def _made(self, item: Named, lanes: list[Lane]) -> Array | None:
-        given = item.array
+    def _made(self, given: Array, lanes: list[Lane]) -> Array | None:
         lane = lanes[0]
         # Alone, a rank's sum is what it gave.
         work = lane.work if lane.plan.schedule.result is not Space.INPUT else lane.source.copy()
@@ -127,6 +131,8 @@ class PartsCall:
                 return work.reshape(self.size, *given.shape)
             case "all_to_all":
                 return np.concatenate([lane.work for lane in lanes]).reshape(given.shape)
+            case "send":
+                return given
             case _ if self.rank == self.root:
                 row: Array = given[self.rank]
                 return row
@@ -150,9 +156,20 @@ def split_rows(shape: tuple[int, ...], size: int) -> tuple[tuple[int, int], ...]
 
 def check_root(root: object, size: int) -> int:
     """Return ``root`` if it is a rank. Raises UsageError."""
-    if isinstance(root, bool) or not isinstance(root, int) or not 0 <= root < size:
-        raise UsageError(f"root {root!r} is not a rank: there are ranks 0 to {size - 1}")
-    return root
+    return _check_rank("root", root, size)
+
+
+def check_other(name: str, other: object, rank: int, size: int) -> int:
+    """Return ``other``, the argument called ``name``, if it is a rank but not ``rank``. Raises UsageError."""
+    if _check_rank(name, other, size) == rank:
+        raise UsageError(f"{name} {other!r} is this rank; give another, of 0 to {size - 1}")
+    return _check_rank(name, other, size)
+
+
+def _check_rank(name: str, rank: object, size: int) -> int:
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < size:
+        raise UsageError(f"{name} {rank!r} is not a rank: there are ranks 0 to {size - 1}")
+    return rank
 
 
 def parts_call(kind: str, data: object, rank: int, size: int, *, op: str = "sum", root: object = None) -> PartsCall:
@@ -168,13 +185,21 @@ def parts_call(kind: str, data: object, rank: int, size: int, *, op: str = "sum"
     call = PartsCall(kind, arrays, rank, size, op, place)
     for item in arrays.named:
         _check_shape(call, item)
-    vectors = len(arrays.named) * (size if kind == "all_to_all" else 1)
+    vectors = len(arrays.values) * (size if kind == "all_to_all" else 1)
     if vectors > limits.COLLECTIVE_LANES_MAX_COUNT:
         raise UsageError(
-            f"{kind} of {len(arrays.named)} arrays among {size} ranks makes {vectors} vectors, which is over"
+            f"{kind} of {len(arrays.values)} arrays among {size} ranks makes {vectors} vectors, which is over"
             f" {limits.COLLECTIVE_LANES_MAX_COUNT}; make several calls"
         )
     return call
+
+
+def point_to_point_call(kind: str, data: object, rank: int, size: int, source: int, target: int) -> PartsCall:
+    """Check the array that ``rank``, one of the two, gives to ``send`` or ``receive``. Raises UsageError."""
+    arrays = check_arrays(data, check_dtype, written=rank == target)
+    if len(arrays.values) > limits.COLLECTIVE_LANES_MAX_COUNT:
+        raise UsageError(f"{kind} of {len(arrays.values)} arrays is over {limits.COLLECTIVE_LANES_MAX_COUNT}")
+    return PartsCall(kind, arrays, rank, size, root=source, target=target)
 
 
 def _check_shape(call: PartsCall, item: Named) -> None:

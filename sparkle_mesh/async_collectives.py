@@ -167,6 +167,40 @@ class AsyncCollectives(ABC):
         self._check_process()
         return await self._group.all_to_all(data, timeout_s=timeout_s)
 
+    async def send(self, data: D, to: int, *, timeout_s: float | None = None, tag: str | None = None) -> D:
+        """Give arrays to rank ``to`` alone, which must :meth:`receive` them; returns ``data`` once it has them.
+
+        Parameters
+        ----------
+        data
+            As for :meth:`all_reduce`; may be read-only.
+        to
+            Another rank. What one rank sends to another is received in the order in which it was sent, whatever
+            other collectives either of them makes meanwhile.
+        timeout_s
+            Deadline in seconds, waiting for the other included; ``limits.COLLECTIVE_TIMEOUT_S`` if None. Two ranks that
+            both send to each other before they receive wait that long: let one of them receive first.
+        tag
+            Keeps several streams from one rank to the other apart.
+
+        Raises
+        ------
+        UsageError
+            If ``to`` is no other rank, or the data cannot be sent.
+        MismatchError, CollectiveTimeoutError, CollectiveAbortedError, PeerLostError, OutcomeUnknownError
+            As :meth:`all_reduce`, on these two ranks: nothing was received.
+        """
+        self._check_process()
+        return await self._group.send(data, to, timeout_s=timeout_s, tag=tag)
+
+    async def receive(self, data: D, source: int, *, timeout_s: float | None = None, tag: str | None = None) -> D:
+        """Fill arrays with what rank ``source`` gives to :meth:`send`, and return them.
+
+        ``data`` has the shapes, dtypes and keys of what is sent. Parameters and errors are as there.
+        """
+        self._check_process()
+        return await self._group.receive(data, source, timeout_s=timeout_s, tag=tag)
+
     async def barrier(self, *, timeout_s: float | None = None) -> None:
         """Wait until every rank has called it. Errors as :meth:`all_reduce`."""
         self._check_process()

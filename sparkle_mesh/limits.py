@@ -245,7 +245,8 @@ COLLECTIVE_OPERATIONS_AHEAD_MAX_COUNT = 64
 PROGRESS_INTERVAL_S = 0.05
 # Operations of a group in flight at a time; further calls wait.
 COLLECTIVE_IN_FLIGHT_MAX_COUNT = 32
-COLLECTIVE_TAGS_MAX_COUNT = 4096
+# Tags, and pairs of ranks that send to each other with each of them.
+COLLECTIVE_STREAMS_MAX_COUNT = 4096
 # Control messages waiting for a peer that takes none; then it counts as lost.
 COLLECTIVE_OUTBOX_MAX_COUNT = 1024
 COLLECTIVE_ARRAYS_MAX_COUNT = 65536

@@ -233,6 +233,14 @@ class Collectives:
         """Give each rank its row of these arrays, and return theirs; see :meth:`AsyncMesh.all_to_all`."""
         return self._call(lambda: self._mesh.all_to_all(data, timeout_s=timeout_s))
 
+    def send(self, data: D, to: int, *, timeout_s: float | None = None, tag: str | None = None) -> D:
+        """Give arrays to rank ``to``, which must :meth:`receive` them; see :meth:`AsyncMesh.send`."""
+        return self._call(lambda: self._mesh.send(data, to, timeout_s=timeout_s, tag=tag))
+
+    def receive(self, data: D, source: int, *, timeout_s: float | None = None, tag: str | None = None) -> D:
+        """Fill arrays with what rank ``source`` sends; see :meth:`AsyncMesh.receive`."""
+        return self._call(lambda: self._mesh.receive(data, source, timeout_s=timeout_s, tag=tag))
+
     def barrier(self, *, timeout_s: float | None = None) -> None:
         """Wait until every rank has called it; see :meth:`AsyncMesh.barrier`."""
 

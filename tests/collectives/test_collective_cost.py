@@ -27,7 +27,7 @@ def test_little_data_goes_directly() -> None:
     for size in (2, 4):
         assert choose_algorithm(64, Topology(size)) == "direct"
     for size in (2, 4, 7, 8):
-        assert choose_algorithm(limits.COLLECTIVE_EAGER_MAX_BYTES + 1, Topology(size)) != "direct"
+        assert choose_algorithm(4 * limits.MIB, Topology(size)) != "direct"
 
 
 def test_broadcast_and_reduce_go_by_chain_or_binary_tree() -> None:

@@ -363,7 +363,7 @@ async def test_cancellation_at_any_moment_ends_it_for_all(
             assert isinstance(results[2], CollectiveAbortedError)
             assert all((part == 1).all() for part in data)
             await works(world)
-        elif results[1] == "cancelled":
+        elif isinstance(results[1], str):
             # It held the result already: it has left, and others may have returned with it.
             with pytest.raises(OutcomeUnknownError):
                 await world.groups[1].barrier()

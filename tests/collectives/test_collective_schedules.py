@@ -16,7 +16,7 @@ from sparkle_mesh.collectives.butterfly import butterfly_all_reduce, split_by_we
 from sparkle_mesh.collectives.direct import direct_all_reduce
 from sparkle_mesh.collectives.halving_doubling import halving_doubling_all_reduce
 from sparkle_mesh.collectives.hierarchical import hierarchical_all_reduce
-from sparkle_mesh.collectives.parts import all_gather, gather, reduce_scatter, scatter
+from sparkle_mesh.collectives.parts import all_gather, gather, point_to_point, reduce_scatter, scatter
 from sparkle_mesh.collectives.plan import make_plan
 from sparkle_mesh.collectives.ring import ring_all_reduce
 from sparkle_mesh.collectives.rooted import chain_reduce, tree_reduce
@@ -162,6 +162,14 @@ def test_the_collectives_of_parts_are_proved(size: int) -> None:
         scattered = everyone(scatter, size, count, segment, size - 1, parts)
         traffic = verify(scattered, expected=of_the_root, reduced=False, seed=size)
         assert sum(traffic.values()) == count - (parts[-1][1] - parts[-1][0])
+        for target in {0, size // 2} - {size - 1}:
+
+            def at_target(rank: int, element: int, target: int = target) -> frozenset[int]:
+                return frozenset({size - 1}) if rank == target else frozenset()
+
+            sent = everyone(point_to_point, size, count, segment, size - 1, target)
+            traffic = verify(sent, expected=at_target, reduced=False, seed=size)
+            assert traffic == ({(size - 1, target): count} if count else {})
 
 
 @settings(max_examples=40, deadline=None)
