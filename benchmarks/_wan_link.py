@@ -98,14 +98,14 @@ class Queue:
         """Send what arrives from ``first_at`` to ``last_at``; return when its sending begins and ends.
 
         Segments are passed on as they come in, so a burst ends one segment's time after its last one came at the
-        earliest, and one burst's time after it began.
+        earliest, and one burst's time after it began. What comes in slowly, from a slower link, leaves gaps: it takes
+        up no more of this link than its bytes, and others' segments go between.
         """
         begins = max(first_at - self.grace_s if burst.segments > 1 else first_at, self.free_at)
         alone = min(burst.segment, burst.wire_bytes) * self.seconds_per_byte
-        ends = max(begins + burst.wire_bytes * self.seconds_per_byte, last_at + alone)
-        self.free_at = ends
+        self.free_at = begins + burst.wire_bytes * self.seconds_per_byte
         self.sent_bytes += burst.wire_bytes
-        return begins, ends
+        return begins, max(self.free_at, last_at + alone)
 
 
 class Loss:

@@ -1,8 +1,8 @@
 """Measures the ways between ranks before the first collective, and makes of it what all ranks know alike.
 
 Ranks send each other a little at full speed, each to one other at a time and from one other at a time, so that what
-is measured is a line and not a share of one: to the next rank, to the one opposite, to the one before. What each has
-received, and the latencies of its links, are then gathered by all.
+is measured is a line and not a share of one: to the next rank, to the one opposite, to the one before; they begin each
+of these together. What each has received, and the latencies of its links, are then gathered by all.
 
 Where all ranks share memory nothing is measured: only processors limit them.
 """
@@ -10,6 +10,7 @@ Where all ranks share memory nothing is measured: only processors limit them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Final
 
 import numpy as np
@@ -22,6 +23,7 @@ from sparkle_mesh.errors import LinkClosedError, ProtocolError
 from sparkle_mesh.transport.link import Link
 from sparkle_mesh.transport.shared_memory import SharedMemoryLink
 
+_READY: Final = b"ready"
 _PROBE: Final = b"probe"
 _LAST_PROBE: Final = b"last probe"
 
@@ -45,6 +47,7 @@ async def measure_lines(rank: int, size: int, links: Mapping[int, Link]) -> Arra
         return measured
     for ahead in sorted({1, size // 2, size - 1} - {0}):
         following, before = (rank + ahead) % size, (rank - ahead) % size
+        await _meet(links)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_send_probes, links[following])
             try:
@@ -53,6 +56,22 @@ async def measure_lines(rank: int, size: int, links: Mapping[int, Link]) -> Arra
                 # Whoever uses the link next learns of it.
                 rates[before] = 0.0
     return measured
+
+
+async def _meet(links: Mapping[int, Link]) -> None:
+    """Wait until all ranks are here; those whose links have ended are not waited for. Raises ProtocolError."""
+
+    async def hear(link: Link) -> None:
+        with suppress(LinkClosedError):
+            header, nbytes = await link.receive_header()
+            if bytes(header) != _READY or nbytes:
+                raise ProtocolError(f"{nbytes} bytes with header {bytes(header)[:16]!r} came before probes of lines")
+
+    async with trio.open_nursery() as nursery:
+        for link in links.values():
+            nursery.start_soon(hear, link)
+            with suppress(LinkClosedError):
+                await link.send(_READY)
 
 
 async def _send_probes(link: Link) -> None:
@@ -74,7 +93,7 @@ async def _send_probes(link: Link) -> None:
 
 
 async def _receive_probes(link: Link) -> float:
-    """Return the greatest rate at which a quarter of the probes came in.
+    """Return the greatest rate at which half of the probes came in, one after the other.
 
     Raises
     ------
@@ -90,7 +109,8 @@ async def _receive_probes(link: Link) -> float:
             raise ProtocolError(f"{nbytes} bytes with header {bytes(header)[:16]!r} came where probes of lines belong")
         await link.receive_into((scratch,))
         times.append(trio.current_time())
-    span = max(len(times) // 4, 1)
+    # Neither while TCP is still finding out, nor while it waits for something that was lost.
+    span = max(len(times) // 2, 1)
     gaps = [later - earlier for earlier, later in zip(times, times[span:], strict=False)]
     return span * scratch.nbytes / max(min(gaps), 1e-9) if gaps else 0.0
 

@@ -280,7 +280,7 @@ FEEDBACK_KEYS_MAX_COUNT = 4096
 # Lines that differ by less are taken to be equal: measurements do.
 TOPOLOGY_EQUAL_LINES_RATIO = 1.25
 # By how much a link may send faster than its part of a line.
-TOPOLOGY_PACE_RATIO = 1.2
+TOPOLOGY_PACE_RATIO = 1.4
 # Up to so many ranks all orders of a ring are tried.
 TOPOLOGY_RING_EXACT_MAX_COUNT = 7
 TOPOLOGY_RING_ROUNDS_COUNT = 16

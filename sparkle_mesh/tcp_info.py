@@ -15,10 +15,11 @@ from typing import Final, NamedTuple, Protocol
 _FLAGS: Final = 7
 _APP_LIMITED: Final = 1
 _ROUND_TRIP_US: Final = (68, struct.Struct("=I"))
+_LEAST_ROUND_TRIP_US: Final = (148, struct.Struct("=I"))
 _DELIVERY_RATE: Final = (160, struct.Struct("=Q"))
 _BYTES: Final = 168
 # In the place of a round trip where none was measured yet.
-_UNKNOWN: Final = 0
+_UNKNOWN: Final = (0, 2**32 - 1)
 
 
 class TcpInfo(NamedTuple):
@@ -27,7 +28,8 @@ class TcpInfo(NamedTuple):
     Attributes
     ----------
     round_trip_s
-        Smoothed by the kernel; None until it has measured one.
+        The shortest of the last minutes, which waited in no queue, nor for a busy processor; None until the kernel has
+        measured one.
     bytes_per_s
         At which rate the peer's kernel received of late; None until there was enough to send.
     limited_by_sender
@@ -62,10 +64,11 @@ def parse_tcp_info(data: bytes) -> TcpInfo | None:
     """Return what ``data``, a ``struct tcp_info`` of this machine's byte order, tells; None if it is too short."""
     if len(data) < _BYTES:
         return None
-    (round_trip_us,) = _ROUND_TRIP_US[1].unpack_from(data, _ROUND_TRIP_US[0])
+    round_trips_us = [kind.unpack_from(data, at)[0] for at, kind in (_ROUND_TRIP_US, _LEAST_ROUND_TRIP_US)]
+    known_us = [round_trip_us for round_trip_us in round_trips_us if round_trip_us not in _UNKNOWN]
     (rate,) = _DELIVERY_RATE[1].unpack_from(data, _DELIVERY_RATE[0])
     return TcpInfo(
-        round_trip_us / 1e6 if round_trip_us != _UNKNOWN else None,
+        min(known_us) / 1e6 if known_us else None,
         float(rate) or None,
         bool(data[_FLAGS] & _APP_LIMITED),
     )

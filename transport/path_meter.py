@@ -35,7 +35,6 @@ class PathMeter:
         """Take in what is known of each connection."""
         round_trips = [info.round_trip_s for info in infos if info.round_trip_s is not None]
         if round_trips:
-            # Smoothed by the kernel. Where there are several, the one with the least to send waits in no queue of ours.
             self.latency_s = min(round_trips) / 2
         rates = [info.bytes_per_s for info in infos if info.bytes_per_s is not None]
         if not rates:

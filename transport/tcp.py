@@ -131,8 +131,10 @@ class TcpLink(Link):
         if bytes_per_s != self._pace and not self.closed:
             self._pace = bytes_per_s
             sockets = self._sockets()
+            # Of several the first carries no large payloads.
+            carrying = max(len(sockets) - 1, 1)
             for sock in sockets:
-                pace_socket(sock, None if bytes_per_s is None else bytes_per_s / len(sockets))
+                pace_socket(sock, None if bytes_per_s is None else bytes_per_s / carrying)
 
     # --- Sending ---------------------------------------------------------------------------------
 

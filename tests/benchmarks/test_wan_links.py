@@ -114,6 +114,18 @@ def test_bursts_are_passed_on_as_they_come_in_and_end_after_their_last_byte(pack
     assert ends == pytest.approx(1.0 + 15000e-6)
 
 
+def test_what_trickles_in_leaves_room_between(packets, link):
+    queue = link.Queue(80e6, 20_000)
+    slow = packets.parse(tcp_frame(bytes(10 * PAYLOAD)))  # over a second, where it would take 1.5 ms
+    assert queue.send(slow, 0.0, 1.0)[1] == pytest.approx(1.0 + 1500e-7)
+    fast = packets.parse(tcp_frame(bytes(10 * PAYLOAD)))
+    assert queue.admit(fast, 0.5) is fast
+    assert queue.send(fast, 0.5, 0.5)[1] == pytest.approx(0.5015)
+    # But no more than the link carries: these came at the same time.
+    queue.send(slow, 2.0, 3.0)
+    assert queue.send(fast, 2.0, 2.0)[1] == pytest.approx(2.003)
+
+
 def test_short_pauses_of_a_card_are_no_pauses(packets, link):
     queue = link.Queue(8e6, 1 << 20, 0.0005)
     burst = packets.parse(tcp_frame(bytes(2 * PAYLOAD)))

@@ -70,13 +70,14 @@ def test_equal_ways_leave_the_order_alone() -> None:
     assert Topology(3).ring_order == (0, 1, 2)
 
 
-def test_only_slow_lines_are_paced_and_only_near_ones() -> None:
+def test_uneven_lines_are_paced_if_they_are_near() -> None:
     near = ((1e-4,) * 4,) * 4
     lines = (100 * MB, 100 * MB, 100 * MB, 10 * MB)
     topology = Topology(4, (0, 1, 2, 3), lines, near)
     assert topology.is_uneven
-    assert topology.pace_bytes_per_s(0, 1) is None
-    assert topology.pace_bytes_per_s(0, 3) == topology.pace_bytes_per_s(3, 0) == pytest.approx(4 * MB)
+    part = limits.TOPOLOGY_PACE_RATIO / 3
+    assert topology.pace_bytes_per_s(0, 1) == pytest.approx(100 * MB * part)
+    assert topology.pace_bytes_per_s(0, 3) == topology.pace_bytes_per_s(3, 0) == pytest.approx(10 * MB * part)
     assert Topology(4, (0, 1, 2, 3), lines, ((50e-3,) * 4,) * 4).pace_bytes_per_s(0, 3) is None
     assert Topology(4).pace_bytes_per_s(0, 3) is None
 
@@ -135,6 +136,15 @@ async def test_lines_are_measured(autojump_clock: trio.testing.MockClock) -> Non
     assert topology.host_of == (0, 1, 2, 3)
     assert topology.lines[3] < topology.lines[0] / 4
     assert topology.shares[3] == 0
+
+
+async def test_who_is_not_ready_before_probes_is_refused() -> None:
+    one, other = memory_link_pair("0", "1")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(one.send, b"probe", (b"early",))
+        with pytest.raises(ExceptionGroup) as raised:
+            await measure_lines(0, 2, {1: other})
+    assert raised.group_contains(ProtocolError, match="came before probes of lines")
 
 
 async def test_what_is_no_probe_is_refused_and_a_link_that_ends_tells_nothing() -> None:
