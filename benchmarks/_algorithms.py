@@ -15,6 +15,7 @@ from _group import Group, Measurement
 HEADER = ("ranks", "size", "algorithm", "median", "p10 - p90", "predicted", "measured / predicted", "", "of best")
 # Everything to everybody is for little, or for two: what one rank sends in all.
 DIRECT_MAX_BYTES = 64 << 20
+SHORT_MAX_BYTES, SHORT_ROUNDS_RATIO = 1 << 20, 4
 
 
 def compare(
@@ -34,9 +35,11 @@ def compare(
                 iterations = options.iterations or iterations_for(nbytes)
                 timeout_s = iteration_timeout_s * (options.warmup + iterations)
                 results: dict[str, list[Measurement]] = {name: [] for name in names}
-                for number in range(options.rounds):
+                # What is over soon is disturbed more, and costs little to measure again.
+                rounds = options.rounds * (SHORT_ROUNDS_RATIO if nbytes <= SHORT_MAX_BYTES else 1)
+                for number in range(rounds):
                     for name in names[number % len(names) :] + names[: number % len(names)]:
-                        progress(f"{ranks} ranks, {format_size(nbytes)}, round {number + 1}/{options.rounds}: {name}")
+                        progress(f"{ranks} ranks, {format_size(nbytes)}, round {number + 1}/{rounds}: {name}")
                         results[name].append(group.measure(nbytes, iterations, options.warmup, name, timeout_s))
                 rows += make_rows(ranks, nbytes, results)
     progress("")

@@ -92,8 +92,13 @@ class Call:
                 return cached_plan(in_place, butterfly_all_reduce, rank, size, count, elements, shards)
 
 
-def all_reduce_call(data: object, op: str, algorithm: str, topology: Topology, compression: object = None) -> Call:
-    """Check the arguments of an all-reduce among the ranks of ``topology``. Raises UsageError."""
+def all_reduce_call(
+    data: object, op: str, algorithm: str, topology: Topology, compression: object = None, beside: int = 0
+) -> Call:
+    """Check the arguments of an all-reduce among the ranks of ``topology``. Raises UsageError.
+
+    The last ``beside`` arrays are not compressed.
+    """
 
     def check(dtype: np.dtype[Any], label: str) -> None:
         check_dtype(dtype, label)
@@ -103,7 +108,7 @@ def all_reduce_call(data: object, op: str, algorithm: str, topology: Topology, c
     arrays = check_arrays(data, check)
     if algorithm == SHARED and compression is None:
         return Call("all_reduce", SHARED, arrays, op, one_sided=True)
-    packing = check_compression(compression, arrays, op, algorithm, topology)
+    packing = check_compression(compression, arrays, op, algorithm, topology, beside)
     if packing is not None:
         return Call("all_reduce", "butterfly", arrays, op, compression=packing)
     chosen = choose_algorithm(arrays.nbytes, topology, asked=algorithm)

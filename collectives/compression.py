@@ -64,9 +64,9 @@ class Compression:
 
 
 def check_compression(
-    asked: object, arrays: Arrays, op: str, algorithm: object, topology: Topology
+    asked: object, arrays: Arrays, op: str, algorithm: object, topology: Topology, beside: int = 0
 ) -> Compression | None:
-    """Return how ``arrays`` are to be sent, None if as they are.
+    """Return how ``arrays`` are to be sent, None if as they are; the last ``beside`` of them are in any case.
 
     Raises
     ------
@@ -76,14 +76,14 @@ def check_compression(
     if asked is None:
         return None
     if asked == "auto":
-        return _choose(arrays, op, algorithm, topology)
+        return _choose(arrays, op, algorithm, topology, beside)
     if isinstance(asked, str):
         asked = Compression(asked)
     if not isinstance(asked, Compression):
         known = ", ".join(map(repr, ("auto", *CODECS)))
         raise UsageError(f"compression is {asked!r}; give one of {known}, a sparkle_mesh.Compression, or None")
-    for item in arrays.named:
-        if not _can_be_compressed(item.array.dtype):
+    for item in arrays.named[: len(arrays.values) - beside]:
+        if not can_be_compressed(item.array.dtype):
             raise UsageError(
                 f"{item.label} is of dtype {item.array.dtype}; float32, float16 and bfloat16 can be compressed: reduce"
                 " others in a call of their own"
@@ -95,17 +95,18 @@ def check_compression(
     return asked
 
 
-def _can_be_compressed(dtype: Any) -> bool:
+def can_be_compressed(dtype: Any) -> bool:
+    """Whether arrays of ``dtype`` can be sent in fewer bytes."""
     return bool(dtype == FLOAT32 or is_half(dtype))
 
 
-def _choose(arrays: Arrays, op: str, algorithm: object, topology: Topology) -> Compression | None:
+def _choose(arrays: Arrays, op: str, algorithm: object, topology: Topology, beside: int) -> Compression | None:
     """Weigh the time that encoding and decoding take against what it saves on the slowest line."""
     if algorithm not in ("auto", "butterfly") or topology.size == 1 or not arrays.values:
         return None
     if min(topology.lines) >= limits.TOPOLOGY_LINE_MAX_BYTES_PER_S:
         return None
-    if not all(dtype == FLOAT32 for dtype in arrays.dtypes):
+    if not all(array.dtype == FLOAT32 for array in arrays.values[: len(arrays.values) - beside]):
         return None
     nbytes = arrays.nbytes
     best, least_s = None, next(iter(predictions(nbytes, topology).values())) / _WORTH_A_LOSS_RATIO

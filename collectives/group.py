@@ -152,9 +152,10 @@ class CollectiveGroup(GroupOperations):
         async with self._refusals("all_reduce", stream, ticket):
             deadline_s = check_timeout(timeout_s)
             weighted = None if weight is None else weigh(data, op, weight, compression)
-            given, real_op = (data, op) if weighted is None else (weighted.vectors, "sum")
-            call = all_reduce_call(given, real_op, algorithm, self.topology, compression)
-            if weighted is not None:
+            if weighted is None:
+                call = all_reduce_call(data, op, algorithm, self.topology, compression)
+            else:
+                call = all_reduce_call(weighted.summed, "sum", algorithm, self.topology, compression, weighted.beside)
                 call = replace(call, label=weighted.label)
         operation = await self.perform(call, deadline_s, stream, begun, ticket)
         if weighted is not None:

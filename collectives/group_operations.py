@@ -20,6 +20,7 @@ from sparkle_mesh.collectives.calls import (
     barrier_call,
     check_timeout,
 )
+from sparkle_mesh.collectives.compression import can_be_compressed
 from sparkle_mesh.collectives.executor import Execution, Lane
 from sparkle_mesh.collectives.form import Form
 from sparkle_mesh.collectives.group_state import GroupState
@@ -332,7 +333,7 @@ class GroupOperations(GroupState):
 
     def _lane(self, call: Call, number: int, bucket: Bucket) -> Lane:
         dtype = work_dtype(bucket.data.dtype)
-        compression = call.compression
+        compression = call.compression if can_be_compressed(bucket.data.dtype) else None
         feedback = None if compression is None else compression.feedback
         lost: Array | None = None
         if feedback is not None:

@@ -1,7 +1,8 @@
 """Means to which ranks contribute with weights of their own: ``sum(weight * array) / sum(weight)``.
 
-What is added up are vectors of ``weight * array`` with the weight itself behind them; so every path and codec that adds
-up can be taken, and the division is by the same bits on every rank. A weight of 0 is for a rank that has no data.
+What is added up are vectors of ``weight * array`` with the weight itself behind them, or beside them where vectors are
+compressed, which weights are not; so every way to add up can be taken, and the division is by the same bits on every
+rank. A weight of 0 is for a rank that has no data.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from sparkle_mesh.errors import UsageError
 
 @dataclass(slots=True)
 class Weighted:
-    """One rank's part of a weighted mean: ``vectors`` are to be summed over all ranks, then :meth:`commit` writes."""
+    """One rank's part of a weighted mean: ``summed`` are to be summed over all ranks, then :meth:`commit` writes."""
 
-    vectors: list[Array]
+    summed: list[Array]
     buckets: list[Bucket]
+    #: How many of the last of ``summed`` are weights alone.
+    beside: int
     label: str = "weighted mean"
 
     def commit(self) -> None:
@@ -33,14 +36,16 @@ class Weighted:
         UsageError
             On every rank, if all weights are 0; the arrays are as they were.
         """
-        if any(not vector[-1] for vector in self.vectors):
+        if any(not vector[-1] for vector in self.summed[-self.beside :]):
             raise UsageError(
                 "the weights of all ranks are 0: there is nothing to take the mean of; no array was changed"
             )
-        for vector, bucket in zip(self.vectors, self.buckets, strict=True):
+        for vector, bucket in zip(self.summed, self.buckets, strict=False):
+            weight = self.summed[-1][-1] if self.beside else vector[-1]
+            mean = vector[: bucket.data.size]
             with np.errstate(all="ignore"):
-                np.divide(vector[:-1], vector[-1], out=vector[:-1])
-                bucket.commit(vector[:-1])
+                np.divide(mean, mean.dtype.type(weight), out=mean)
+                bucket.commit(mean)
 
 
 def weigh(data: object, op: str, weight: object, compression: object) -> Weighted:
@@ -49,10 +54,6 @@ def weigh(data: object, op: str, weight: object, compression: object) -> Weighte
         raise UsageError(f"weight is {weight!r}; give a number, such as the size of this rank's batch")
     if not 0 <= weight < math.inf:
         raise UsageError(f"weight is {weight!r}; it must be 0 or more, and finite")
-    if compression is not None:
-        raise UsageError(
-            "weight does not go with compression; scale the arrays, and reduce the weights in another call"
-        )
     if op != "mean":
         raise UsageError(f"op {op!r} does not go with weight, only 'mean' does")
 
@@ -61,12 +62,14 @@ def weigh(data: object, op: str, weight: object, compression: object) -> Weighte
         check_op("mean", dtype, label)
 
     buckets = check_arrays(data, check).buckets(np.empty)
-    vectors = []
+    beside = 0 if compression is None else 1
+    summed = []
     for bucket in buckets:
-        vector = np.empty(bucket.data.size + 1, work_dtype(bucket.data.dtype))
+        count = bucket.data.size
+        vector = np.empty(count + 1 - beside, work_dtype(bucket.data.dtype))
         with np.errstate(all="ignore"):
             # Not 0 times what may be NaN: who has no data contributes nothing.
-            np.multiply(bucket.data, vector.dtype.type(weight), out=vector[:-1]) if weight else vector.fill(0)
-        vector[-1] = weight
-        vectors.append(vector)
-    return Weighted(vectors, buckets)
+            np.multiply(bucket.data, vector.dtype.type(weight), out=vector[:count]) if weight else vector.fill(0)
+        vector[count:] = weight
+        summed.append(vector)
+    return Weighted([*summed, np.array([weight], np.float64)] if beside else summed, buckets, beside)

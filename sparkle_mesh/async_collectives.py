@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Iterable
 from typing import Any, TypeVar
+
+import numpy as np
 
 from sparkle_mesh.collectives.compression import Compression
 from sparkle_mesh.collectives.explanation import Explanation
 from sparkle_mesh.collectives.group import CollectiveGroup
 from sparkle_mesh.collectives.pending import AsyncPendingReduction
+from sparkle_mesh.errors import UsageError
+from sparkle_mesh.uneven import UnevenSteps
 
+B = TypeVar("B")
 D = TypeVar("D")
 
 
@@ -17,6 +23,7 @@ class AsyncCollectives(ABC):
     """What all ranks of a mesh call together: every one the same, in the same order."""
 
     _group: CollectiveGroup
+    _uneven: UnevenSteps | None = None
 
     @abstractmethod
     def _check_process(self) -> None:
@@ -83,6 +90,8 @@ class AsyncCollectives(ABC):
             If the results differ between ranks, another rank gave up, or the mesh was closed.
         """
         self._check_process()
+        if self._uneven is not None:
+            weight = self._uneven.note(data, op, weight, algorithm=algorithm, compression=compression, tag=tag)
         return await self._group.all_reduce(
             data, op, algorithm=algorithm, compression=compression, weight=weight, timeout_s=timeout_s, tag=tag
         )
@@ -104,9 +113,34 @@ class AsyncCollectives(ABC):
         awaited directly may come between, in the same order on every rank for each tag.
         """
         self._check_process()
+        if self._uneven is not None:
+            weight = self._uneven.note(data, op, weight, algorithm=algorithm, compression=compression, tag=tag)
         return self._group.all_reduce_async(
             data, op, algorithm=algorithm, compression=compression, weight=weight, timeout_s=timeout_s, tag=tag
         )
+
+    async def uneven(self, batches: Iterable[B]) -> AsyncIterator[B]:
+        """Give ``batches`` to ``async for``, for as long as any rank has some; see :meth:`Mesh.uneven`."""
+        if self._uneven is not None:
+            raise UsageError("uneven() within uneven(); one loop at a time")
+        left, steps = iter(batches), UnevenSteps()
+        none = object()
+        while True:
+            batch: Any = next(left, none)
+            having = np.array([batch is not none], np.int64)
+            await self.all_reduce(having)
+            if not having[0]:
+                return
+            if batch is none:
+                for data, op, options in steps.stand_ins():
+                    await self.all_reduce(data, op, **options)
+                continue
+            steps.begin()
+            self._uneven = steps
+            try:
+                yield batch
+            finally:
+                self._uneven = None
 
     def explain(self, nbytes: int) -> Explanation:
         """Return how ``all_reduce`` of an array of ``nbytes`` would be done: by which algorithm, in what time, and why.

@@ -117,7 +117,8 @@ class Collectives:
             if not having[0]:
                 return
             if batch is none:
-                steps.stand_in(self)
+                for data, op, options in steps.stand_ins():
+                    self.all_reduce(data, op, **options)
                 continue
             steps.begin()
             self._uneven = steps

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
 from sparkle_mesh.errors import UsageError
-
-if TYPE_CHECKING:
-    from sparkle_mesh.mesh_collectives import Collectives
 
 _OPS = ("mean", "sum")
 
@@ -32,8 +29,8 @@ class UnevenSteps:
         self._calls.append((_like(data), op, options))
         return 1.0 if op == "mean" and weight is None else weight
 
-    def stand_in(self, mesh: Collectives) -> None:
-        """Make the reductions of the last step again, with zeros of no weight.
+    def stand_ins(self) -> Iterator[tuple[Any, str, dict[str, Any]]]:
+        """Return the reductions of the last step again, of zeros without weight: data, op and other arguments.
 
         Raises
         ------
@@ -45,8 +42,7 @@ class UnevenSteps:
                 "this rank has no batch at all, so it cannot know what the others reduce; give every rank at least one"
             )
         for like, op, options in self._calls:
-            zeros = _zeros(like)
-            mesh.all_reduce(zeros, op, weight=0.0 if op == "mean" else None, **options)
+            yield _zeros(like), op, {"weight": 0.0 if op == "mean" else None, **options}
 
 
 def _like(data: object) -> Any:

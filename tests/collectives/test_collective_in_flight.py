@@ -12,6 +12,7 @@ import trio
 import trio.testing
 
 from sparkle_mesh import limits
+from sparkle_mesh.collectives.compression import Compression
 from sparkle_mesh.collectives.cost import ALL_REDUCE_ALGORITHMS
 from sparkle_mesh.collectives.messages import Stream
 from sparkle_mesh.collectives.tickets import Queue
@@ -208,6 +209,24 @@ async def test_weighted_means(dtype: str, make_world: Any) -> None:
         assert len({part["a"].tobytes() for part in given}) == 1
 
 
+@pytest.mark.parametrize("compression", ["int8", "float16", "auto", "feedback"])
+async def test_weighted_means_of_what_is_compressed(compression: Any, make_world: Any) -> None:
+    """Weights themselves are not: 1/100000 is still right."""
+    weights = [1e-5, 0, 2e-5]
+    async with make_world(3).running() as world:
+        arrays = [[numbers(rank, 1, 5000), numbers(rank, 2, 30).astype("f2")] for rank in range(3)]
+        given = [[array.copy() for array in both] for both in arrays]
+        ways = [Compression("int8", error_feedback=True) if compression == "feedback" else compression] * 3
+        results = await world.each(
+            lambda r, g: g.all_reduce(given[r], "mean", weight=weights[r], compression=ways[r], timeout_s=20)
+        )
+        assert all(result is both for result, both in zip(results, given, strict=True)), results
+    for number in range(2):
+        mean = (arrays[0][number].astype("f8") + 2 * arrays[2][number]) / 3
+        assert len({both[number].tobytes() for both in given}) == 1
+        np.testing.assert_allclose(given[0][number], mean, atol=0.02 * np.abs(mean).max())
+
+
 async def test_weights_that_cannot_be(make_world: Any) -> None:
     async with make_world(2).running() as world:
         for weight, text in ((-1, "0 or more"), (np.inf, "finite"), ("1", "give a number"), (True, "give a number")):
@@ -215,8 +234,8 @@ async def test_weights_that_cannot_be(make_world: Any) -> None:
             assert all(text in str(result) for result in results), results
         results = await world.each(lambda r, g: g.all_reduce(np.ones(3), weight=1))
         assert all("op 'sum' does not go with weight" in str(result) for result in results)
-        results = await world.each(lambda r, g: g.all_reduce(np.ones(3, "f4"), "mean", weight=1, compression="int8"))
-        assert all("weight does not go with compression" in str(result) for result in results)
+        results = await world.each(lambda r, g: g.all_reduce(np.ones(3), "mean", weight=1, compression="int8"))
+        assert all("array 0 is of dtype float64" in str(result) for result in results)
         data = [np.ones(3), np.ones(3)]
         results = await world.each(lambda r, g: g.all_reduce(data[r], "mean", weight=0))
         assert all("weights of all ranks are 0" in str(result) for result in results)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import trio
 
 import sparkle_mesh as sparkle
 from sparkle_mesh.errors import CollectiveTimeoutError, SparkleError, UsageError
@@ -58,6 +59,13 @@ def test_every_collective(links: list[str], tmp_path: Path) -> None:
         np.testing.assert_allclose(packed, both.sum(0), atol=0.3)
         mean = mesh.all_reduce(mine.copy(), "mean", weight=mesh.rank)
         np.testing.assert_array_equal(mean, both[1])
+        place = {"numbers": np.zeros((2, 3))}
+        for source in range(2):
+            if mesh.rank == source:
+                mesh.send({"numbers": mine}, to=1 - source, tag="there and back")
+            else:
+                assert mesh.receive(place, source, tag="there and back") is place
+                np.testing.assert_array_equal(place["numbers"], both[source])
         return str(mesh.explain(mine.nbytes))
 
     for text in on_both(tmp_path, call, links=links):
@@ -114,6 +122,25 @@ def test_ranks_with_more_batches_go_on_without_the_others(tmp_path: Path) -> Non
     short, long = on_both(tmp_path, call)
     assert short == [5.5, 2, (1 + 30) / 4, 11, 2, (2 + 60) / 4]
     assert long == [*short, 30, 1, 30, 40, 1, 40]
+
+
+async def test_so_they_do_in_trio_programs(tmp_path: Path) -> None:
+    means: dict[int, list[float]] = {0: [], 1: []}
+
+    async def member() -> None:
+        options = {"min_peers": 2, "timeout_s": 30, "lan": False, "listen": ["/ip4/127.0.0.1/tcp/0"]}
+        async with sparkle.open_mesh("run", data_dir=tmp_path, **options) as mesh:
+            async for batch in mesh.uneven([1.0] if mesh.rank else [10.0, 20.0]):
+                with pytest.raises(UsageError, match="uneven\\(\\) within uneven"):
+                    await anext(mesh.uneven([1]))
+                mean = await mesh.all_reduce(np.full(3, batch), op="mean")
+                pending = mesh.all_reduce_async([np.full(2, batch)], op="sum")
+                means[mesh.rank] += [float(mean[0]), float((await pending.wait())[0][0])]
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(member)
+        nursery.start_soon(member)
+    assert means == {0: [5.5, 11, 20, 20], 1: [5.5, 11]}
 
 
 def test_what_uneven_loops_cannot_do(tmp_path: Path) -> None:
