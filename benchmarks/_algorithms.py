@@ -35,8 +35,10 @@ def compare(
                 iterations = options.iterations or iterations_for(nbytes)
                 timeout_s = iteration_timeout_s * (options.warmup + iterations)
                 results: dict[str, list[Measurement]] = {name: [] for name in names}
-                # What is over soon is disturbed more, and costs little to measure again.
-                rounds = options.rounds * (SHORT_ROUNDS_RATIO if nbytes <= SHORT_MAX_BYTES else 1)
+                rounds = options.rounds
+                if nbytes <= SHORT_MAX_BYTES:
+                    # A disturbance takes up more of a short turn: more turns, of fewer reductions each.
+                    rounds, iterations = rounds * SHORT_ROUNDS_RATIO, max(iterations // SHORT_ROUNDS_RATIO, 1)
                 for number in range(rounds):
                     for name in names[number % len(names) :] + names[: number % len(names)]:
                         progress(f"{ranks} ranks, {format_size(nbytes)}, round {number + 1}/{rounds}: {name}")
