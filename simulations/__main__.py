@@ -5,13 +5,18 @@ from __future__ import annotations
 import argparse
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from typing import Any
 
-from simulations.formation import Exercised, InvariantBroken, World
+from simulations import formation, succession
+from simulations.network import InvariantBroken
+
+WORLDS: dict[str, Any] = {"formation": formation, "succession": succession}
 
 
-def run_seed(seed: int) -> tuple[int, str | None, Exercised]:
-    """Run one seed; return it, what broke if anything, and what it exercised."""
-    world = World(seed)
+def run_seed(name: str, seed: int) -> tuple[int, str | None, Any]:
+    """Run one seed of the world called ``name``; return it, what broke if anything, and what it exercised."""
+    world = WORLDS[name].World(seed)
     try:
         world.run()
     except InvariantBroken as error:
@@ -22,17 +27,22 @@ def run_seed(seed: int) -> tuple[int, str | None, Exercised]:
 def main(arguments: list[str] | None = None) -> int:
     """Parse ``arguments``, run the seeds, print a summary; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m simulations", description=__doc__)
+    parser.add_argument(
+        "--world", choices=WORLDS, default="succession", help="first views, or views that follow (default %(default)s)"
+    )
     parser.add_argument("--seeds", type=int, default=1000, help="how many seeds to run (default %(default)s)")
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them (default %(default)s)")
     parser.add_argument("--seed", type=int, help="run this one seed alone")
     parser.add_argument("--trace", action="store_true", help="with --seed: print every event")
     options = parser.parse_args(arguments)
     if options.seed is not None:
-        return _run_one(options.seed, trace=options.trace)
-    total, failures = Exercised(), []
+        return _run_one(options.world, options.seed, trace=options.trace)
+    total, failures = WORLDS[options.world].Exercised(), []
     with ProcessPoolExecutor() as pool:
         seeds = range(options.first_seed, options.first_seed + options.seeds)
-        for done, (_, failure, exercised) in enumerate(pool.map(run_seed, seeds, chunksize=16), start=1):
+        for done, (_, failure, exercised) in enumerate(
+            pool.map(partial(run_seed, options.world), seeds, chunksize=16), start=1
+        ):
             total.add(exercised)
             if failure is not None:
                 failures.append(failure)
@@ -41,13 +51,14 @@ def main(arguments: list[str] | None = None) -> int:
     if sys.stderr.isatty():
         print(file=sys.stderr)
     for failure in failures[:10]:
-        print(f"{failure}\n  replay: python -m simulations --seed {failure.split()[1].rstrip(':')} --trace")
+        seed = failure.split()[1].rstrip(":")
+        print(f"{failure}\n  replay: python -m simulations --world {options.world} --seed {seed} --trace")
     print(f"{options.seeds} seeds from {options.first_seed}: {len(failures)} failed; exercised {total}")
     return 1 if failures else 0
 
 
-def _run_one(seed: int, *, trace: bool) -> int:
-    world = World(seed)
+def _run_one(name: str, seed: int, *, trace: bool) -> int:
+    world = WORLDS[name].World(seed)
     failure: InvariantBroken | None = None
     try:
         world.run()

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
+from simulations.network import InvariantBroken
 from sparkle_mesh.membership.formation import Candidate, Formation, Instruction, SendTo, ViewAgreed
 from sparkle_mesh.membership.messages import Agreement
 from sparkle_mesh.membership.view import Member, View
@@ -22,10 +23,6 @@ from sparkle_mesh.membership.view import Member, View
 MESH_ID = b"formation world mesh id 32 bytes"
 FAULTS_UNTIL_S = 20.0
 ENDS_AT_S = 120.0
-
-
-class InvariantBroken(AssertionError):
-    """A safety or progress property does not hold; the message tells which, and the seed."""
 
 
 @dataclass(slots=True)

@@ -138,6 +138,18 @@ VIEW_SETTLE_S = 0.3
 PROPOSER_STAGGER_S = 2.0
 PROPOSAL_TIMEOUT_S = 5.0
 PROPOSAL_RETRY_S = 0.2
+# The same for a view that follows one: it is waited for by everybody who reduces.
+VIEW_CHANGE_SETTLE_S = 0.05
+VIEW_CHANGE_STAGGER_S = 0.5
+VIEW_CHANGE_TIMEOUT_S = 1.5
+VIEW_CHANGE_TIMEOUT_MAX_S = 24.0
+VIEW_CHANGE_RETRY_S = 0.1
+# How long so few members may be left that they cannot decide, until that is told.
+QUORUM_MISSING_S = 5.0
+# Of the last views with their outcomes, for members that missed them.
+VIEWS_REMEMBERED_MAX_COUNT = 8
+# Lives of processes that are believed to be over.
+MEMBERS_SUSPECTED_MAX_COUNT = 4 * MESH_MEMBERS_MAX_COUNT
 PING_INTERVAL_S = 2.0
 # A member that compiles or loads may hold the interpreter for long; one that died is noticed by its closed connection.
 SILENCE_TIMEOUT_S = 30.0

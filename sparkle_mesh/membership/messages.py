@@ -30,12 +30,16 @@ class Ballot(wire.Message, array_like=True, order=True, frozen=True):
     proposer: wire.PeerIdText
 
 
+#: How far one member is with a collective.
+Stage: TypeAlias = Literal["begun", "prepared", "committed", "aborted"]
+
+
 class OperationState(wire.Message, array_like=True, frozen=True):
     """Where one member stands with one collective that is not yet ended everywhere."""
 
     number: wire.Count
     tag: wire.NameText
-    state: Literal["begun", "prepared", "committed", "aborted"]
+    state: Stage
     digest: Annotated[bytes, msgspec.Meta(max_length=64)]
 
 
@@ -127,6 +131,7 @@ class Promise(wire.Message, tag="promise", frozen=True):
     ballot: Ballot
     accepted_ballot: Ballot | None = None
     accepted_view: View | None = None
+    accepted_outcomes: OperationList = ()
     operations: OperationList = ()
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from simulations import __main__ as command
-from simulations.formation import InvariantBroken, World
+from simulations.formation import World
+from simulations.network import InvariantBroken
 from sparkle_mesh.membership.formation import Formation
 
 
@@ -39,9 +40,9 @@ def test_the_checks_catch_a_machine_that_enters_whatever_it_is_told(monkeypatch:
 
 
 def test_the_command_prints_a_summary_and_replays(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["--seeds", "8", "--first-seed", "5"]) == 0
+    assert command.main(["--world", "formation", "--seeds", "8", "--first-seed", "5"]) == 0
     assert "8 seeds from 5: 0 failed" in capsys.readouterr().out
-    assert command.main(["--seed", "5", "--trace"]) == 0
+    assert command.main(["--world", "formation", "--seed", "5", "--trace"]) == 0
     assert "starts" in capsys.readouterr().out
 
 
@@ -52,7 +53,7 @@ def test_the_command_fails_with_a_replay_line(
         raise InvariantBroken(f"seed {self.seed}: planted")
 
     monkeypatch.setattr(World, "run", broken)
-    assert command.main(["--seed", "5"]) == 1
+    assert command.main(["--world", "formation", "--seed", "5"]) == 1
     assert "planted" in capsys.readouterr().out
-    assert command.main(["--seeds", "1", "--first-seed", "5"]) == 1
-    assert "--seed 5 --trace" in capsys.readouterr().out
+    assert command.main(["--world", "formation", "--seeds", "1", "--first-seed", "5"]) == 1
+    assert "--world formation --seed 5 --trace" in capsys.readouterr().out

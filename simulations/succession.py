@@ -1,0 +1,363 @@
+"""A deterministic world for views that follow views.
+
+One seed runs the production :class:`~sparkle_mesh.membership.view_change.ViewChange` machines of N processes under a
+virtual clock, and for each of them a training loop of two-phase collectives in small: begin, prepare, commit. Messages
+between two processes keep their order and are delayed at random; connections break, one way or both; processes crash,
+sleep, are suspected wrongly, leave, and come back as new members. Which kinds of fault a seed has is drawn per seed.
+After every event the safety checks run; then faults stop and progress is required.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from simulations.network import InvariantBroken
+from simulations.small_collectives import Exercised, Process, SmallCollectives
+from sparkle_mesh.membership.messages import Accept, Agreement, Chosen, OperationList
+from sparkle_mesh.membership.view import Member, View, first_view
+from sparkle_mesh.membership.view_change import (
+    Entered,
+    Excluded,
+    Frozen,
+    Instruction,
+    QuorumMissing,
+    SendTo,
+    ViewChange,
+    is_quorum,
+)
+
+__all__ = ["Exercised", "InvariantBroken", "World"]
+
+MESH_ID = b"views that follow views 32 bytes"
+FAULTS_UNTIL_S = 20.0
+ENDS_AT_S = 300.0
+LOOK_INTERVAL_S = 10.0
+
+
+class World(SmallCollectives):
+    """The world of one seed."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self._lives = 0
+        draw = self.random.choice
+        self.count = draw([2, 2, 3, 3, 4, 5, 6, 8, 12, 16])
+        self._rates = {
+            name: draw([0.0, 0.0, 0.3, 1.0])
+            for name in ("crash", "cut", "sleep", "suspect", "leave", "join", "cancel", "behead")
+        }
+        members = [self._new_process(index) for index in range(self.count)]
+        view = first_view(MESH_ID, [(bytes(16), process.member) for process in members])
+        for process in members:
+            self._enter_first(process, view)
+        self.at(0.1, self._maybe_fault)
+
+    # --- Time -----------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Run to the end; raise InvariantBroken if a check fails."""
+        next_look_s = FAULTS_UNTIL_S
+        while (next_s := self.next_at()) is not None and next_s <= ENDS_AT_S:
+            if next_s >= next_look_s:
+                next_look_s += LOOK_INTERVAL_S
+                if self._what_is_missing() is None:
+                    return
+            self.step()
+        missing = self._what_is_missing()
+        if missing is not None:
+            raise self.broken(f"after {ENDS_AT_S:g} s {missing}")
+
+    # --- Processes ------------------------------------------------------------------------------
+
+    def _new_process(self, index: int) -> Process:
+        self._lives += 1
+        member = Member(peer_id=f"peer-{index:02}", incarnation=self._lives.to_bytes(16, "big"))
+        process = self.processes[member] = Process(member, index)
+        return process
+
+    def make_machine(self, process: Process, view: View) -> ViewChange:
+        """Return a machine; tests that plant bugs make another."""
+        return ViewChange(view, process.member, process.operations, now=self.now)
+
+    def _enter_first(self, process: Process, view: View) -> None:
+        process.machine = self.make_machine(process, view)
+        process.views.setdefault(view.epoch, (view, ()))
+        for member, other in self.processes.items():
+            if member not in view.members and other.runs and other.machine is None:
+                self.after(self.mean_delay_s, partial(self._introduce, process, other))
+            elif member in view.members and not other.alive:
+                self.after(0.5, partial(self._suspect, process, other))
+        self._schedule_tick(process)
+        self.after(self.compute_s, partial(self.begin, process, view.epoch, 1))
+
+    def _join(self, index: int) -> None:
+        """A process comes that wants to be a member: all members are told, each in its time."""
+        if any(process.runs and process.index == index for process in self.processes.values()):
+            return
+        newcomer = self._new_process(index)
+        self.exercised.joins += 1
+        self.note(f"{newcomer.member.peer_id} comes as a candidate")
+        for process in list(self.processes.values()):
+            if process.machine is not None and process.runs:
+                self.after(self.mean_delay_s, partial(self._introduce, process, newcomer))
+
+    def _introduce(self, process: Process, newcomer: Process) -> None:
+        if newcomer.runs and newcomer.machine is None:
+            self._tell(process, lambda machine: machine.candidate_came(newcomer.member, now=self.now))
+
+    def _tell(self, process: Process, event: Callable[[ViewChange], list[Instruction]]) -> None:
+        """Let something happen at ``process``, once it is awake."""
+        if not process.runs:
+            return
+        if process.asleep:
+            process.inbox.append(partial(self._tell, process, event))
+        elif process.machine is not None:
+            self._carry_out(process, event(process.machine))
+
+    # --- Faults ---------------------------------------------------------------------------------
+
+    def _maybe_fault(self) -> None:
+        if self.now >= FAULTS_UNTIL_S:
+            return
+        faults: dict[str, Callable[[Process], None]] = {
+            "crash": self._crash,
+            "cut": self._cut,
+            "sleep": self._sleep,
+            "suspect": self._suspect_wrongly,
+            "leave": self._leave,
+            "join": lambda process: self._join(self.count + self.random.randrange(4)),
+            "cancel": self.cancel,
+        }
+        running = [process for process in self.processes.values() if process.runs]
+        for name, rate in self._rates.items():
+            if name in faults and running and self.random.random() < rate * 0.1:
+                faults[name](self.random.choice(running))
+                running = [process for process in running if process.runs]
+        self.at(self.now + 0.1, self._maybe_fault)
+
+    def _crash(self, process: Process) -> None:
+        machine = process.machine
+        self.note(f"{process.member.peer_id} crashes")
+        self.exercised.crashes += 1
+        if machine is not None:
+            self.exercised.proposer_deaths += machine.is_accepting
+            self._count_doubt(process)
+        process.alive = False
+        for other in list(self.processes.values()):
+            if other is not process and other.runs:
+                self.after(0.5, partial(self._suspect, other, process))
+        if self.random.random() < 0.7:
+            self.at(self.now + self.random.uniform(0.5, 3.0), partial(self._join, process.index))
+
+    def _count_doubt(self, process: Process) -> None:
+        state = process.operations.state("", process.number)
+        self.exercised.in_doubt += state is not None and state.state == "prepared"
+
+    def _behead(self, process: Process) -> None:
+        """A proposer dies between its proposal and the choice."""
+        if self.now < FAULTS_UNTIL_S and process.runs and process.machine is not None and process.machine.is_accepting:
+            self._crash(process)
+
+    def _suspect(self, process: Process, other: Process) -> None:
+        self._tell(process, lambda machine: machine.suspect(other.member, now=self.now))
+
+    def _trust(self, process: Process, other: Process) -> None:
+        if other.runs and not other.asleep and (process.member, other.member) not in self.severed:
+            self._tell(process, lambda machine: machine.trust(other.member, now=self.now))
+            if other.machine is None:
+                self._introduce(process, other)
+
+    def _cut(self, process: Process) -> None:
+        """Part of the processes lose the others, in one direction or both, for a while."""
+        running = [other for other in self.processes.values() if other.runs]
+        side = {process.member} | {other.member for other in running if self.random.random() < 0.4}
+        pairs = [(a, b) for a in running for b in running if (a.member in side) != (b.member in side)]
+        if self.random.random() < 0.3:
+            pairs = [(a, b) for a, b in pairs if a.member in side]
+        self.note(f"{sorted(member.peer_id for member in side)} are cut off")
+        self.exercised.partitions += 1
+        for a, b in pairs:
+            self.severed.add((a.member, b.member))
+            # Who hears nothing suspects; and who is not heard is told so, or finds its connection broken.
+            self.after(0.5, partial(self._suspect, b, a))
+            self.after(0.5, partial(self._suspect, a, b))
+        self.at(self.now + self.random.uniform(0.2, 6.0), partial(self._end_partition, pairs))
+
+    def _end_partition(self, pairs: list[tuple[Process, Process]]) -> None:
+        for a, b in pairs:
+            self.heal(a.member, b.member)
+        for a, b in pairs:
+            self.after(0.2, partial(self._trust, a, b))
+            self.after(0.2, partial(self._trust, b, a))
+
+    def _sleep(self, process: Process) -> None:
+        if process.asleep:
+            return
+        self.note(f"{process.member.peer_id} falls asleep")
+        self.exercised.sleeps += 1
+        process.asleep = True
+        others = [other for other in self.processes.values() if other is not process and other.runs]
+        for other in others:
+            self.after(1.0, partial(self._suspect_sleeper, other, process))
+        self.at(self.now + self.random.uniform(0.2, 6.0), partial(self._wake, process))
+
+    def _suspect_sleeper(self, process: Process, other: Process) -> None:
+        if other.asleep:
+            self._suspect(process, other)
+
+    def _wake(self, process: Process) -> None:
+        process.asleep = False
+        waiting, process.inbox = process.inbox, []
+        for action in waiting:
+            action()
+        for other in list(self.processes.values()):
+            if other is not process and other.runs:
+                self.after(0.2, partial(self._trust, other, process))
+
+    def _suspect_wrongly(self, process: Process) -> None:
+        others = [other for other in self.processes.values() if other is not process and other.runs]
+        if not others:
+            return
+        other = self.random.choice(others)
+        self.note(f"{process.member.peer_id} wrongly suspects {other.member.peer_id}")
+        self.exercised.wrong_suspicions += 1
+        self._suspect(process, other)
+        self.at(self.now + self.random.uniform(0.1, 3.0), partial(self._trust, process, other))
+
+    def _leave(self, process: Process) -> None:
+        if process.machine is None:
+            return
+        self.note(f"{process.member.peer_id} wants to leave")
+        self.exercised.leaves += 1
+        for other in list(self.processes.values()):
+            if other.runs:
+                self.after(
+                    self.mean_delay_s,
+                    partial(self._tell, other, lambda machine: machine.wants_to_leave(process.member, now=self.now)),
+                )
+
+    # --- Machines -------------------------------------------------------------------------------
+
+    def _schedule_tick(self, process: Process) -> None:
+        wakeup = None if process.machine is None else process.machine.next_wakeup(now=self.now)
+        if wakeup is not None and process.runs:
+            self.at(max(wakeup, self.now), partial(self._tick, process, wakeup))
+
+    def _tick(self, process: Process, wakeup: float) -> None:
+        if process.asleep:
+            process.inbox.append(partial(self._tick, process, wakeup))
+        elif process.runs and process.machine is not None and process.machine.next_wakeup(now=self.now) == wakeup:
+            self._carry_out(process, process.machine.tick(now=self.now))
+
+    def _carry_out(self, process: Process, instructions: list[Instruction]) -> None:
+        for instruction in instructions:
+            match instruction:
+                case SendTo(member, message):
+                    if isinstance(message, Accept) and self.random.random() < self._rates["behead"] * 0.05:
+                        self.after(self.mean_delay_s, partial(self._behead, process))
+                    self.transmit(process.member, member, partial(self._deliver, process.member, member, message))
+                case Frozen(_, operations):
+                    process.before = {state.number: state for state in operations}
+                    self.exercised.in_doubt += any(state.state == "prepared" for state in operations)
+                case Entered(view, outcomes):
+                    self._entered(process, view, outcomes)
+                case Excluded(view, outcomes):
+                    if outcomes is not None:
+                        self._settle(process, view, outcomes)
+                    self._left(process)
+                case QuorumMissing():
+                    process.lost_quorum = True
+                    self.exercised.quorum_losses += 1
+        self._schedule_tick(process)
+
+    def _deliver(self, sender: Member, receiver: Member, message: Agreement) -> None:
+        process = self.processes[receiver]
+        if not process.runs:
+            return
+        if process.asleep:
+            process.inbox.append(partial(self._deliver, sender, receiver, message))
+            return
+        self.note(f"{sender.peer_id} -> {receiver.peer_id} {type(message).__name__}")
+        if process.machine is not None:
+            self._carry_out(process, process.machine.receive(sender, message, now=self.now))
+        elif isinstance(message, Chosen) and receiver in message.view.members:
+            self.note(f"{receiver.peer_id} joins epoch {message.view.epoch}")
+            self._check_view(process, message.view, message.outcomes)
+            self._enter_first(process, message.view)
+
+    def _entered(self, process: Process, view: View, outcomes: OperationList) -> None:
+        self.exercised.views += 1
+        self.note(f"{process.member.peer_id} enters epoch {view.epoch}: {[m.peer_id for m in view.members]}")
+        self._settle(process, view, outcomes)
+        process.lost_quorum = False
+        process.number = 0
+        process.begun, process.prepared = set(), {}
+        for key in [key for key in process.ahead if key[0] < view.epoch]:
+            del process.ahead[key]
+        self.after(self.compute_s, partial(self.begin, process, view.epoch, 1))
+
+    def _settle(self, process: Process, view: View, outcomes: OperationList) -> None:
+        """End what was open in the epoch before as was decided."""
+        self._check_view(process, view, outcomes)
+        old = process.views[view.epoch - 1][0] if view.epoch - 1 in process.views else None
+        if old is None:
+            raise self.broken(f"{process.member.peer_id} enters epoch {view.epoch} without the one before")
+        for outcome in outcomes:
+            held = process.before.get(outcome.number)
+            if (old.epoch, outcome.number) not in process.ended:
+                if outcome.state == "committed" and (held is None or held.state not in ("prepared", "committed")):
+                    if process.member in view.members:
+                        raise self.broken(f"{process.member.peer_id} is to commit what it has not prepared")
+                    continue
+                self.exercised.committed_by_view += outcome.state == "committed"
+                self.end_in(process, old, outcome.number, outcome.state, outcome.digest)
+            elif process.ended[old.epoch, outcome.number] != (outcome.state, outcome.digest):
+                if process.ended[old.epoch, outcome.number][0] == "aborted" and process.member not in view.members:
+                    continue  # it gave up by itself, and does not go on
+                raise self.broken(f"{process.member.peer_id} has ended operation {outcome.number} otherwise")
+        for number, state in process.before.items():
+            decided = any(outcome.number == number for outcome in outcomes)
+            if process.member in view.members and not decided and state.state in ("prepared", "committed"):
+                raise self.broken(f"operation {number} of {process.member.peer_id} was forgotten")
+
+    def _check_view(self, process: Process, view: View, outcomes: OperationList) -> None:
+        process.views[view.epoch] = (view, outcomes)
+        for outcome in outcomes:
+            self.decided[view.epoch - 1, outcome.number] = (outcome.state, outcome.digest, view)
+        for other in self.processes.values():
+            theirs = other.views.get(view.epoch)
+            if theirs is not None and (theirs[0] != view or (theirs[1] != outcomes and view.epoch)):
+                raise self.broken(f"two views of epoch {view.epoch}")
+
+    def _left(self, process: Process) -> None:
+        self.note(f"{process.member.peer_id} is out")
+        process.excluded = True
+        self.exercised.excluded += 1
+        for other in list(self.processes.values()):
+            if other.runs:
+                self.after(0.5, partial(self._suspect, other, process))
+        self.at(self.now + self.random.uniform(0.5, 3.0), partial(self._join, process.index))
+
+    # --- Progress -------------------------------------------------------------------------------
+
+    def _what_is_missing(self) -> str | None:
+        """Once faults have stopped, the members of the last view that make a quorum go on, and take all others in."""
+        last = max(epoch for process in self.processes.values() for epoch in process.views)
+        view = next(process.views[last][0] for process in self.processes.values() if last in process.views)
+        alive = {process.member: process for process in self.processes.values() if process.runs}
+        left = [member for member in view.members if member in alive]
+        if not is_quorum(view, left):
+            return None
+        machines = {member: alive[member].machine for member in left}
+        late = [m.peer_id for m, machine in machines.items() if machine is None or machine.view.epoch != last]
+        if late:
+            return f"{late} have not come to epoch {last}"
+        if len(left) != view.size:
+            return f"epoch {last} still has members that are gone"
+        if set(alive) != set(view.members):
+            return f"{sorted(m.peer_id for m in set(alive) - set(view.members))} are not taken in"
+        for member in left:
+            if not any(epoch == last and how == "committed" for (epoch, _), (how, _) in alive[member].ended.items()):
+                return f"{member.peer_id} has done nothing in epoch {last}"
+        return None

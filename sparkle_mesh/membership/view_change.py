@@ -1,0 +1,455 @@
+"""How the view that follows a view is agreed: a sans-IO machine, one in every member.
+
+Every epoch's successor is one single-decree Paxos instance (Lamport, "Paxos Made Simple", 2001, section 2) whose
+acceptors are the members of the old view. Its value is the next view together with the outcome of every collective that
+was open in the old one. Ballots are ``(round, proposer)``. The proposer is normally the lowest-ranked member that
+nobody suspects; if it is silent the next one steps in, and ballots alone keep that safe.
+
+A promise *freezes* the old epoch in its member: nothing is prepared or committed there any more (see
+:class:`.operations.OpenOperations`), and the promise tells where each open operation stands. That is why an outcome can
+be decided at all:
+
+- An operation commits anywhere only when *every* member of the view has prepared it. So if one survivor has not, none
+  has committed it, and, being frozen, none will: it is aborted.
+- If all survivors have prepared it, one that cannot be asked may have committed it: it is committed. All of them hold
+  the result, so they can.
+
+A proposer therefore asks all members that it does not suspect before it decides, and proposes no member that it has not
+heard. A value is chosen when a quorum of the old view has accepted it, and every member of both views that the proposer
+does not suspect. Quorums meet, so a successor finds what may have been chosen among its promises and proposes that.
+
+A quorum is a majority of the old view, or half of it with its first member: any two have a member in common.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from sparkle_mesh import limits
+from sparkle_mesh.membership.messages import (
+    Accept,
+    Accepted,
+    Agreement,
+    Ballot,
+    Chosen,
+    Declined,
+    OperationList,
+    Prepare,
+    Promise,
+)
+from sparkle_mesh.membership.operations import OpenOperations, decide
+from sparkle_mesh.membership.view import Member, View
+
+
+@dataclass(frozen=True, slots=True)
+class SendTo:
+    """Send ``message`` to ``member``."""
+
+    member: Member
+    message: Agreement
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """The epoch of ``view`` ends: nothing is prepared or committed in it any more, and so ``operations`` stand."""
+
+    view: View
+    operations: OperationList
+
+
+@dataclass(frozen=True, slots=True)
+class Entered:
+    """``view`` was chosen, with this process in it, and so were the ``outcomes`` of what was open in the one before."""
+
+    view: View
+    outcomes: OperationList
+
+
+@dataclass(frozen=True, slots=True)
+class Excluded:
+    """``view`` was chosen without this process: it is a member no more.
+
+    What was open ends as for the others, by ``outcomes``; None if views were missed, so that nobody can tell any more.
+    """
+
+    view: View
+    outcomes: OperationList | None
+
+
+@dataclass(frozen=True, slots=True)
+class QuorumMissing:
+    """Too few members of ``view`` are left, or none of them can be reached: these are the ``missing`` ones."""
+
+    view: View
+    missing: tuple[Member, ...]
+
+
+Instruction: TypeAlias = SendTo | Frozen | Entered | Excluded | QuorumMissing
+
+
+def is_quorum(view: View, members: Iterable[Member]) -> bool:
+    """Whether ``members`` of ``view`` can decide for it: more than half, or half of them with its first."""
+    count = len(set(members).intersection(view.members))
+    return 2 * count > view.size or (2 * count == view.size and view.members[0] in members)
+
+
+@dataclass(slots=True)
+class _Proposal:
+    ballot: Ballot
+    deadline: float
+    promises: dict[Member, Promise] = field(default_factory=dict)
+    accepted: set[Member] = field(default_factory=set)
+    value: tuple[View, OperationList] | None = None
+
+
+class ViewChange:
+    """The machine of one member of ``view``.
+
+    Call a method for each event; each returns instructions to carry out in order.
+
+    Parameters
+    ----------
+    view
+        The first view, agreed by :class:`.formation.Formation`, or one that was chosen with this process as a joiner.
+    me
+        This process.
+    operations
+        What is open in the view; frozen and read by this machine, written by whoever runs collectives.
+    """
+
+    def __init__(self, view: View, me: Member, operations: OpenOperations, *, now: float) -> None:
+        self.view = view
+        self.operations = operations
+        #: Whether it is a member no more.
+        self.excluded = False
+        self.history: deque[str] = deque(maxlen=limits.MACHINE_HISTORY_MAX_COUNT)
+        self._me = me
+        self._suspected: dict[Member, None] = {}
+        self._leaving: set[Member] = set()
+        self._joiners: dict[Member, None] = {}
+        self._chosen: deque[Chosen] = deque(maxlen=limits.VIEWS_REMEMBERED_MAX_COUNT)
+        self._begin_epoch(now)
+
+    def _begin_epoch(self, now: float) -> None:
+        self._promised: Ballot | None = None
+        self._accepted: tuple[Ballot, View, OperationList] | None = None
+        self._proposal: _Proposal | None = None
+        self._round = 0
+        self._failures = 0
+        self._not_before = now
+        self._wanted_since: float | None = None
+        self._quorum_missing_since: float | None = None
+        self._told_quorum_missing = False
+
+    # --- Events ---------------------------------------------------------------------------------
+
+    def suspect(self, member: Member, *, now: float) -> list[Instruction]:
+        """``member`` is believed to be gone; it may be one of a view that this process has not come to."""
+        self._joiners.pop(member, None)
+        if member in self._suspected:
+            return []
+        self._note(now, f"suspects {member.peer_id}")
+        self._suspected[member] = None
+        while len(self._suspected) > limits.MEMBERS_SUSPECTED_MAX_COUNT:
+            self._suspected.pop(next(old for old in self._suspected if old not in self.view.members))
+        # A proposal may have waited for this one alone.
+        return self._advance(now)
+
+    def trust(self, member: Member, *, now: float) -> list[Instruction]:
+        """``member`` has shown that it is there."""
+        if member in self._suspected:
+            self._note(now, f"trusts {member.peer_id}")
+            del self._suspected[member]
+        # It may have missed what was chosen meanwhile.
+        return [SendTo(member, chosen) for chosen in self._chosen]
+
+    def candidate_came(self, member: Member, *, now: float) -> list[Instruction]:
+        """A process that is in no view wants to be a member; told twice, it changes nothing."""
+        if member not in self.view.members and len(self._joiners) < limits.MESH_MEMBERS_MAX_COUNT:
+            self._note(now, f"candidate {member.peer_id}")
+            self._joiners[member] = None
+        return []
+
+    def wants_to_leave(self, member: Member, *, now: float) -> list[Instruction]:
+        """``member`` leaves of its own will; until the next view it still takes part."""
+        if member in self.view.members:
+            self._note(now, f"{member.peer_id} leaves")
+            self._leaving.add(member)
+        return []
+
+    def receive(self, sender: Member, message: Agreement, *, now: float) -> list[Instruction]:
+        """Take a message of a peer that has proven who it is; what makes no sense is ignored."""
+        self._note(now, f"{sender.peer_id}: {type(message).__name__}")
+        if self.excluded:
+            return []
+        match message:
+            case Prepare():
+                return self._on_prepare(sender, message, now)
+            case Promise():
+                return self._on_promise(sender, message, now)
+            case Accept():
+                return self._on_accept(sender, message, now)
+            case Accepted():
+                return self._on_accepted(sender, message, now)
+            case Declined():
+                return self._on_declined(sender, message, now)
+            case Chosen():
+                return self._on_chosen(message, now)
+
+    def tick(self, *, now: float) -> list[Instruction]:
+        """Time has passed; call at :meth:`next_wakeup`."""
+        if self.excluded:
+            return []
+        if self._proposal is not None and now >= self._proposal.deadline:
+            self._drop_proposal(now, "no answer in time")
+        due = self._propose_at(now)
+        out = self._propose(now) if due is not None and now >= due else []
+        return out + self._look_for_quorum(now)
+
+    def next_wakeup(self, *, now: float) -> float | None:
+        """When :meth:`tick` has something to do, if nothing else happens."""
+        if self.excluded:
+            return None
+        times = [
+            self._proposal.deadline if self._proposal is not None else self._propose_at(now),
+            None
+            if self._quorum_missing_since is None or self._told_quorum_missing
+            else self._quorum_missing_since + limits.QUORUM_MISSING_S,
+        ]
+        return min((time for time in times if time is not None), default=None)
+
+    @property
+    def is_accepting(self) -> bool:
+        """Whether a value that this process proposed may be chosen any moment."""
+        return self._proposal is not None and self._proposal.value is not None
+
+    # --- Proposing ------------------------------------------------------------------------------
+
+    @property
+    def _trusted(self) -> list[Member]:
+        return [member for member in self.view.members if member not in self._suspected]
+
+    def _change_is_wanted(self) -> bool:
+        """Whether there is a reason for another view, or one was begun and must be brought to its end."""
+        trusted = self._trusted
+        # Where all leave, nobody need be told.
+        leaving = self._leaving and any(member not in self._leaving for member in trusted)
+        return bool(len(trusted) < self.view.size or leaving or self._joiners or self._promised is not None)
+
+    def _propose_at(self, now: float) -> float | None:
+        if self._proposal is not None or not self._change_is_wanted() or not is_quorum(self.view, self._trusted):
+            self._wanted_since = None if self._proposal is None else self._wanted_since
+            return None
+        if self._wanted_since is None:
+            self._wanted_since = now
+        turn = self._trusted.index(self._me) if self._me in self._trusted else len(self._trusted)
+        ready = max(self._wanted_since + limits.VIEW_CHANGE_SETTLE_S, self._not_before)
+        return ready + turn * limits.VIEW_CHANGE_STAGGER_S
+
+    def _propose(self, now: float) -> list[Instruction]:
+        highest = self._promised.round if self._promised is not None else 0
+        self._round = max(self._round, highest) + 1
+        ballot = Ballot(round=self._round, proposer=self._me.peer_id)
+        self._note(now, f"proposes with {ballot.round}")
+        self._proposal = _Proposal(ballot, now + self._patience_s)
+        prepare = Prepare(lineage=self.view.lineage, epoch=self.view.epoch + 1, ballot=ballot)
+        return self._to_all(prepare, now)
+
+    def _to_all(self, message: Agreement, now: float) -> list[Instruction]:
+        """Send to all members of the view; this process answers itself at once."""
+        out: list[Instruction] = [SendTo(member, message) for member in self.view.members if member != self._me]
+        for instruction in self.receive(self._me, message, now=now):
+            if isinstance(instruction, SendTo) and instruction.member == self._me:
+                out += self.receive(self._me, instruction.message, now=now)
+            else:
+                out.append(instruction)
+        return out
+
+    @property
+    def _patience_s(self) -> float:
+        """How long a proposal may take: the longer, the more of them have failed, since ways may be long."""
+        return min(limits.VIEW_CHANGE_TIMEOUT_S * 2.0**self._failures, limits.VIEW_CHANGE_TIMEOUT_MAX_S)
+
+    def _drop_proposal(self, now: float, why: str) -> None:
+        self._note(now, f"proposal dropped: {why}")
+        self._proposal = None
+        self._failures += 1
+        self._not_before = now + limits.VIEW_CHANGE_RETRY_S
+
+    def _on_promise(self, sender: Member, promise: Promise, now: float) -> list[Instruction]:
+        proposal = self._proposal
+        if proposal is None or promise.ballot != proposal.ballot or promise.lineage != self.view.lineage:
+            return []
+        if proposal.value is not None or sender not in self.view.members:
+            return []
+        proposal.promises[sender] = promise
+        return self._advance(now)
+
+    def _advance(self, now: float) -> list[Instruction]:
+        """Go on with the proposal if all have answered that it waits for."""
+        proposal = self._proposal
+        if proposal is None:
+            return []
+        if proposal.value is None:
+            heard = proposal.promises.keys()
+            if not is_quorum(self.view, heard) or any(member not in heard for member in self._trusted):
+                return []
+            proposal.value = self._value(proposal.promises)
+            view, outcomes = proposal.value
+            return self._to_all(Accept(ballot=proposal.ballot, view=view, outcomes=outcomes), now)
+        view, outcomes = proposal.value
+        awaited = [member for member in self._trusted if member in view.members]
+        if not is_quorum(self.view, proposal.accepted) or any(member not in proposal.accepted for member in awaited):
+            return []
+        self._note(now, f"chosen: epoch {view.epoch} of {view.size}")
+        return self._enter(Chosen(view=view, outcomes=outcomes), now, tell=True)
+
+    def _value(self, promises: dict[Member, Promise]) -> tuple[View, OperationList]:
+        """Return what may have been chosen already, or else the view of all that have promised, and of joiners."""
+        accepted = [
+            (promise.accepted_ballot, promise.accepted_view, promise.accepted_outcomes)
+            for promise in promises.values()
+            if promise.accepted_ballot is not None and promise.accepted_view is not None
+        ]
+        if accepted:
+            _, view, outcomes = max(accepted, key=lambda value: value[0])
+            return view, outcomes
+        heard = [member for member in self.view.members if member in promises and member not in self._suspected]
+        staying = [member for member in heard if member not in self._leaving] or heard
+        peers = {member.peer_id for member in staying}
+        joining = [member for member in self._joiners if member.peer_id not in peers]
+        members = (*staying, *sorted(joining))[: limits.MESH_MEMBERS_MAX_COUNT]
+        view = View(mesh_id=self.view.mesh_id, lineage=self.view.lineage, epoch=self.view.epoch + 1, members=members)
+        return view, decide([promise.operations for promise in promises.values()])
+
+    def _on_accepted(self, sender: Member, accepted: Accepted, now: float) -> list[Instruction]:
+        proposal = self._proposal
+        if proposal is None or proposal.value is None or accepted.ballot != proposal.ballot:
+            return []
+        if sender not in self.view.members or accepted.epoch != self.view.epoch + 1:
+            return []
+        proposal.accepted.add(sender)
+        return self._advance(now)
+
+    def _on_declined(self, sender: Member, declined: Declined, now: float) -> list[Instruction]:
+        if declined.epoch <= self.view.epoch:
+            # It waits for a view that was chosen already.
+            return [SendTo(sender, chosen) for chosen in self._chosen if chosen.view.epoch == declined.epoch]
+        if declined.promised is not None and declined.epoch == self.view.epoch + 1:
+            self._round = max(self._round, declined.promised.round)
+        if self._proposal is not None and declined.ballot == self._proposal.ballot:
+            self._drop_proposal(now, f"{sender.peer_id} declined: {declined.reason}")
+        return []
+
+    # --- Accepting ------------------------------------------------------------------------------
+
+    def _on_prepare(self, sender: Member, prepare: Prepare, now: float) -> list[Instruction]:
+        answer = self._refusal(sender, prepare.epoch, prepare.lineage, prepare.ballot)
+        if answer is not None:
+            return [SendTo(sender, answer)]
+        if self._promised is not None and prepare.ballot < self._promised:
+            return [SendTo(sender, self._decline(prepare.ballot, "a higher ballot was promised"))]
+        self._yield_to(prepare.ballot, now)
+        self.operations.freeze()
+        standing = self.operations.snapshot()
+        out: list[Instruction] = [] if self._promised is not None else [Frozen(self.view, standing)]
+        self._promised = prepare.ballot
+        self._wanted_since = now
+        ballot, view, outcomes = self._accepted or (None, None, ())
+        promise = Promise(
+            lineage=prepare.lineage,
+            epoch=prepare.epoch,
+            ballot=prepare.ballot,
+            accepted_ballot=ballot,
+            accepted_view=view,
+            accepted_outcomes=outcomes,
+            operations=standing,
+        )
+        return [*out, SendTo(sender, promise)]
+
+    def _on_accept(self, sender: Member, accept: Accept, now: float) -> list[Instruction]:
+        view = accept.view
+        answer = self._refusal(sender, view.epoch, view.lineage, accept.ballot)
+        if answer is not None:
+            return [SendTo(sender, answer)]
+        if accept.ballot != self._promised:
+            reason = "this ballot was not promised, or a higher one was"
+            return [SendTo(sender, self._decline(accept.ballot, reason))]
+        if not view.is_sound() or view.mesh_id != self.view.mesh_id:
+            return [SendTo(sender, self._decline(accept.ballot, "the view is not sound"))]
+        self._accepted = (accept.ballot, view, accept.outcomes)
+        self._wanted_since = now
+        return [SendTo(sender, Accepted(epoch=view.epoch, ballot=accept.ballot))]
+
+    def _refusal(self, sender: Member, epoch: int, lineage: bytes, ballot: Ballot) -> Agreement | None:
+        """Return why nothing is said to a proposal: it comes too late, or too early for this member."""
+        if lineage != self.view.lineage:
+            return self._decline(ballot, "another lineage")
+        if epoch <= self.view.epoch:
+            known = [chosen for chosen in self._chosen if chosen.view.epoch == epoch]
+            return known[0] if known else self._decline(ballot, "that view was chosen long ago")
+        if epoch > self.view.epoch + 1 or sender not in self.view.members or ballot.proposer != sender.peer_id:
+            return self._decline(ballot, f"this member is in epoch {self.view.epoch}")
+        return None
+
+    def _decline(self, ballot: Ballot, reason: str) -> Declined:
+        return Declined(epoch=self.view.epoch + 1, ballot=ballot, promised=self._promised, reason=reason)
+
+    def _yield_to(self, ballot: Ballot, now: float) -> None:
+        if self._proposal is not None and ballot > self._proposal.ballot:
+            self._drop_proposal(now, f"a higher ballot of {ballot.proposer} is about")
+        if ballot.proposer != self._me.peer_id:
+            self._not_before = now + self._patience_s
+
+    # --- Learning -------------------------------------------------------------------------------
+
+    def _on_chosen(self, chosen: Chosen, now: float) -> list[Instruction]:
+        view = chosen.view
+        if view.lineage != self.view.lineage or view.epoch <= self.view.epoch or not view.is_sound():
+            return []
+        if view.epoch > self.view.epoch + 1:
+            if self._me in view.members:
+                # What lies between is on its way.
+                return []
+            self._note(now, f"is out, and missed the views up to {view.epoch}")
+            self.excluded = True
+            self.view = view
+            return [Excluded(view, None)]
+        return self._enter(chosen, now, tell=False)
+
+    def _enter(self, chosen: Chosen, now: float, *, tell: bool) -> list[Instruction]:
+        old, self.view = self.view, chosen.view
+        self._chosen.append(chosen)
+        self._note(now, f"enters epoch {chosen.view.epoch}")
+        out: list[Instruction] = []
+        if tell:
+            everyone = dict.fromkeys((*old.members, *chosen.view.members))
+            out += [SendTo(member, chosen) for member in everyone if member != self._me]
+        if self._me not in chosen.view.members:
+            self.excluded = True
+            return [*out, Excluded(chosen.view, chosen.outcomes)]
+        self._leaving &= set(chosen.view.members)
+        for member in chosen.view.members:
+            self._joiners.pop(member, None)
+        self._begin_epoch(now)
+        self.operations.begin_epoch()
+        return [*out, Entered(chosen.view, chosen.outcomes)]
+
+    # --- Quorum ---------------------------------------------------------------------------------
+
+    def _look_for_quorum(self, now: float) -> list[Instruction]:
+        if is_quorum(self.view, self._trusted):
+            self._quorum_missing_since, self._told_quorum_missing = None, False
+            return []
+        if self._quorum_missing_since is None:
+            self._quorum_missing_since = now
+        if self._told_quorum_missing or now < self._quorum_missing_since + limits.QUORUM_MISSING_S:
+            return []
+        self._told_quorum_missing = True
+        return [QuorumMissing(self.view, tuple(member for member in self.view.members if member in self._suspected))]
+
+    def _note(self, now: float, what: str) -> None:
+        self.history.append(f"{now:.3f} {what}")

@@ -1,0 +1,274 @@
+"""The machine that agrees on the view after a view, message by message; see the simulated world for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+import pytest
+
+from sparkle_mesh import limits
+from sparkle_mesh.membership.messages import Accept, Accepted, Ballot, Chosen, Declined, Prepare, Promise
+from sparkle_mesh.membership.operations import OpenOperations, decide
+from sparkle_mesh.membership.view import Member, View, first_view
+from sparkle_mesh.membership.view_change import (
+    Entered,
+    Excluded,
+    Frozen,
+    QuorumMissing,
+    SendTo,
+    ViewChange,
+    is_quorum,
+)
+
+MEMBERS = [Member(peer_id=f"peer-{number}", incarnation=bytes([number]) * 16) for number in range(6)]
+
+
+def first(size: int) -> View:
+    return first_view(bytes(32), [(bytes(16), member) for member in MEMBERS[:size]])
+
+
+def machine(rank: int, size: int = 3) -> ViewChange:
+    return ViewChange(first(size), MEMBERS[rank], OpenOperations(), now=0.0)
+
+
+def sent(instructions: Iterable[Any], kind: type) -> list[tuple[Member, Any]]:
+    return [
+        (one.member, one.message) for one in instructions if isinstance(one, SendTo) and isinstance(one.message, kind)
+    ]
+
+
+def prepare(view: View, round_: int, proposer: Member, epoch: int = 1) -> Prepare:
+    return Prepare(lineage=view.lineage, epoch=epoch, ballot=Ballot(round=round_, proposer=proposer.peer_id))
+
+
+def following(view: View, *ranks: int) -> View:
+    return msgspec.structs.replace(view, epoch=view.epoch + 1, members=tuple(MEMBERS[rank] for rank in ranks))
+
+
+@pytest.mark.parametrize(
+    ("size", "ranks", "enough"),
+    [
+        (1, [0], True),
+        (2, [0], True),
+        (2, [1], False),
+        (3, [1, 2], True),
+        (3, [0], False),
+        (4, [0, 3], True),
+        (4, [1, 3], False),
+        (5, [2, 3, 4], True),
+        (5, [0, 1], False),
+        (2, [4, 5], False),
+    ],
+)
+def test_a_quorum_is_more_than_half_or_half_with_the_first(size: int, ranks: list[int], enough: bool) -> None:
+    assert is_quorum(first(size), [MEMBERS[rank] for rank in ranks]) is enough
+
+
+def test_a_member_that_is_gone_is_left_out_by_the_others() -> None:
+    one, other = machine(0), machine(1)
+    other.operations.begin("", 1)
+    other.operations.prepare("", 1, b"d" * 16)
+    one.operations.begin("", 1)
+    assert one.next_wakeup(now=0.0) is None
+    for each in (one, other):
+        assert each.suspect(MEMBERS[2], now=1.0) == []
+    due = one.next_wakeup(now=1.0)
+    assert due == 1.0 + limits.VIEW_CHANGE_SETTLE_S
+    assert other.next_wakeup(now=1.0) == due + limits.VIEW_CHANGE_STAGGER_S
+
+    out = one.tick(now=due)
+    assert [one for one in out if isinstance(one, Frozen)]
+    assert not one.operations.prepare("", 1, b"d" * 16)
+    ((_, asked),) = [pair for pair in sent(out, Prepare) if pair[0] == MEMBERS[1]]
+    ((_, promise),) = sent(other.receive(MEMBERS[0], asked, now=due), Promise)
+    assert [state.state for state in promise.operations] == ["prepared"]
+    accepts = sent(one.receive(MEMBERS[1], promise, now=due), Accept)
+    accept = dict(accepts)[MEMBERS[1]]
+    assert accept.view.members == tuple(MEMBERS[:2])
+    # One has not prepared it, so nobody has committed it.
+    assert [outcome.state for outcome in accept.outcomes] == ["aborted"]
+    ((_, accepted),) = sent(other.receive(MEMBERS[0], accept, now=due), Accepted)
+    out = one.receive(MEMBERS[1], accepted, now=due)
+    assert Entered(accept.view, accept.outcomes) in out
+    chosen = dict(sent(out, Chosen))
+    assert other.receive(MEMBERS[0], chosen[MEMBERS[1]], now=due) == [Entered(accept.view, accept.outcomes)]
+    # It comes again, and is told that it is out.
+    late = machine(2)
+    assert late.receive(MEMBERS[0], chosen[MEMBERS[2]], now=due) == [Excluded(accept.view, accept.outcomes)]
+    assert late.tick(now=99.0) == []
+    assert late.next_wakeup(now=99.0) is None
+    assert late.receive(MEMBERS[0], asked, now=99.0) == []
+
+
+def test_a_lower_ballot_is_neither_promised_nor_accepted() -> None:
+    each = machine(2)
+    view = each.view
+    ((_, promise),) = sent(each.receive(MEMBERS[1], prepare(view, 5, MEMBERS[1]), now=1.0), Promise)
+    assert promise.ballot.round == 5
+    ((_, declined),) = sent(each.receive(MEMBERS[0], prepare(view, 4, MEMBERS[0]), now=1.0), Declined)
+    assert declined.promised == promise.ballot
+    lower = Ballot(round=4, proposer=MEMBERS[0].peer_id)
+    ((_, declined),) = sent(
+        each.receive(MEMBERS[0], Accept(ballot=lower, view=following(view, 0, 2)), now=1.0), Declined
+    )
+    assert "not promised" in declined.reason
+    higher = Ballot(round=5, proposer=MEMBERS[1].peer_id)
+    assert sent(each.receive(MEMBERS[1], Accept(ballot=higher, view=following(view, 1, 2)), now=1.0), Accepted)
+
+
+def test_what_was_accepted_is_proposed_again_with_its_outcomes() -> None:
+    each = machine(1)
+    view = each.view
+    ballot = Ballot(round=1, proposer=MEMBERS[0].peer_id)
+    each.receive(MEMBERS[0], prepare(view, 1, MEMBERS[0]), now=1.0)
+    outcomes = decide([OpenOperations().snapshot()])
+    each.receive(MEMBERS[0], Accept(ballot=ballot, view=following(view, 0, 1), outcomes=outcomes), now=1.0)
+    # The proposer dies; the next one finds the value in its own promise.
+    each.suspect(MEMBERS[0], now=2.0)
+    due = each.next_wakeup(now=2.0)
+    assert due is not None
+    out = each.tick(now=due)
+    asked = dict(sent(out, Prepare))[MEMBERS[2]]
+    assert asked.ballot.round == 2
+    promise = Promise(lineage=view.lineage, epoch=1, ballot=asked.ballot)
+    accepts = dict(sent(each.receive(MEMBERS[2], promise, now=due), Accept))
+    assert accepts[MEMBERS[2]].view == following(view, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        lambda view: prepare(view, 1, MEMBERS[0], epoch=3),
+        lambda view: prepare(view, 1, MEMBERS[1]),
+        lambda view: msgspec.structs.replace(prepare(view, 1, MEMBERS[0]), lineage=bytes(32)),
+        lambda view: Accept(ballot=Ballot(round=1, proposer=MEMBERS[0].peer_id), view=following(view)),
+    ],
+)
+def test_what_makes_no_sense_is_declined(message: Any) -> None:
+    each = machine(2)
+    ((to, _),) = sent(each.receive(MEMBERS[0], message(each.view), now=1.0), Declined)
+    assert to == MEMBERS[0]
+    stranger = Member(peer_id="stranger", incarnation=bytes(16))
+    ((to, _),) = sent(each.receive(stranger, prepare(each.view, 9, stranger), now=1.0), Declined)
+    assert to == stranger
+    assert not each.operations.frozen
+
+
+def test_answers_nobody_asked_for_change_nothing() -> None:
+    each = machine(0)
+    view, ballot = each.view, Ballot(round=1, proposer=MEMBERS[0].peer_id)
+    for message in (
+        Promise(lineage=view.lineage, epoch=1, ballot=ballot),
+        Accepted(epoch=1, ballot=ballot),
+        Declined(epoch=1, ballot=ballot, promised=None, reason=""),
+        Chosen(view=following(following(view, 0, 1), 0, 1)),
+        Chosen(view=msgspec.structs.replace(following(view, 0), lineage=bytes(32))),
+        Chosen(view=view),
+    ):
+        assert each.receive(MEMBERS[1], message, now=1.0) == []
+    assert each.view == view
+
+
+def test_who_missed_views_and_is_in_none_is_out() -> None:
+    each = machine(2)
+    later = following(following(each.view, 0, 1), 0, 1)
+    assert each.receive(MEMBERS[0], Chosen(view=later), now=1.0) == [Excluded(later, None)]
+    assert each.excluded
+
+
+def test_joiners_come_in_and_leavers_go() -> None:
+    each = machine(0, size=1)
+    each.candidate_came(MEMBERS[4], now=1.0)
+    each.candidate_came(MEMBERS[4], now=1.0)
+    due = each.next_wakeup(now=1.0)
+    assert due is not None
+    out = each.tick(now=due)
+    (entered,) = [one for one in out if isinstance(one, Entered)]
+    assert entered.view.members == (MEMBERS[0], MEMBERS[4])
+    assert [to for to, _ in sent(out, Chosen)] == [MEMBERS[4]]
+    # It is told again what it may have missed, once it is trusted again.
+    assert sent(each.trust(MEMBERS[4], now=2.0), Chosen)
+    each.wants_to_leave(MEMBERS[5], now=2.0)
+    each.wants_to_leave(MEMBERS[0], now=2.0)
+    assert each.next_wakeup(now=2.0) is not None
+    # Where all leave, there is nobody to tell.
+    each.wants_to_leave(MEMBERS[4], now=2.0)
+    assert each.next_wakeup(now=2.0) is None
+
+
+def test_a_minority_says_that_it_is_one() -> None:
+    each = machine(1, size=2)
+    each.suspect(MEMBERS[0], now=1.0)
+    assert each.tick(now=1.0) == []
+    due = each.next_wakeup(now=1.0)
+    assert due == 1.0 + limits.QUORUM_MISSING_S
+    assert each.tick(now=due) == [QuorumMissing(each.view, (MEMBERS[0],))]
+    assert each.tick(now=due + 1) == []
+    each.trust(MEMBERS[0], now=due + 2)
+    each.tick(now=due + 2)
+    assert each.next_wakeup(now=due + 2) is None
+
+
+def test_suspicions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MEMBERS_SUSPECTED_MAX_COUNT", 3)
+    each = machine(0, size=3)
+    each.suspect(MEMBERS[1], now=1.0)
+    for number in range(20):
+        each.suspect(Member(peer_id=f"other-{number}", incarnation=bytes(16)), now=1.0)
+    assert len(each._suspected) == 3
+    assert MEMBERS[1] in each._suspected
+
+
+def test_operations_go_one_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    operations = OpenOperations()
+    assert operations.begin("t", 1)
+    assert operations.abort("t", 1)
+    assert not operations.abort("t", 1)
+    assert operations.begin("t", 2)
+    assert operations.prepare("t", 2, b"x" * 16)
+    assert not operations.abort("t", 2)
+    assert operations.commit("t", 2)
+    assert not operations.abort("t", 2, told=True)
+    operations.forget("t", 2)
+    assert operations.state("t", 2) is None
+    monkeypatch.setattr(limits, "OPERATIONS_PER_PROMISE_MAX_COUNT", 1)
+    assert not operations.begin("t", 3)
+    operations.freeze()
+    operations.forget("t", 1)
+    assert not operations.begin("t", 1)
+    assert len(operations.snapshot()) == 1
+    operations.begin_epoch()
+    assert operations.begin("t", 1)
+
+
+def test_the_rule_of_decision() -> None:
+    def states(**stages: str) -> Any:
+        operations = OpenOperations()
+        for tag, stage in stages.items():
+            operations.begin(tag, 1)
+            if stage == "aborted":
+                operations.abort(tag, 1)
+            elif stage != "begun":
+                operations.prepare(tag, 1, stage[-1].encode() * 16)
+                if stage.startswith("committed"):
+                    operations.commit(tag, 1)
+        return operations.snapshot()
+
+    outcomes = decide(
+        [
+            states(a="prepared x", b="prepared x", c="committed x", d="prepared x", e="aborted", g="begun"),
+            states(a="prepared x", b="begun", c="prepared x", d="prepared y", e="begun"),
+        ]
+    )
+    assert {outcome.tag: outcome.state for outcome in outcomes} == {
+        "a": "committed",
+        "b": "aborted",
+        "c": "committed",
+        "d": "aborted",
+        "e": "aborted",
+        "g": "aborted",
+    }
+    assert outcomes[0].digest == b"x" * 16
+    assert outcomes[1].digest == b""
