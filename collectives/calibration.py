@@ -9,7 +9,7 @@ Where all ranks share memory nothing is measured: only processors limit them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -132,11 +132,10 @@ def make_topology(rows: Array) -> Topology:
     ids = [tuple(row[:2].tolist()) for row in rows]
     hosts = tuple(ids.index(one) for one in ids)
     rates = _within(rows[:, 2 : 2 + size], 0.0, limits.TOPOLOGY_LINE_MAX_BYTES_PER_S, 0.0)
-    lines = [_line(rates, rank) for rank in range(size)]
-    known = [line for line in lines if line]
     # Ranks of one host have one line; of whom nothing is known is taken to be as good as any.
-    usual = max(known, default=limits.TOPOLOGY_LINE_MAX_BYTES_PER_S)
-    shared = [max(lines[other] for other in range(size) if hosts[other] == hosts[rank]) for rank in range(size)]
+    line_of = {host: _line(rates, hosts, host) for host in set(hosts)}
+    shared = [line_of[host] for host in hosts]
+    usual = max(shared) or limits.TOPOLOGY_LINE_MAX_BYTES_PER_S
     latencies = _within(rows[:, 2 + size :], 0.0, limits.TOPOLOGY_LATENCY_MAX_S, DEFAULT_LATENCY_S)
     both = np.maximum(latencies, latencies.T)
     if 2 * both.max(initial=0.0) >= limits.LINK_NEAR_ROUND_TRIP_S and rates.any():
@@ -150,10 +149,25 @@ def make_topology(rows: Array) -> Topology:
     )
 
 
-def _line(rates: Array, rank: int) -> float:
-    """What a rank can both send and receive."""
-    out, into = float(rates[:, rank].max()), float(rates[rank].max())
-    return min(out, into) if out and into else max(out, into)
+def _line(rates: Array, hosts: Sequence[int], host: int) -> float:
+    """What the ranks of a host can both send to other hosts and receive, at the same time; within a host all, if alone.
+
+    What was sent to the same rank ahead was sent together: the rates of those add up.
+    """
+    size = len(hosts)
+    alone = len(set(hosts)) == 1
+    out, into = [0.0] * size, [0.0] * size
+    for receiver in range(size):
+        for sender in range(size):
+            ahead = (receiver - sender) % size
+            if alone:
+                out[ahead] = max(out[ahead], float(rates[receiver, sender]))
+            elif hosts[sender] != hosts[receiver]:
+                out[ahead] += float(rates[receiver, sender]) if hosts[sender] == host else 0.0
+                into[ahead] += float(rates[receiver, sender]) if hosts[receiver] == host else 0.0
+    most_out, most_into = max(out), max(into)
+    line = min(most_out, most_into) if most_out and most_into else max(most_out, most_into)
+    return min(line, limits.TOPOLOGY_LINE_MAX_BYTES_PER_S)
 
 
 def _within(numbers: Array, low: float, high: float, instead: float) -> Array:

@@ -13,13 +13,14 @@ High Perform. Comput. Appl. 19 (2005), sections 3 and 4; for trees, Sanders, Spe
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, log2, sqrt
 
 from sparkle_mesh import limits
 from sparkle_mesh.collectives.topology import Topology
+from sparkle_mesh.collectives.traffic import crossings
 from sparkle_mesh.collectives.tree import tree_height
 from sparkle_mesh.errors import UsageError
 
@@ -98,6 +99,8 @@ class Work:
         That each rank sends, or receives if that is more.
     reduced_bytes
         That the busiest rank adds up.
+    local_hops
+        How many of the hops stay within a host.
     crossing
         Whether several send to one at the same time, so that queues overflow now and then.
     """
@@ -107,6 +110,7 @@ class Work:
     messages: float
     rank_bytes: tuple[float, ...]
     reduced_bytes: float = 0.0
+    local_hops: float = 0.0
     crossing: bool = False
 
 
@@ -191,7 +195,8 @@ def hierarchical_work(nbytes: int, topology: Topology) -> Work:
     messages = (2 * (most - 1) + 2 * (count - 1) / count) * max(ceil(nbytes / max(segment, 1)), 1)
     rank_bytes = (most - 1 + 2 * (count - 1) / count) * nbytes
     reduced_bytes = (most - 1 + (count - 1) / count) * nbytes
-    return Work(4 if count > 1 else 2, segment, messages, _even(topology.size, rank_bytes), reduced_bytes)
+    hops, local_hops = (4, 2) if count > 1 else (2, 2)
+    return Work(hops, segment, messages, _even(topology.size, rank_bytes), reduced_bytes, local_hops)
 
 
 def chain_work(nbytes: int, topology: Topology) -> Work:
@@ -214,22 +219,32 @@ def turns_at_processors(topology: Topology, processor: Processor = PROCESSOR) ->
     return max(max(Counter(topology.host_of).values()) / processor.cores, 1.0)
 
 
-def predict_s(work: Work, nbytes: int, topology: Topology, processor: Processor = PROCESSOR) -> float:
-    """Return the seconds that ``work`` for an array of ``nbytes`` takes, from the call to its return."""
+def predict_s(
+    work: Work,
+    nbytes: int,
+    topology: Topology,
+    processor: Processor = PROCESSOR,
+    line_bytes: Sequence[float] | None = None,
+) -> float:
+    """Return the seconds that ``work`` for an array of ``nbytes`` takes, from the call to its return.
+
+    ``line_bytes`` are what the line of each rank's host carries, if they are known; else as many as the rank sends.
+    """
     turns, latency_s = turns_at_processors(topology, processor), topology.worst_latency_s
     at_once = nbytes <= limits.COLLECTIVE_EAGER_MAX_BYTES
     message_s = processor.small_message_s if at_once else processor.message_s
     bytes_s = max(work.rank_bytes) * processor.byte_s + work.reduced_bytes * processor.reduce_byte_s
     processing_s = turns * (work.messages * message_s + bytes_s)
     # A line as fast as processors is none to wait for.
-    loss = _CROSSING_RATIO if work.crossing else 1.0
+    # (Uneven ones are paced.)
+    loss = _CROSSING_RATIO if work.crossing and not topology.is_uneven else 1.0
     line_s = [
         loss * sent / line if line < limits.TOPOLOGY_LINE_MAX_BYTES_PER_S else 0.0
-        for sent, line in zip(work.rank_bytes, topology.lines, strict=True)
+        for sent, line in zip(work.rank_bytes if line_bytes is None else line_bytes, topology.lines, strict=True)
     ]
     # What one hop takes is hidden behind what else there is to send, as far as there is.
     hop_s = latency_s + (work.first_bytes / min(topology.lines) if max(line_s) else 0.0)
-    network_s = max(max(line_s) + latency_s, work.hops * hop_s)
+    network_s = max(max(line_s) + latency_s, (work.hops - work.local_hops) * hop_s)
     # To agree on the end; and before, where not all is sent at once, on the begin.
     agreeing_s = (1 if at_once else 2) * latency_s + turns * (topology.size - 1) * processor.peer_s
     return processor.call_s + agreeing_s + work.hops * processor.hop_s + max(network_s, processing_s)
@@ -261,7 +276,11 @@ def predictions(nbytes: int, topology: Topology, kind: str = "all_reduce") -> di
     """
     if topology.size == 1:
         return dict.fromkeys(MODELS[kind], 0.0)
-    found = {name: predict_s(model(nbytes, topology), nbytes, topology) for name, model in MODELS[kind].items()}
+    found: dict[str, float] = {}
+    for name, model in MODELS[kind].items():
+        carried = crossings(name, topology) if kind == "all_reduce" else None
+        line_bytes = None if carried is None else [part * nbytes for part in carried]
+        found[name] = predict_s(model(nbytes, topology), nbytes, topology, line_bytes=line_bytes)
     if not 1 < topology.host_count < topology.size:
         found.pop("hierarchical", None)
     return dict(sorted(found.items(), key=lambda item: item[1]))

@@ -5,6 +5,7 @@ All of it is the same on every rank, so that all reach the same plans without as
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,7 +29,7 @@ class Topology:
     hosts
         Per rank, a number that only ranks of the same host share.
     lines_bytes_per_s
-        What each rank can send, and receive at the same time, in bytes per second.
+        What each rank's host can send, and receive at the same time, in bytes per second.
     latency_s
         One way, in seconds, between two ranks: by rank and rank; empty if all are as the default.
     """
@@ -57,6 +58,10 @@ class Topology:
         """Return the seconds from one rank to another."""
         return self.latency_s[one][other] if self.latency_s else DEFAULT_LATENCY_S
 
+    def distance(self, one: int, other: int) -> float:
+        """Return the seconds from one rank to another over a line; 0 within a host."""
+        return 0.0 if self.hosts and self.hosts[one] == self.hosts[other] else self.latency(one, other)
+
     @cached_property
     def worst_latency_s(self) -> float:
         """The seconds of the longest way."""
@@ -67,7 +72,13 @@ class Topology:
     @cached_property
     def shares(self) -> tuple[float, ...]:
         """What part of a vector each rank shall own, so that all lines are done at the same time."""
-        return tuple(shard_shares(self.lines))
+        return tuple(shard_shares([line / ranks for line, ranks in zip(self.lines, self.ranks_per_host, strict=True)]))
+
+    @cached_property
+    def ranks_per_host(self) -> tuple[int, ...]:
+        """Per rank, how many ranks its host has."""
+        counts = Counter(self.host_of)
+        return tuple(counts[host] for host in self.host_of)
 
     @cached_property
     def is_uneven(self) -> bool:
@@ -80,13 +91,17 @@ class Topology:
         A little more than a part of the line at whose end what all send comes together, where the slowest line is what
         all wait for anyway: the queues before the others do not overflow.
         """
+        if self.host_of[rank] == self.host_of[other]:
+            return None
         line = min(self.lines[rank], self.lines[other])
         if 2 * self.latency(rank, other) >= limits.LINK_NEAR_ROUND_TRIP_S:
             # What is sent over a long way is paced by what it measures itself.
             return None
         if not self.is_uneven:
             return None
-        return limits.TOPOLOGY_PACE_RATIO * line / (self.size - 1)
+        # All ranks of other hosts send to all of this one.
+        ranks = self.ranks_per_host[rank if line == self.lines[rank] else other]
+        return limits.TOPOLOGY_PACE_RATIO * line / max(ranks * (self.size - ranks), 1)
 
     @cached_property
     def ring_order(self) -> tuple[int, ...]:
@@ -130,11 +145,11 @@ def ring_order(topology: Topology) -> tuple[int, ...]:
     traveling-salesman problems", Operations Research 6 (1958)).
     """
     size = topology.size
-    if not topology.latency_s or size <= 3:
+    if (not topology.latency_s and topology.host_count in (1, size)) or size <= 3:
         return tuple(range(size))
 
     def length(order: Sequence[int]) -> float:
-        return sum(topology.latency(order[at - 1], order[at]) for at in range(size))
+        return sum(topology.distance(order[at - 1], order[at]) for at in range(size))
 
     given = tuple(range(size))
     if size <= limits.TOPOLOGY_RING_EXACT_MAX_COUNT:
@@ -142,7 +157,7 @@ def ring_order(topology: Topology) -> tuple[int, ...]:
         return best if length(best) < length(given) / limits.TOPOLOGY_EQUAL_LINES_RATIO else given
     order, left = [0], set(range(1, size))
     while left:
-        order.append(min(left, key=lambda other: (topology.latency(order[-1], other), other)))
+        order.append(min(left, key=lambda other: (topology.distance(order[-1], other), other)))
         left.discard(order[-1])
     for _ in range(limits.TOPOLOGY_RING_ROUNDS_COUNT):
         if not _turn_around(topology, order):
@@ -156,8 +171,8 @@ def _turn_around(topology: Topology, order: list[int]) -> bool:
     for low in range(1, size - 1):
         for high in range(low + 1, size):
             before, first, last, after = order[low - 1], order[low], order[high], order[(high + 1) % size]
-            old = topology.latency(before, first) + topology.latency(last, after)
-            new = topology.latency(before, last) + topology.latency(first, after)
+            old = topology.distance(before, first) + topology.distance(last, after)
+            new = topology.distance(before, last) + topology.distance(first, after)
             if new < old * (1 - 1e-9):
                 order[low : high + 1] = reversed(order[low : high + 1])
                 better = True

@@ -296,6 +296,8 @@ TOPOLOGY_PACE_RATIO = 1.4
 # Up to so many ranks all orders of a ring are tried.
 TOPOLOGY_RING_EXACT_MAX_COUNT = 7
 TOPOLOGY_RING_ROUNDS_COUNT = 16
+# Up to so many ranks it is counted what their schedules send from host to host.
+TRAFFIC_RANKS_MAX_COUNT = 64
 
 # --- Collectives among the ranks of one host -------------------------------------------------------
 # One per dtype of a call.

@@ -18,6 +18,7 @@ from sparkle_mesh.collectives.cost import (
     segment_bytes,
 )
 from sparkle_mesh.collectives.topology import Topology
+from sparkle_mesh.collectives.traffic import crossings
 from sparkle_mesh.errors import UsageError
 
 EVERY_MODEL = [model for kind in ("all_reduce", "broadcast") for model in MODELS[kind].values()]
@@ -68,6 +69,20 @@ def test_a_hierarchy_is_for_several_ranks_on_one_of_several_hosts() -> None:
     assert "hierarchical" not in predictions(10**6, Topology(4))
     assert "hierarchical" not in predictions(10**6, Topology(4, hosts=(0, 1, 2, 3)))
     assert "hierarchical" in predictions(10**6, Topology(4, hosts=(0, 0, 1, 2)))
+
+
+def test_what_crosses_from_host_to_host_is_that_of_the_schedules() -> None:
+    ways = Topology(4, (0, 1, 0, 1), (125e6,) * 4)
+    assert crossings("hierarchical", ways) == (1.0,) * 4
+    # The ring goes round a host before it leaves it.
+    assert ways.ring_order in ((0, 2, 1, 3), (0, 2, 3, 1), (0, 1, 3, 2), (0, 3, 1, 2))
+    assert crossings("ring", ways) == (1.5,) * 4
+    assert crossings("direct", ways) == (4.0,) * 4
+    assert crossings("butterfly", Topology(4, (0, 0, 0, 0))) == (0.0,) * 4
+    assert crossings("ring", Topology(limits.TRAFFIC_RANKS_MAX_COUNT + 1)) is None
+    for nbytes in (limits.MIB, 64 * limits.MIB):
+        assert choose_algorithm(nbytes, ways) == "hierarchical"
+    assert set(predictions(10**6, Topology(limits.TRAFFIC_RANKS_MAX_COUNT + 1))) >= {"ring", "tree"}
 
 
 def test_a_slow_line_makes_the_butterfly_the_choice() -> None:

@@ -97,8 +97,13 @@ def test_lines_are_what_both_can_send_and_receive() -> None:
     assert topology.lines == (100 * MB, 100 * MB, 10 * MB)
     assert topology.host_of == (0, 1, 2)
     assert topology.shares[2] == 0
-    # Ranks of one host have one line.
-    assert make_topology(rows(3, rates, hosts=[5, 7, 7])).lines == (100 * MB,) * 3
+    # Ranks of one host have one line, which carries what they send to others and get from them at a time.
+    shared = make_topology(rows(3, rates, hosts=[5, 7, 7]))
+    assert shared.lines == (100 * MB, 100 * MB, 100 * MB)
+    assert shared.ranks_per_host == (1, 2, 2)
+    assert make_topology(rows(4, np.full((4, 4), 50 * MB), hosts=[5, 7, 5, 7])).lines == (100 * MB,) * 4
+    # Alone on one host, what was measured within it.
+    assert make_topology(rows(3, rates, hosts=[5, 5, 5])).lines == (100 * MB,) * 3
     # Nothing was measured.
     assert make_topology(rows(3)).lines == (limits.TOPOLOGY_LINE_MAX_BYTES_PER_S,) * 3
     # Over long ways, lines are alike.
