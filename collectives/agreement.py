@@ -73,6 +73,8 @@ class Agreement:
         text = f"call number {self.own.operation & SEQUENCE_MASK} is not the same on every rank: {'; '.join(said)}"
         if self.absent:
             text += f"; {name_ranks(self.absent, describe)} called nothing yet"
+        if self.own.kind in ("send", "receive"):
+            return f"{text}. What is received must look like what is sent; no array was changed"
         return f"{text}. Every rank must make the same calls in the same order; no array was changed"
 
     def _divergence(self, describe: Describe) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sparkle_mesh import limits
-from sparkle_mesh.collectives.arrays import NO_ARRAYS, Arrays, check_arrays
+from sparkle_mesh.collectives.arrays import NO_ARRAYS, Arrays, ArraysLook, check_arrays
 from sparkle_mesh.collectives.broadcast import chain_broadcast, tree_broadcast
 from sparkle_mesh.collectives.butterfly import butterfly_all_reduce, split_by_weight
 from sparkle_mesh.collectives.call_identity import SHARED, CallIdentity, call_identity
@@ -47,13 +47,21 @@ class Call:
     compression: Compression | None = None
     #: What the op is called for people, if it is not ``op``.
     label: str = ""
+    #: What the caller gave, if it is not ``arrays``.
+    given: ArraysLook | None = None
 
     @property
     def identity(self) -> CallIdentity:
         """What all ranks must have in common."""
         compression = "" if self.compression is None else self.compression.describe()
         return call_identity(
-            self.kind, self.algorithm, self.one_sided, self.label or self.op, self.root, self.arrays.look, compression
+            self.kind,
+            self.algorithm,
+            self.one_sided,
+            self.label or self.op,
+            self.root,
+            self.given or self.arrays.look,
+            compression,
         )
 
     def describe(self) -> str:

@@ -83,16 +83,21 @@ def check_compression(
         known = ", ".join(map(repr, ("auto", *CODECS)))
         raise UsageError(f"compression is {asked!r}; give one of {known}, a sparkle_mesh.Compression, or None")
     for item in arrays.named[: len(arrays.values) - beside]:
-        if not can_be_compressed(item.array.dtype):
-            raise UsageError(
-                f"{item.label} is of dtype {item.array.dtype}; float32, float16 and bfloat16 can be compressed: reduce"
-                " others in a call of their own"
-            )
+        check_compressible(item.array.dtype, item.label)
     if algorithm not in ("auto", "butterfly"):
         raise UsageError(f"algorithm {algorithm!r} does not go with compression, only 'butterfly' (or 'auto') does")
     if asked.feedback is not None and op not in _FEEDBACK_OPS:
         raise UsageError(f"op {op!r} does not go with error feedback: what was lost can only be added to a sum or mean")
     return asked
+
+
+def check_compressible(dtype: Any, label: str) -> None:
+    """Raises UsageError if arrays of ``dtype`` cannot be sent in fewer bytes."""
+    if not can_be_compressed(dtype):
+        raise UsageError(
+            f"{label} is of dtype {dtype}; float32, float16 and bfloat16 can be compressed: reduce others in a call of"
+            " their own"
+        )
 
 
 def can_be_compressed(dtype: Any) -> bool:

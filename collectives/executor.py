@@ -274,6 +274,7 @@ class Execution:
         self.bytes_sent = 0
         self.small = sum(lane.work.nbytes for lane in lanes) <= limits.COLLECTIVE_EAGER_MAX_BYTES
         self._lanes = lanes
+        self._whole = 0
         self._key = (epoch, operation)
         self._sends: dict[int, list[tuple[int, int]]] = {}
         self._receives: dict[int, list[tuple[int, int, int | None]]] = {}
@@ -300,7 +301,10 @@ class Execution:
     @property
     def complete(self) -> bool:
         """Whether this rank holds the whole result."""
-        return not any(lane.awaited for lane in self._lanes)
+        # Lanes are done about in their order, and there may be thousands.
+        while self._whole < len(self._lanes) and not self._lanes[self._whole].awaited:
+            self._whole += 1
+        return self._whole == len(self._lanes)
 
     def digest(self, key: bytes) -> bytes:
         """Return the digest of the whole result."""

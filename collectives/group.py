@@ -156,7 +156,7 @@ class CollectiveGroup(GroupOperations):
                 call = all_reduce_call(data, op, algorithm, self.topology, compression)
             else:
                 call = all_reduce_call(weighted.summed, "sum", algorithm, self.topology, compression, weighted.beside)
-                call = replace(call, label=weighted.label)
+                call = replace(call, label=weighted.label, given=weighted.look)
         operation = await self.perform(call, deadline_s, stream, begun, ticket)
         if weighted is not None:
             weighted.commit()
@@ -247,7 +247,7 @@ class CollectiveGroup(GroupOperations):
         async with self._refusals(kind, stream, ticket):
             call = point_to_point_call(kind, data, self.rank, self.size, *route)
             deadline_s = check_timeout(timeout_s)
-        call.result((await self.perform(call, deadline_s, stream, ticket=ticket)).lanes)
+        await self.perform(call, deadline_s, stream, ticket=ticket)
         return data
 
     async def barrier(self, *, timeout_s: float | None = None) -> None:

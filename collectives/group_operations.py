@@ -88,8 +88,9 @@ class GroupOperations(GroupState):
     ) -> HostPath | None:
         """Wait for all that ``call`` needs to begin, kept by ``held``; return the host path if it goes that way."""
         await ticket.wait()
-        await _acquire(self._slots)
-        held.callback(self._slots.release)
+        slots = self._slots if stream == ALL else self._unordered_slots
+        await _acquire(slots)
+        held.callback(slots.release)
         host = self._host if stream == ALL and self._host is not None and self._host.takes(call) else None
         if host is not None and await host.agreed():
             await _acquire(self._host_turn)
@@ -326,7 +327,7 @@ class GroupOperations(GroupState):
         if call.algorithm == SHARED:
             raise UsageError("algorithm 'shared' is for ranks that all share memory, on one host; use 'auto'")
         if isinstance(call, PartsCall):
-            return [], call.lanes(self._key)
+            return call.lanes(self._key, self._pool.take)
         receiving_only = call.kind == "broadcast" and call.root != self.rank
         buckets = call.arrays.buckets(self._pool.take, fill=not receiving_only)
         return buckets, [self._lane(call, number, bucket) for number, bucket in enumerate(buckets)]
@@ -387,6 +388,11 @@ class GroupOperations(GroupState):
             finally:
                 ticket.leave()
             raise
+
+    async def refuse(self, kind: str, reason: str) -> None:
+        """Let the next call of the others fail with ``reason``, and raise it as UsageError."""
+        async with self._refusals(kind):
+            raise UsageError(reason)
 
     def _skip(self, reason: str, stream: Stream) -> None:
         """The next operation is none on this rank: tell the others, who may have begun it or will."""

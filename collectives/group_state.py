@@ -112,7 +112,9 @@ class GroupState:
         self._ended: SparkleError | None = None
         #: Calls of a stream begin in the order in which they were made.
         self._queues: dict[Stream, Queue] = {Stream(): Queue()}
+        #: Of calls that are made in the same order everywhere, and of those that are not and must not wait for others.
         self._slots = trio.Semaphore(limits.COLLECTIVE_IN_FLIGHT_MAX_COUNT)
+        self._unordered_slots = trio.Semaphore(limits.COLLECTIVE_UNORDERED_MAX_COUNT)
         self._host_turn = trio.Lock()
         self.gate = Gate()
         self._gate_turn = trio.Lock()
@@ -285,6 +287,8 @@ class GroupState:
             )
         unfinished = operation.agreement.unprepared if host is None else host.unfinished(operation)
         missing = [rank for rank in unfinished if rank != self.rank]
+        if not missing:
+            return "all that take part have called it, but this rank did not finish in time"
         return f"all ranks have called it, but {name_ranks(missing, self._describe)} did not finish"
 
     def _last_seen(self, rank: int) -> str:

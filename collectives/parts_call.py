@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from sparkle_mesh import limits
-from sparkle_mesh.collectives.arrays import Arrays, ArraysLook, Named, check_arrays, is_plain_vector
+from sparkle_mesh.collectives.arrays import Arrays, ArraysLook, Bucket, Named, check_arrays, is_plain_vector
 from sparkle_mesh.collectives.call_identity import CallIdentity, call_identity
 from sparkle_mesh.collectives.cost import segment_bytes
 from sparkle_mesh.collectives.executor import Lane
@@ -61,8 +61,10 @@ class PartsCall:
         """Return the call for people, of bounded length."""
         return self.identity.description
 
-    def lanes(self, key: bytes) -> list[Lane]:
-        """Return what is to be done, into new arrays."""
+    def lanes(self, key: bytes, allocate: Allocate) -> tuple[list[Bucket], list[Lane]]:
+        """Return what is to be done, and what it is written back into; that is nothing where results are new arrays."""
+        if self.target is not None:
+            return self._point_to_point(key, allocate)
         reduction = Reduction(self.op, self.size)
         lanes: list[Lane] = []
         for given in self.arrays.values:
@@ -74,14 +76,24 @@ class PartsCall:
                 work = np.empty(high - low, work_dtype(dtype) if self.kind == "reduce_scatter" else dtype)
                 start, stop = plan.schedule.input_range
                 lanes.append(Lane(plan, source[: stop - start], work, reduction, key))
-        return lanes
+        return [], lanes
+
+    def _point_to_point(self, key: bytes, allocate: Allocate) -> tuple[list[Bucket], list[Lane]]:
+        """From one rank to another all arrays of a dtype go as one vector."""
+        sends = self.rank == self.root
+        buckets = self.arrays.buckets(allocate, fill=sends)
+        lanes = []
+        for bucket in buckets:
+            count, dtype = bucket.data.size, bucket.data.dtype
+            segment = max(segment_bytes(bucket.data.nbytes, 1) // dtype.itemsize, 1)
+            plan = cached_plan(False, point_to_point, self.rank, self.size, count, segment, self.root, self.target)
+            source, work = (bucket.data, bucket.data[:0]) if sends else (bucket.data[:0], allocate(count, dtype))
+            lanes.append(Lane(plan, source, work, Reduction(self.op, self.size), key))
+        return ([] if sends else buckets), lanes
 
     def _schedules(self, given: Array) -> list[tuple[Any, ...]]:
         """The schedules over one array: with the elements, those of a segment, and what else each needs."""
         size, count = self.size, given.size
-        if self.target is not None:
-            segment = max(segment_bytes(given.nbytes, 1) // given.itemsize, 1)
-            return [(point_to_point, count, segment, self.root, self.target)]
         makers: dict[str, Callable[..., Schedule]] = {
             "reduce_scatter": reduce_scatter,
             "all_gather": all_gather,
@@ -131,8 +143,6 @@ class PartsCall:
                 return work.reshape(self.size, *given.shape)
             case "all_to_all":
                 return np.concatenate([lane.work for lane in lanes]).reshape(given.shape)
-            case "send":
-                return given
             case _ if self.rank == self.root:
                 row: Array = given[self.rank]
                 return row
@@ -167,9 +177,9 @@ def check_other(name: str, other: object, rank: int, size: int) -> int:
 
 
 def _check_rank(name: str, rank: object, size: int) -> int:
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < size:
+    if isinstance(rank, bool) or not isinstance(rank, int | np.integer) or not 0 <= rank < size:
         raise UsageError(f"{name} {rank!r} is not a rank: there are ranks 0 to {size - 1}")
-    return rank
+    return int(rank)
 
 
 def parts_call(kind: str, data: object, rank: int, size: int, *, op: str = "sum", root: object = None) -> PartsCall:
@@ -197,8 +207,6 @@ def parts_call(kind: str, data: object, rank: int, size: int, *, op: str = "sum"
 def point_to_point_call(kind: str, data: object, rank: int, size: int, source: int, target: int) -> PartsCall:
     """Check the array that ``rank``, one of the two, gives to ``send`` or ``receive``. Raises UsageError."""
     arrays = check_arrays(data, check_dtype, written=rank == target)
-    if len(arrays.values) > limits.COLLECTIVE_LANES_MAX_COUNT:
-        raise UsageError(f"{kind} of {len(arrays.values)} arrays is over {limits.COLLECTIVE_LANES_MAX_COUNT}")
     return PartsCall(kind, arrays, rank, size, root=source, target=target)
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from sparkle_mesh.collectives.arrays import Bucket, check_arrays
+from sparkle_mesh.collectives.arrays import ArraysLook, Bucket, check_arrays
+from sparkle_mesh.collectives.compression import Compression, check_compressible
 from sparkle_mesh.collectives.reduction import Array, check_dtype, check_op, work_dtype
 from sparkle_mesh.errors import UsageError
 
@@ -26,6 +27,8 @@ class Weighted:
     buckets: list[Bucket]
     #: How many of the last of ``summed`` are weights alone.
     beside: int
+    #: How the caller's arrays look: what all ranks must have in common.
+    look: ArraysLook
     label: str = "weighted mean"
 
     def commit(self) -> None:
@@ -54,14 +57,25 @@ def weigh(data: object, op: str, weight: object, compression: object) -> Weighte
         raise UsageError(f"weight is {weight!r}; give a number, such as the size of this rank's batch")
     if not 0 <= weight < math.inf:
         raise UsageError(f"weight is {weight!r}; it must be 0 or more, and finite")
+    if isinstance(compression, Compression) and compression.feedback is not None:
+        raise UsageError(
+            "weight does not go with error feedback: what was lost of a large batch would be added to a small one"
+        )
+    codec = compression.codec.name if isinstance(compression, Compression) else compression
+    if codec == "float16":
+        raise UsageError("weight does not go with 'float16', which does not hold large ones; use 'bfloat16' or 'int8'")
     if op != "mean":
         raise UsageError(f"op {op!r} does not go with weight, only 'mean' does")
 
     def check(dtype: np.dtype[Any], label: str) -> None:
         check_dtype(dtype, label)
         check_op("mean", dtype, label)
+        if compression not in (None, "auto"):
+            check_compressible(dtype, label)
+        _check_fits(cast(float, weight), work_dtype(dtype), label)
 
-    buckets = check_arrays(data, check).buckets(np.empty)
+    arrays = check_arrays(data, check)
+    buckets = arrays.buckets(np.empty)
     beside = 0 if compression is None else 1
     summed = []
     for bucket in buckets:
@@ -72,4 +86,14 @@ def weigh(data: object, op: str, weight: object, compression: object) -> Weighte
             np.multiply(bucket.data, vector.dtype.type(weight), out=vector[:count]) if weight else vector.fill(0)
         vector[count:] = weight
         summed.append(vector)
-    return Weighted([*summed, np.array([weight], np.float64)] if beside else summed, buckets, beside)
+    if beside:
+        summed.append(np.array([weight], np.float64))
+    return Weighted(summed, buckets, beside, arrays.look)
+
+
+def _check_fits(weight: float, dtype: np.dtype[Any], label: str) -> None:
+    """Raises UsageError for a weight that numbers of ``dtype`` cannot be multiplied by."""
+    limits = np.finfo(dtype)
+    if weight and not float(limits.tiny) <= weight <= float(limits.max):
+        shown = f"{weight!r}"[:40]
+        raise UsageError(f"weight is {shown}, which is beyond what {dtype} of {label} holds; scale all ranks' weights")

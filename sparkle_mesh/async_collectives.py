@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Iterable
 from typing import Any, TypeVar
-
-import numpy as np
 
 from sparkle_mesh.collectives.compression import Compression
 from sparkle_mesh.collectives.explanation import Explanation
 from sparkle_mesh.collectives.group import CollectiveGroup
 from sparkle_mesh.collectives.pending import AsyncPendingReduction
-from sparkle_mesh.errors import UsageError
-from sparkle_mesh.uneven import UnevenSteps
+from sparkle_mesh.uneven import AsyncUneven, UnevenSteps
 
 B = TypeVar("B")
 D = TypeVar("D")
@@ -119,28 +116,9 @@ class AsyncCollectives(ABC):
             data, op, algorithm=algorithm, compression=compression, weight=weight, timeout_s=timeout_s, tag=tag
         )
 
-    async def uneven(self, batches: Iterable[B]) -> AsyncIterator[B]:
+    def uneven(self, batches: Iterable[B] | AsyncIterable[B]) -> AsyncIterator[B]:
         """Give ``batches`` to ``async for``, for as long as any rank has some; see :meth:`Mesh.uneven`."""
-        if self._uneven is not None:
-            raise UsageError("uneven() within uneven(); one loop at a time")
-        left, steps = iter(batches), UnevenSteps()
-        none = object()
-        while True:
-            batch: Any = next(left, none)
-            having = np.array([batch is not none], np.int64)
-            await self.all_reduce(having)
-            if not having[0]:
-                return
-            if batch is none:
-                for data, op, options in steps.stand_ins():
-                    await self.all_reduce(data, op, **options)
-                continue
-            steps.begin()
-            self._uneven = steps
-            try:
-                yield batch
-            finally:
-                self._uneven = None
+        return AsyncUneven(self, batches)
 
     def explain(self, nbytes: int) -> Explanation:
         """Return how ``all_reduce`` of an array of ``nbytes`` would be done: by which algorithm, in what time, and why.

@@ -252,15 +252,17 @@ COLLECTIVE_SEGMENT_SLOW_MIN_BYTES = 64 * KIB
 # Data that may be sent to a peer before it has begun the same operation; the peer holds it until then.
 COLLECTIVE_EAGER_MAX_BYTES = 64 * KIB
 # Operations that a peer may have begun, and given up, before this rank has come to them.
-COLLECTIVE_OPERATIONS_AHEAD_MAX_COUNT = 64
+COLLECTIVE_OPERATIONS_AHEAD_MAX_COUNT = 1024
 # How often a callback for progress is called.
 PROGRESS_INTERVAL_S = 0.05
-# Operations of a group in flight at a time; further calls wait.
+# Operations of a group in flight at a time; further calls wait. And of those that ranks may make in any order, with
+# tags or between two: more of them could wait for each other.
 COLLECTIVE_IN_FLIGHT_MAX_COUNT = 32
+COLLECTIVE_UNORDERED_MAX_COUNT = 1024
 # Tags, and pairs of ranks that send to each other with each of them.
 COLLECTIVE_STREAMS_MAX_COUNT = 4096
 # Control messages waiting for a peer that takes none; then it counts as lost.
-COLLECTIVE_OUTBOX_MAX_COUNT = 1024
+COLLECTIVE_OUTBOX_MAX_COUNT = 4096
 COLLECTIVE_ARRAYS_MAX_COUNT = 65536
 COLLECTIVE_ARRAYS_DESCRIBED_MAX_COUNT = 16
 # Vectors of one call, on the wire a number of 16 bits.
@@ -354,7 +356,8 @@ assert UPGRADE_TIMEOUT_S < DIAL_TIMEOUT_S
 assert COLLECTIVE_PART_BYTES <= RECORD_MAX_BYTES
 assert COLLECTIVE_PART_BYTES % 64 == 0
 assert COLLECTIVE_EAGER_MAX_BYTES <= COLLECTIVE_SEGMENT_MIN_BYTES <= COLLECTIVE_SEGMENT_BYTES
-assert COLLECTIVE_IN_FLIGHT_MAX_COUNT <= COLLECTIVE_OPERATIONS_AHEAD_MAX_COUNT
+assert COLLECTIVE_IN_FLIGHT_MAX_COUNT <= COLLECTIVE_UNORDERED_MAX_COUNT <= COLLECTIVE_OPERATIONS_AHEAD_MAX_COUNT
+assert 2 * (COLLECTIVE_IN_FLIGHT_MAX_COUNT + COLLECTIVE_UNORDERED_MAX_COUNT) < COLLECTIVE_OUTBOX_MAX_COUNT
 assert COLLECTIVE_DESCRIPTION_MAX_CHARS * 3 < LINK_HEADER_MAX_BYTES
 # A piece is whole blocks of every codec.
 assert CODEC_PIECE_COUNT % 256 == 0

@@ -14,7 +14,7 @@ from sparkle_mesh import limits
 from sparkle_mesh.clock import SYSTEM_CLOCK
 from sparkle_mesh.errors import CollectiveTimeoutError, UsageError
 from sparkle_mesh.portal import Portal
-from sparkle_mesh.uneven import UnevenSteps
+from sparkle_mesh.uneven import NO_BATCH, UnevenSteps
 
 if TYPE_CHECKING:
     from sparkle_mesh.async_mesh import AsyncMesh
@@ -92,7 +92,8 @@ class Collectives:
         For data that do not divide evenly: when a rank's own batches are used up, it makes the reductions of its last
         step again on behalf of the others, with a weight of 0, until nobody has a batch. So within the loop every rank
         calls ``all_reduce`` alike in every step, with ``op="mean"`` (a mean over those who have a batch; ``weight`` may
-        say how much each counts) or ``"sum"`` (to which others add zeros). Each step costs one more small message.
+        say how much each counts) or ``"sum"`` (to which others add zeros). Each step costs one more small message, and
+        must reduce the same as every other: nothing in every second step only, and nothing but by ``all_reduce``.
 
         Raises
         ------
@@ -117,6 +118,8 @@ class Collectives:
             if not having[0]:
                 return
             if batch is none:
+                if not steps.begun:
+                    self._call(lambda: self._mesh._group.refuse("step of uneven()", NO_BATCH))
                 for data, op, options in steps.stand_ins():
                     self.all_reduce(data, op, **options)
                 continue

@@ -209,22 +209,61 @@ async def test_weighted_means(dtype: str, make_world: Any) -> None:
         assert len({part["a"].tobytes() for part in given}) == 1
 
 
-@pytest.mark.parametrize("compression", ["int8", "float16", "auto", "feedback"])
+@pytest.mark.parametrize("compression", ["int8", "bfloat16", "auto"])
 async def test_weighted_means_of_what_is_compressed(compression: Any, make_world: Any) -> None:
     """Weights themselves are not: 1/100000 is still right."""
     weights = [1e-5, 0, 2e-5]
     async with make_world(3).running() as world:
         arrays = [[numbers(rank, 1, 5000), numbers(rank, 2, 30).astype("f2")] for rank in range(3)]
         given = [[array.copy() for array in both] for both in arrays]
-        ways = [Compression("int8", error_feedback=True) if compression == "feedback" else compression] * 3
         results = await world.each(
-            lambda r, g: g.all_reduce(given[r], "mean", weight=weights[r], compression=ways[r], timeout_s=20)
+            lambda r, g: g.all_reduce(given[r], "mean", weight=weights[r], compression=compression, timeout_s=20)
         )
         assert all(result is both for result, both in zip(results, given, strict=True)), results
     for number in range(2):
         mean = (arrays[0][number].astype("f8") + 2 * arrays[2][number]) / 3
         assert len({both[number].tobytes() for both in given}) == 1
         np.testing.assert_allclose(given[0][number], mean, atol=0.02 * np.abs(mean).max())
+
+
+@pytest.mark.parametrize("compression", [None, "int8"])
+@pytest.mark.parametrize(
+    ("mine", "theirs"),
+    [
+        ({"w": np.ones(2, "f4"), "b": np.ones(2, "f4")}, {"w": np.ones(2, "f4"), "a": np.ones(2, "f4")}),
+        (np.ones((2, 3), "f4"), np.ones((3, 2), "f4")),
+        ([np.ones(2, "f4"), np.ones(3, "f4")], [np.ones(3, "f4"), np.ones(2, "f4")]),
+        ([np.ones(5, "f4")], np.ones(5, "f4")),
+        (np.ones(5, "f4"), np.ones(5, "f2")),
+    ],
+)
+async def test_weights_do_not_hide_that_arrays_differ(
+    mine: Any, theirs: Any, compression: Any, make_world: Any
+) -> None:
+    async with make_world(2).running() as world:
+        results = await world.each(
+            lambda r, g: g.all_reduce(theirs if r else mine, "mean", weight=1, compression=compression)
+        )
+        assert all(isinstance(result, MismatchError) for result in results), results
+        assert "weighted mean" in str(results[0])
+
+
+async def test_hundreds_of_tags_in_the_opposite_order(make_world: Any, autojump_clock: trio.testing.MockClock) -> None:
+    count = 300
+    async with make_world(2).running() as world:
+
+        async def call(rank: int, group: Any) -> None:
+            order = range(count) if rank else reversed(range(count))
+            arrays = {number: np.full(3, float(number)) for number in order}
+            pending = [
+                group.all_reduce_async(array, tag=f"t{number}", timeout_s=30) for number, array in arrays.items()
+            ]
+            await group.all_reduce(np.ones(2), timeout_s=30)
+            for each in pending:
+                await each.wait()
+            assert all(set(array) == {2.0 * number} for number, array in arrays.items())
+
+        assert await world.each(call) == [None] * 2
 
 
 async def test_weights_that_cannot_be(make_world: Any) -> None:
@@ -235,7 +274,17 @@ async def test_weights_that_cannot_be(make_world: Any) -> None:
         results = await world.each(lambda r, g: g.all_reduce(np.ones(3), weight=1))
         assert all("op 'sum' does not go with weight" in str(result) for result in results)
         results = await world.each(lambda r, g: g.all_reduce(np.ones(3), "mean", weight=1, compression="int8"))
-        assert all("array 0 is of dtype float64" in str(result) for result in results)
+        assert all("the array is of dtype float64" in str(result) for result in results)
+        results = await world.each(lambda r, g: g.all_reduce({"w": np.ones(3)}, "mean", weight=1, compression="int8"))
+        assert all("array w is of dtype float64" in str(result) for result in results)
+        for way, text in (("float16", "hold large ones"), (Compression("int8", error_feedback=True), "error feedback")):
+            results = await world.each(
+                lambda r, g, w=way: g.all_reduce(np.ones(3, "f4"), "mean", weight=1, compression=w)
+            )
+            assert all(text in str(result) for result in results)
+        for weight in (1e39, 1e-50, 10**400):
+            results = await world.each(lambda r, g, w=weight: g.all_reduce(np.ones(3, "f4"), "mean", weight=w))
+            assert all("beyond what float32 of the array holds" in str(result) for result in results)
         data = [np.ones(3), np.ones(3)]
         results = await world.each(lambda r, g: g.all_reduce(data[r], "mean", weight=0))
         assert all("weights of all ranks are 0" in str(result) for result in results)

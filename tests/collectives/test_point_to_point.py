@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -100,6 +101,7 @@ async def test_what_differs_is_refused_on_both_and_the_next_call_works(make_worl
         )
         assert isinstance(sent, MismatchError)
         assert str(sent) == str(received)
+        assert "What is received must look like what is sent" in str(sent)
         assert "rank 0 called send(float64[3], to=1); rank 1 called receive(float64[4], source=0)" in str(sent)
         assert not place.any()
 
@@ -209,6 +211,36 @@ async def test_who_has_no_part_may_not_speak_of_it(make_world: Any, autojump_clo
 async def raises_lost_or_timeout(group: Any) -> None:
     with pytest.raises((PeerLostError, CollectiveTimeoutError)):
         await group.send(np.ones(3), 1, timeout_s=5)
+
+
+async def test_hundreds_that_wait_hold_up_nobody(make_world: Any, autojump_clock: trio.testing.MockClock) -> None:
+    count = 200
+    async with make_world(2).running() as world:
+
+        async def call(rank: int, group: Any) -> None:
+            places = [np.zeros(2) for _ in range(count)]
+            async with trio.open_nursery() as nursery:
+                for number, place in enumerate(places):
+                    act = group.receive if rank == 0 else group.send
+                    nursery.start_soon(
+                        partial(act, place + number * rank if rank else place, 1 - rank, tag=f"t{number}")
+                    )
+                await trio.testing.wait_all_tasks_blocked()
+                await group.all_reduce(np.ones(2), timeout_s=20)
+            if rank == 0:
+                assert [place[0] for place in places] == list(range(count))
+
+        assert await world.each(call) == [None] * 2
+
+
+async def test_thousands_of_arrays_go_as_one(make_world: Any) -> None:
+    count = 20_000
+    given = [np.full(1, float(number)) if number % 2 else np.full((1, 1), number) for number in range(count)]
+    places = [np.zeros_like(array) for array in given]
+    async with make_world(2).running() as world:
+        with trio.fail_after(20):
+            await world.each(lambda r, g: g.send(given, np.int64(1)) if not r else g.receive(places, 0))
+    assert all(place.item() == number for number, place in enumerate(places))
 
 
 async def test_streams_have_a_bound(make_world: Any, monkeypatch: pytest.MonkeyPatch) -> None:

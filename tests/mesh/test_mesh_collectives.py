@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 import trio
 
 import sparkle_mesh as sparkle
-from sparkle_mesh.errors import CollectiveTimeoutError, SparkleError, UsageError
+from sparkle_mesh.errors import CollectiveAbortedError, CollectiveTimeoutError, SparkleError, UsageError
 
 
 def on_both(data_dir: Path, call: Callable[[sparkle.Mesh], Any], **changes: Any) -> list[Any]:
@@ -132,7 +132,7 @@ async def test_so_they_do_in_trio_programs(tmp_path: Path) -> None:
         async with sparkle.open_mesh("run", data_dir=tmp_path, **options) as mesh:
             async for batch in mesh.uneven([1.0] if mesh.rank else [10.0, 20.0]):
                 with pytest.raises(UsageError, match="uneven\\(\\) within uneven"):
-                    await anext(mesh.uneven([1]))
+                    await anext(aiter(mesh.uneven([1])))
                 mean = await mesh.all_reduce(np.full(3, batch), op="mean")
                 pending = mesh.all_reduce_async([np.full(2, batch)], op="sum")
                 means[mesh.rank] += [float(mean[0]), float((await pending.wait())[0][0])]
@@ -143,6 +143,35 @@ async def test_so_they_do_in_trio_programs(tmp_path: Path) -> None:
     assert means == {0: [5.5, 11, 20, 20], 1: [5.5, 11]}
 
 
+async def test_a_loop_that_is_left_early_is_over_at_once(tmp_path: Path) -> None:
+    async def batches() -> AsyncIterator[float]:
+        for batch in (1.0, 2.0, 3.0):
+            yield batch
+
+    async def member() -> None:
+        options = {"min_peers": 2, "timeout_s": 30, "lan": False, "listen": ["/ip4/127.0.0.1/tcp/0"]}
+        async with sparkle.open_mesh("run", data_dir=tmp_path, **options) as mesh:
+            async with aclosing(batches()) as mine:
+                async for _ in mesh.uneven(mine):
+                    await mesh.all_reduce(np.ones(1), op="mean")
+                    break
+            assert (await mesh.all_reduce(np.full(1, mesh.rank), op="max"))[0] == 1
+            # Who has nothing at all is told so, and so are the others, at once.
+            seen = []
+            try:
+                async for batch in mesh.uneven([] if mesh.rank else [1.0, 2.0]):
+                    await mesh.all_reduce(np.full(1, batch), op="mean")
+            except SparkleError as error:
+                seen.append(error)
+            assert "no batch at all" in str(seen[0])
+            assert isinstance(seen[0], UsageError if mesh.rank else CollectiveAbortedError)
+            await mesh.barrier()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(member)
+        nursery.start_soon(member)
+
+
 def test_what_uneven_loops_cannot_do(tmp_path: Path) -> None:
     def call(mesh: sparkle.Mesh) -> Any:
         for _ in mesh.uneven([1]):
@@ -150,9 +179,13 @@ def test_what_uneven_loops_cannot_do(tmp_path: Path) -> None:
                 mesh.all_reduce(np.ones(1), "max")
             with pytest.raises(UsageError, match="uneven\\(\\) within uneven"):
                 next(iter(mesh.uneven([1])))
+        for _ in mesh.uneven([1, 2] if mesh.rank else [1]):
+            pass  # that nothing is reduced is no fault
         for batch in mesh.uneven([1] if mesh.rank else []):
-            mesh.all_reduce(np.full(1, batch), timeout_s=2)
+            mesh.all_reduce(np.full(1, batch))
 
     none, some = on_both(tmp_path, call)
     assert "this rank has no batch at all" in str(none)
-    assert isinstance(some, SparkleError), some
+    assert isinstance(none, UsageError)
+    assert "no batch at all" in str(some)
+    assert isinstance(some, CollectiveAbortedError), some

@@ -61,7 +61,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "sparkle_mesh.node": BELOW_THE_NODE,
     "sparkle_mesh.async_collectives": (*BELOW_THE_NODE, "sparkle_mesh.uneven"),
     "sparkle_mesh.async_mesh": (*BELOW_THE_NODE, "sparkle_mesh.node", "sparkle_mesh.async_collectives"),
-    "sparkle_mesh.uneven": LEAVES,
+    "sparkle_mesh.uneven": (*LEAVES, "sparkle_mesh.async_collectives"),
     "sparkle_mesh.mesh_collectives": (*BELOW_THE_NODE, "sparkle_mesh.async_mesh", "sparkle_mesh.uneven"),
     "sparkle_mesh.mesh": (
         *BELOW_THE_NODE,
