@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench docs clean
+.PHONY: help setup demo test check simulate format bench docs clean
 
 help:  ## show what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,10 @@ check: setup  ## everything that a reviewer would ask for: format, lint, types, 
 	@echo "check: types" && $(BIN)/python .ci/typecheck.py
 	@echo "check: docs" && $(BIN)/python .ci/check_docs.py
 	@echo "check: tests" && .ci/test $(TEST_FLAGS)
+
+simulate: setup  ## run simulated worlds under faults: fixed seeds, and some that nobody has run
+	@$(BIN)/python -m simulations --seeds 1500
+	@$(BIN)/python -m simulations --seeds 500 --first-seed $$(date +%s)
 
 format: setup  ## format the code, and repair what lint can repair
 	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format .
