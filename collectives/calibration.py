@@ -4,7 +4,7 @@ Ranks send each other a little at full speed, each to one other at a time and fr
 is measured is a line and not a share of one: to the next rank, to the one opposite, to the one before; they begin each
 of these together. What each has received, and the latencies of its links, are then gathered by all.
 
-Where all ranks share memory nothing is measured: only processors limit them.
+Where ranks share memory nothing is measured: only processors limit them.
 """
 
 from __future__ import annotations
@@ -43,19 +43,21 @@ async def measure_lines(rank: int, size: int, links: Mapping[int, Link]) -> Arra
     for other, link in links.items():
         if link.stats.latency_s is not None:
             latencies[other] = link.stats.latency_s
-    if all(isinstance(link, SharedMemoryLink) for link in links.values()):
-        return measured
-    for ahead in sorted({1, size // 2, size - 1} - {0}):
+    for ahead in sorted({1, size // 2, size - 1} - {0}) if links else ():
         following, before = (rank + ahead) % size, (rank - ahead) % size
         await _meet(links)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_send_probes, links[following])
-            try:
-                rates[before] = await _receive_probes(links[before])
-            except LinkClosedError:
-                # Whoever uses the link next learns of it.
-                rates[before] = 0.0
+            if not _shares_memory(links[following]):
+                nursery.start_soon(_send_probes, links[following])
+            # Whoever uses a link next that has ended learns of it.
+            with suppress(LinkClosedError):
+                if not _shares_memory(links[before]):
+                    rates[before] = await _receive_probes(links[before])
     return measured
+
+
+def _shares_memory(link: Link) -> bool:
+    return isinstance(link, SharedMemoryLink)
 
 
 async def _meet(links: Mapping[int, Link]) -> None:

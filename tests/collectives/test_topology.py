@@ -143,6 +143,26 @@ async def test_lines_are_measured(autojump_clock: trio.testing.MockClock) -> Non
     assert topology.shares[3] == 0
 
 
+async def test_where_some_share_memory_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    links: list[dict[int, Any]] = [{} for _ in range(3)]
+    sharing = set()
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        links[one][other], links[other][one] = pair = memory_link_pair(str(one), str(other), rate_bytes_per_s=20 * MB)
+        if one == 0:
+            sharing.update(pair)
+    monkeypatch.setattr(calibration, "_shares_memory", lambda link: link in sharing)
+    measured: list[Any] = [None] * 3
+
+    async def rank(number: int) -> None:
+        measured[number] = (await measure_lines(number, 3, links[number]))[0]
+
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            for number in range(3):
+                nursery.start_soon(rank, number)
+    assert [list(rates > 0) for rates in measured] == [[False] * 3, [False, False, True], [False, True, False]]
+
+
 async def test_who_is_not_ready_before_probes_is_refused() -> None:
     one, other = memory_link_pair("0", "1")
     async with trio.open_nursery() as nursery:
