@@ -180,9 +180,13 @@ class World(SmallCollectives):
         for a, b in pairs:
             self.severed.add((a.member, b.member))
             # Who hears nothing suspects; and who is not heard is told so, or finds its connection broken.
-            self.after(0.5, partial(self._suspect, b, a))
-            self.after(0.5, partial(self._suspect, a, b))
+            self.after(0.5, partial(self._suspect_severed, b, a))
+            self.after(0.5, partial(self._suspect_severed, a, b))
         self.at(self.now + self.random.uniform(0.2, 6.0), partial(self._end_partition, pairs))
+
+    def _suspect_severed(self, process: Process, other: Process) -> None:
+        if self.severed & {(process.member, other.member), (other.member, process.member)}:
+            self._suspect(process, other)
 
     def _end_partition(self, pairs: list[tuple[Process, Process]]) -> None:
         for a, b in pairs:
