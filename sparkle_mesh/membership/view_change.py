@@ -281,7 +281,10 @@ class ViewChange:
 
     def _on_promise(self, sender: Member, promise: Promise, now: float) -> list[Instruction]:
         proposal = self._proposal
-        if proposal is None or promise.ballot != proposal.ballot or promise.lineage != self.view.lineage:
+        # Ballots begin anew in every epoch: one of the epoch before may look the same.
+        if proposal is None or promise.ballot != proposal.ballot or promise.epoch != self.view.epoch + 1:
+            return []
+        if promise.lineage != self.view.lineage:
             return []
         if proposal.value is not None or sender not in self.view.members:
             return []
@@ -338,7 +341,9 @@ class ViewChange:
         if declined.epoch <= self.view.epoch:
             # It waits for a view that was chosen already.
             return [SendTo(sender, chosen) for chosen in self._chosen if chosen.view.epoch == declined.epoch]
-        if declined.promised is not None and declined.epoch == self.view.epoch + 1:
+        if declined.epoch > self.view.epoch + 1:
+            return []
+        if declined.promised is not None:
             self._round = max(self._round, declined.promised.round)
         if self._proposal is not None and declined.ballot == self._proposal.ballot:
             self._drop_proposal(now, f"{sender.peer_id} declined: {declined.reason}")

@@ -156,6 +156,18 @@ def test_what_makes_no_sense_is_declined(message: Any) -> None:
     assert not each.operations.frozen
 
 
+def test_a_promise_of_the_epoch_before_does_not_count() -> None:
+    """Its ballot may be the same: ballots begin anew in every epoch."""
+    each = machine(0)
+    each.suspect(MEMBERS[2], now=1.0)
+    due = each.next_wakeup(now=1.0)
+    assert due is not None
+    asked = dict(sent(each.tick(now=due), Prepare))[MEMBERS[1]]
+    old = Promise(lineage=each.view.lineage, epoch=0, ballot=asked.ballot)
+    assert each.receive(MEMBERS[1], old, now=due) == []
+    assert sent(each.receive(MEMBERS[1], msgspec.structs.replace(old, epoch=1), now=due), Accept)
+
+
 def test_answers_nobody_asked_for_change_nothing() -> None:
     each = machine(0)
     view, ballot = each.view, Ballot(round=1, proposer=MEMBERS[0].peer_id)
