@@ -18,6 +18,9 @@ from sparkle_mesh.collectives.compression import Compression, check_compressible
 from sparkle_mesh.collectives.reduction import Array, check_dtype, check_op, work_dtype
 from sparkle_mesh.errors import UsageError
 
+# Products with other weights might leave the range of a codec.
+_COMPRESSED_MOST = 2**20
+
 
 @dataclass(slots=True)
 class Weighted:
@@ -37,8 +40,12 @@ class Weighted:
         Raises
         ------
         UsageError
-            On every rank, if all weights are 0; the arrays are as they were.
+            On every rank, if all weights are 0, or their sum is infinite; the arrays are as they were.
         """
+        if not all(np.isfinite(vector[-1]) for vector in self.summed[-self.beside :]):
+            raise UsageError(
+                "the weights of all ranks add up to more than a number holds; scale them; no array was changed"
+            )
         if any(not vector[-1] for vector in self.summed[-self.beside :]):
             raise UsageError(
                 "the weights of all ranks are 0: there is nothing to take the mean of; no array was changed"
@@ -59,11 +66,21 @@ def weigh(data: object, op: str, weight: object, compression: object) -> Weighte
         raise UsageError(f"weight is {weight!r}; it must be 0 or more, and finite")
     if isinstance(compression, Compression) and compression.feedback is not None:
         raise UsageError(
-            "weight does not go with error feedback: what was lost of a large batch would be added to a small one"
+            "weight, which uneven() gives too, does not go with error feedback: what was lost of a large batch would be"
+            " added to a small one"
         )
     codec = compression.codec.name if isinstance(compression, Compression) else compression
     if codec == "float16":
-        raise UsageError("weight does not go with 'float16', which does not hold large ones; use 'bfloat16' or 'int8'")
+        raise UsageError(
+            "weight, which uneven() gives too, does not go with 'float16', which does not hold large ones; use"
+            " 'bfloat16' or 'int8'"
+        )
+    if compression is not None and weight and not 1 / _COMPRESSED_MOST <= weight <= _COMPRESSED_MOST:
+        shown = f"{weight!r}"[:40]
+        raise UsageError(
+            f"weight is {shown}; with compression it must be 0, or from 1/{_COMPRESSED_MOST} to {_COMPRESSED_MOST}:"
+            " scale all ranks' weights"
+        )
     if op != "mean":
         raise UsageError(f"op {op!r} does not go with weight, only 'mean' does")
 

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterable, AsyncIterator, Iterable
 from typing import Any, TypeVar
 
+import trio
+
 from sparkle_mesh.collectives.compression import Compression
 from sparkle_mesh.collectives.explanation import Explanation
 from sparkle_mesh.collectives.group import CollectiveGroup
@@ -87,7 +89,7 @@ class AsyncCollectives(ABC):
             If the results differ between ranks, another rank gave up, or the mesh was closed.
         """
         self._check_process()
-        if self._uneven is not None:
+        if self._uneven is not None and self._uneven.owner is trio.lowlevel.current_task():
             weight = self._uneven.note(data, op, weight, algorithm=algorithm, compression=compression, tag=tag)
         return await self._group.all_reduce(
             data, op, algorithm=algorithm, compression=compression, weight=weight, timeout_s=timeout_s, tag=tag
@@ -110,7 +112,7 @@ class AsyncCollectives(ABC):
         awaited directly may come between, in the same order on every rank for each tag.
         """
         self._check_process()
-        if self._uneven is not None:
+        if self._uneven is not None and self._uneven.owner is trio.lowlevel.current_task():
             weight = self._uneven.note(data, op, weight, algorithm=algorithm, compression=compression, tag=tag)
         return self._group.all_reduce_async(
             data, op, algorithm=algorithm, compression=compression, weight=weight, timeout_s=timeout_s, tag=tag

@@ -6,6 +6,7 @@ import math
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
@@ -93,7 +94,8 @@ class Collectives:
         step again on behalf of the others, with a weight of 0, until nobody has a batch. So within the loop every rank
         calls ``all_reduce`` alike in every step, with ``op="mean"`` (a mean over those who have a batch; ``weight`` may
         say how much each counts) or ``"sum"`` (to which others add zeros). Each step costs one more small message, and
-        must reduce the same as every other: nothing in every second step only, and nothing but by ``all_reduce``.
+        must reduce the same as every other: nothing in every second step only, and nothing but by ``all_reduce``. What
+        other threads call meanwhile is no part of it.
 
         Raises
         ------
@@ -109,7 +111,7 @@ class Collectives:
         """
         if self._uneven is not None:
             raise UsageError("uneven() within uneven(); one loop at a time")
-        left, steps = iter(batches), UnevenSteps()
+        left, steps = iter(batches), UnevenSteps(get_ident())
         none = object()
         while True:
             batch: Any = next(left, none)
@@ -147,7 +149,7 @@ class Collectives:
         ``on_progress`` is called in this thread now and then, with how much is done, from 0 to 1.
         """
         self._mesh._check_process()
-        if self._uneven is not None:
+        if self._uneven is not None and self._uneven.owner == get_ident():
             weight = self._uneven.note(data, op, weight, algorithm=algorithm, compression=compression, tag=tag)
         if on_progress is not None:
             begun = self._begin(
@@ -189,7 +191,7 @@ class Collectives:
         array([1., 1., 1.])
         """
 
-        if self._uneven is not None:
+        if self._uneven is not None and self._uneven.owner == get_ident():
             weight = self._uneven.note(data, op, weight, algorithm=algorithm, compression=compression, tag=tag)
         return self._begin(
             data, op, algorithm=algorithm, compression=compression, weight=weight, timeout_s=timeout_s, tag=tag

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Ma
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
+import trio
 
 from sparkle_mesh.errors import UsageError
 
@@ -21,9 +22,13 @@ NO_BATCH = "this rank has no batch at all, so it cannot know what the others red
 
 
 class UnevenSteps:
-    """The reductions of the last step of a rank, to be made again without data."""
+    """The reductions of the last step of a rank, to be made again without data.
 
-    def __init__(self) -> None:
+    ``owner`` is the thread or task whose loop it is: what others call meanwhile is no part of it.
+    """
+
+    def __init__(self, owner: object) -> None:
+        self.owner = owner
         self._calls: list[tuple[Any, str, dict[str, Any]]] = []
         #: Whether there was any step.
         self.begun = False
@@ -70,7 +75,7 @@ class AsyncUneven(AsyncIterator[B]):
     """
 
     def __init__(self, mesh: AsyncCollectives, batches: Iterable[B] | AsyncIterable[B]) -> None:
-        self._mesh, self._steps = mesh, UnevenSteps()
+        self._mesh, self._steps = mesh, UnevenSteps(None)
         self._left = aiter(batches) if isinstance(batches, AsyncIterable) else iter(batches)
 
     def __aiter__(self) -> AsyncUneven[B]:
@@ -99,6 +104,7 @@ class AsyncUneven(AsyncIterator[B]):
                 raise StopAsyncIteration
             if batch is not none:
                 self._steps.begin()
+                self._steps.owner = trio.lowlevel.current_task()
                 self._mesh._uneven = self._steps
                 return cast(B, batch)
             if not self._steps.begun:

@@ -282,6 +282,10 @@ async def test_weights_that_cannot_be(make_world: Any) -> None:
                 lambda r, g, w=way: g.all_reduce(np.ones(3, "f4"), "mean", weight=1, compression=w)
             )
             assert all(text in str(result) for result in results)
+        results = await world.each(lambda r, g: g.all_reduce(np.ones(3, "f4"), "mean", weight=1e-9, compression="int8"))
+        assert all("with compression it must be 0, or from" in str(result) for result in results)
+        results = await world.each(lambda r, g: g.all_reduce(np.ones(3, "f4"), "mean", weight=3e38))
+        assert all("add up to more than a number holds" in str(result) for result in results)
         for weight in (1e39, 1e-50, 10**400):
             results = await world.each(lambda r, g, w=weight: g.all_reduce(np.ones(3, "f4"), "mean", weight=w))
             assert all("beyond what float32 of the array holds" in str(result) for result in results)

@@ -172,6 +172,24 @@ async def test_a_loop_that_is_left_early_is_over_at_once(tmp_path: Path) -> None
         nursery.start_soon(member)
 
 
+def test_what_other_threads_call_is_no_part_of_a_loop(tmp_path: Path) -> None:
+    def call(mesh: sparkle.Mesh) -> list[float]:
+        sums: list[float] = []
+
+        def others() -> None:
+            for number in range(30):
+                sums.append(float(mesh.all_reduce(np.full(1, mesh.rank + number), "max", tag="metrics")[0]))
+
+        thread = threading.Thread(target=others)
+        thread.start()
+        for _ in mesh.uneven(range(3 if mesh.rank == 0 else 12)):
+            assert mesh.all_reduce(np.ones(3), op="mean")[0] == 1
+        thread.join(30)
+        return sums
+
+    assert on_both(tmp_path, call) == [[float(number + 1) for number in range(30)]] * 2
+
+
 def test_what_uneven_loops_cannot_do(tmp_path: Path) -> None:
     def call(mesh: sparkle.Mesh) -> Any:
         for _ in mesh.uneven([1]):
