@@ -9,23 +9,18 @@ from typing import Any
 import numpy as np
 
 from sparkle_mesh import limits
+from sparkle_mesh.collectives.algorithms import SCHEDULES, streams, ways_told
 from sparkle_mesh.collectives.arrays import NO_ARRAYS, Arrays, ArraysLook, check_arrays
 from sparkle_mesh.collectives.broadcast import chain_broadcast, tree_broadcast
-from sparkle_mesh.collectives.butterfly import butterfly_all_reduce, split_by_weight
 from sparkle_mesh.collectives.call_identity import SHARED, CallIdentity, call_identity
 from sparkle_mesh.collectives.compression import Compression, check_compression
 from sparkle_mesh.collectives.cost import butterfly_segment, choose_algorithm, segment_bytes
-from sparkle_mesh.collectives.direct import direct_all_reduce
-from sparkle_mesh.collectives.halving_doubling import halving_doubling_all_reduce
-from sparkle_mesh.collectives.hierarchical import hierarchical_all_reduce
 from sparkle_mesh.collectives.parts_call import check_root
 from sparkle_mesh.collectives.plan import Plan, cached_plan
 from sparkle_mesh.collectives.reduction import check_dtype, check_op
-from sparkle_mesh.collectives.ring import ring_all_reduce
 from sparkle_mesh.collectives.rooted import chain_reduce, tree_reduce
-from sparkle_mesh.collectives.schedule import ALIGN_ELEMENTS, Schedule
+from sparkle_mesh.collectives.schedule import Schedule
 from sparkle_mesh.collectives.topology import Topology
-from sparkle_mesh.collectives.tree import tree_all_reduce
 from sparkle_mesh.errors import UsageError
 
 _BROADCAST: dict[str, Callable[..., Schedule]] = {"chain": chain_broadcast, "binary_tree": tree_broadcast}
@@ -74,30 +69,17 @@ class Call:
         An algorithm that could not overwrite its input is not asked to.
         """
         size, nbytes = topology.size, count * item_bytes
-
-        def segment(parts: int) -> int:
-            return max(segment_bytes(nbytes, parts) // item_bytes, 1)
-
-        if self.kind == "barrier" or self.algorithm == "direct":
-            return cached_plan(False, direct_all_reduce, rank, size, count, segment(1))
+        algorithm = "direct" if self.kind == "barrier" else self.algorithm
+        if algorithm == "butterfly":
+            segment = butterfly_segment(nbytes, topology)
+        else:
+            segment = segment_bytes(nbytes, streams(algorithm, topology))
+        elements = max(segment // item_bytes, 1)
         if self.root is not None:
-            schedule = (_REDUCE if self.kind == "reduce" else _BROADCAST)[self.algorithm]
-            return cached_plan(False, schedule, rank, size, count, segment(1), self.root)
-        match self.algorithm:
-            case "ring":
-                return cached_plan(in_place, ring_all_reduce, rank, size, count, segment(size), topology.ring_order)
-            case "tree":
-                return cached_plan(in_place, tree_all_reduce, rank, size, count, segment(2))
-            case "halving_doubling":
-                return cached_plan(in_place, halving_doubling_all_reduce, rank, size, count, segment(1))
-            case "hierarchical":
-                hosts = topology.host_of
-                elements = segment(topology.host_count)
-                return cached_plan(in_place, hierarchical_all_reduce, rank, size, count, elements, hosts)
-            case _:
-                elements = max(butterfly_segment(nbytes, topology) // item_bytes, 1)
-                shards = split_by_weight(count, topology.shares, ALIGN_ELEMENTS if count > 64 * size else 1)
-                return cached_plan(in_place, butterfly_all_reduce, rank, size, count, elements, shards)
+            schedule = (_REDUCE if self.kind == "reduce" else _BROADCAST)[algorithm]
+            return cached_plan(False, schedule, rank, size, count, elements, self.root)
+        told = ways_told(algorithm, topology, count)
+        return cached_plan(in_place and algorithm != "direct", SCHEDULES[algorithm], rank, size, count, elements, *told)
 
 
 def all_reduce_call(

@@ -171,9 +171,10 @@ def check_root(root: object, size: int) -> int:
 
 def check_other(name: str, other: object, rank: int, size: int) -> int:
     """Return ``other``, the argument called ``name``, if it is a rank but not ``rank``. Raises UsageError."""
-    if _check_rank(name, other, size) == rank:
-        raise UsageError(f"{name} {other!r} is this rank; give another, of 0 to {size - 1}")
-    return _check_rank(name, other, size)
+    place = _check_rank(name, other, size)
+    if place == rank:
+        raise UsageError(f"{name} {place} is this rank; give another, of 0 to {size - 1}")
+    return place
 
 
 def _check_rank(name: str, rank: object, size: int) -> int:

@@ -110,7 +110,7 @@ def weigh(data: object, op: str, weight: object, compression: object) -> Weighte
 
 def _check_fits(weight: float, dtype: np.dtype[Any], label: str) -> None:
     """Raises UsageError for a weight that numbers of ``dtype`` cannot be multiplied by."""
-    limits = np.finfo(dtype)
-    if weight and not float(limits.tiny) <= weight <= float(limits.max):
+    span = np.finfo(dtype)
+    if weight and not float(span.tiny) <= weight <= float(span.max):
         shown = f"{weight!r}"[:40]
         raise UsageError(f"weight is {shown}, which is beyond what {dtype} of {label} holds; scale all ranks' weights")

@@ -299,7 +299,7 @@ TOPOLOGY_PACE_RATIO = 1.4
 TOPOLOGY_RING_EXACT_MAX_COUNT = 7
 TOPOLOGY_RING_ROUNDS_COUNT = 16
 # Up to so many ranks it is counted what their schedules send from host to host.
-TRAFFIC_RANKS_MAX_COUNT = 64
+TRAFFIC_RANKS_MAX_COUNT = 32
 
 # --- Collectives among the ranks of one host -------------------------------------------------------
 # One per dtype of a call.
