@@ -9,13 +9,10 @@ required.
 
 from __future__ import annotations
 
-import heapq
-import random
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from simulations.network import InvariantBroken
+from simulations.network import Counts, Network
 from sparkle_mesh.membership.formation import Candidate, Formation, Instruction, SendTo, ViewAgreed
 from sparkle_mesh.membership.messages import Agreement
 from sparkle_mesh.membership.view import Member, View
@@ -38,7 +35,7 @@ class Process:
 
 
 @dataclass(slots=True)
-class Exercised:
+class Exercised(Counts):
     """How often a run met each situation."""
 
     crashes: int = 0
@@ -47,67 +44,44 @@ class Exercised:
     late_joins: int = 0
     views: int = 0
 
-    def add(self, other: Exercised) -> None:
-        """Add the counts of ``other``."""
-        for name in self.__slots__:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
 
-
-class World:
+class World(Network):
     """The world of one seed."""
 
     def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self.now = 0.0
-        self.trace: list[str] = []
+        super().__init__(seed)
         self.exercised = Exercised()
-        self._random = random.Random(seed)
-        self._queue: list[tuple[float, int, Callable[[], None]]] = []
-        self._sequence = 0
-        self._arrivals: dict[tuple[Member, Member], float] = {}
         self.processes: dict[Member, Process] = {}
-        self.count = self._random.randint(1, 8)
-        self.min_peers = self._random.randint(1, self.count)
-        self._mean_delay_s = self._random.choice([0.001, 0.02, 0.2])
-        self._crash_rate = self._random.choice([0.0, 0.0, 0.2, 0.5])
-        self._disconnect_rate = self._random.choice([0.0, 0.0, 0.3, 1.0])
-        self._spread_s = self._random.choice([0.0, 0.5, 5.0])
+        self.count = self.random.randint(1, 8)
+        self.min_peers = self.random.randint(1, self.count)
+        self._crash_rate = self.random.choice([0.0, 0.0, 0.2, 0.5])
+        self._disconnect_rate = self.random.choice([0.0, 0.0, 0.3, 1.0])
+        self._spread_s = self.random.choice([0.0, 0.5, 5.0])
         for index in range(self.count):
-            self._at(self._random.uniform(0, self._spread_s), partial(self._start, index))
-        self._at(0.1, self._maybe_fault)
+            self.at(self.random.uniform(0, self._spread_s), partial(self._start, index))
+        self.at(0.1, self._maybe_fault)
 
     # --- Events ---------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Run to the end; raise InvariantBroken if a check fails."""
-        while self._queue and self._queue[0][0] <= ENDS_AT_S:
-            self.now, _, action = heapq.heappop(self._queue)
-            action()
+        while (next_s := self.next_at()) is not None and next_s <= ENDS_AT_S:
+            self.step()
             self._check_safety()
         self._check_progress()
 
-    def _at(self, when: float, action: Callable[[], None]) -> None:
-        self._sequence += 1
-        heapq.heappush(self._queue, (when, self._sequence, action))
-
-    def _note(self, text: str) -> None:
-        self.trace.append(f"{self.now:9.4f} {text}")
-
     def _start(self, index: int) -> None:
-        member = Member(peer_id=f"peer-{index}", incarnation=self._random.randbytes(16))
+        member = Member(peer_id=f"peer-{index}", incarnation=self.random.randbytes(16))
         candidate = Candidate(member, bytes([index % 3]) * 16, self.min_peers)
         process = Process(member, Formation(MESH_ID, candidate, now=self.now))
         self.processes[member] = process
-        self._note(f"{member.peer_id} starts")
+        self.note(f"{member.peer_id} starts")
         if any(other.views for other in self.processes.values()):
             self.exercised.late_joins += 1
         for other in list(self.processes.values()):
             if other is not process:
-                self._at(self.now + self._delay(), partial(self._connect, process, other))
+                self.after(self.mean_delay_s, partial(self._connect, process, other))
         self._schedule_tick(process)
-
-    def _delay(self) -> float:
-        return self._random.expovariate(1 / self._mean_delay_s)
 
     def _connect(self, a: Process, b: Process) -> None:
         if not (a.alive and b.alive) or b.member in a.connected:
@@ -128,37 +102,37 @@ class World:
                     self._carry_out(one, one.machine.candidate_went(other.member.peer_id, now=self.now))
 
     def _crash(self, process: Process) -> None:
-        self._note(f"{process.member.peer_id} crashes")
+        self.note(f"{process.member.peer_id} crashes")
         self.exercised.crashes += 1
         self.exercised.proposer_crashes += process.machine.is_proposing
         process.alive = False
         for other in list(self.processes.values()):
             if other is not process:
-                self._at(self.now + self._delay(), partial(self._disconnect, process, other))
-        if self._random.random() < 0.7:
+                self.after(self.mean_delay_s, partial(self._disconnect, process, other))
+        if self.random.random() < 0.7:
             index = int(process.member.peer_id[5:])
-            self._at(self.now + self._random.uniform(0.5, 3.0), partial(self._start, index))
+            self.at(self.now + self.random.uniform(0.5, 3.0), partial(self._start, index))
 
     def _maybe_fault(self) -> None:
         if self.now >= FAULTS_UNTIL_S:
             return
         alive = [process for process in self.processes.values() if process.alive]
-        if alive and self._random.random() < self._crash_rate * 0.1:
-            self._crash(self._random.choice(alive))
-        if len(alive) > 1 and self._random.random() < self._disconnect_rate * 0.1:
-            a, b = self._random.sample(alive, 2)
-            self._note(f"{a.member.peer_id} and {b.member.peer_id} lose each other")
+        if alive and self.random.random() < self._crash_rate * 0.1:
+            self._crash(self.random.choice(alive))
+        if len(alive) > 1 and self.random.random() < self._disconnect_rate * 0.1:
+            a, b = self.random.sample(alive, 2)
+            self.note(f"{a.member.peer_id} and {b.member.peer_id} lose each other")
             self.exercised.disconnects += 1
             self._disconnect(a, b)
-            self._at(self.now + self._random.uniform(0.1, 2.0), partial(self._connect, a, b))
-        self._at(self.now + 0.1, self._maybe_fault)
+            self.at(self.now + self.random.uniform(0.1, 2.0), partial(self._connect, a, b))
+        self.at(self.now + 0.1, self._maybe_fault)
 
     # --- Machines -------------------------------------------------------------------------------
 
     def _schedule_tick(self, process: Process) -> None:
         wakeup = process.machine.next_wakeup()
         if wakeup is not None and process.alive:
-            self._at(max(wakeup, self.now), partial(self._tick, process, wakeup))
+            self.at(max(wakeup, self.now), partial(self._tick, process, wakeup))
 
     def _tick(self, process: Process, wakeup: float) -> None:
         if process.alive and process.machine.next_wakeup() == wakeup:
@@ -169,7 +143,7 @@ class World:
             if isinstance(instruction, SendTo):
                 self._send(process, instruction.peer_id, instruction.message)
             elif isinstance(instruction, ViewAgreed):
-                self._note(f"{process.member.peer_id} enters {[m.peer_id for m in instruction.view.members]}")
+                self.note(f"{process.member.peer_id} enters {[m.peer_id for m in instruction.view.members]}")
                 process.views.append(instruction.view)
                 self.exercised.views += 1
         self._schedule_tick(process)
@@ -177,14 +151,13 @@ class World:
     def _send(self, sender: Process, peer_id: str, message: Agreement) -> None:
         for member in sender.connected:
             if member.peer_id == peer_id:
-                key = (sender.member, member)
-                self._arrivals[key] = max(self._arrivals.get(key, 0.0), self.now + self._delay())
-                self._at(self._arrivals[key], partial(self._deliver, sender.member, self.processes[member], message))
+                receiver = self.processes[member]
+                self.transmit(sender.member, member, partial(self._deliver, sender.member, receiver, message))
                 return
 
     def _deliver(self, sender: Member, receiver: Process, message: Agreement) -> None:
         if receiver.alive and sender in receiver.connected:
-            self._note(f"{sender.peer_id} -> {receiver.member.peer_id} {type(message).__name__}")
+            self.note(f"{sender.peer_id} -> {receiver.member.peer_id} {type(message).__name__}")
             self._carry_out(receiver, receiver.machine.receive(sender.peer_id, message, now=self.now))
 
     # --- Checks ---------------------------------------------------------------------------------
@@ -193,12 +166,12 @@ class World:
         lineages: dict[bytes, View] = {}
         for process in self.processes.values():
             if len(process.views) > 1:
-                raise InvariantBroken(f"seed {self.seed}: {process.member.peer_id} entered two views")
+                raise self.broken(f"{process.member.peer_id} entered two views")
             for view in process.views:
                 if view.rank_of(process.member) is None or view.size < self.min_peers:
-                    raise InvariantBroken(f"seed {self.seed}: {process.member.peer_id} entered a view it cannot be in")
+                    raise self.broken(f"{process.member.peer_id} entered a view it cannot be in")
                 if lineages.setdefault(view.lineage, view) != view:
-                    raise InvariantBroken(f"seed {self.seed}: two views of one lineage differ")
+                    raise self.broken("two views of one lineage differ")
 
     def _check_progress(self) -> None:
         """Once faults have stopped, whoever could be in a whole view is in one, and all its members with it.
@@ -212,8 +185,8 @@ class World:
                 members = [alive[member] for member in view.members if member in alive]
                 whole = len(members) == view.size and not any(m.lost & set(view.members) for m in members)
                 if whole and not all(member.views == [view] for member in members):
-                    raise InvariantBroken(f"seed {self.seed}: a whole view is not known to all its members")
+                    raise self.broken("a whole view is not known to all its members")
         taken = {member for process in alive.values() for view in process.views for member in view.members}
         free = [member for member in alive if member not in taken]
         if len(free) >= self.min_peers:
-            raise InvariantBroken(f"seed {self.seed}: {len(free)} free processes did not form a view")
+            raise self.broken(f"{len(free)} free processes did not form a view")

@@ -5,12 +5,23 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 from sparkle_mesh.membership.view import Member
 
 
 class InvariantBroken(AssertionError):
     """A safety or progress property does not hold; the message tells which, and the seed."""
+
+
+@dataclass(slots=True)
+class Counts:
+    """How often something happened, by what it was; the fields are those of whoever counts."""
+
+    def add(self, other: Counts) -> None:
+        """Add the counts of ``other``, which counts the same."""
+        for one in fields(self):
+            setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
 
 
 class Network:

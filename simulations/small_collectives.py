@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
 
-from simulations.network import Network
+from simulations.network import Counts, Network
 from sparkle_mesh.membership.messages import OperationList, OperationState
 from sparkle_mesh.membership.operations import OpenOperations
 from sparkle_mesh.membership.view import Member, View
@@ -17,7 +17,7 @@ STEPS_MAX_COUNT = 10_000
 
 
 @dataclass(slots=True)
-class Exercised:
+class Exercised(Counts):
     """How often a run met each situation."""
 
     crashes: int = 0
@@ -35,11 +35,6 @@ class Exercised:
     committed: int = 0
     aborted: int = 0
     committed_by_view: int = 0
-
-    def add(self, other: Exercised) -> None:
-        """Add the counts of ``other``."""
-        for one in fields(self):
-            setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
 
 
 @dataclass(slots=True)
