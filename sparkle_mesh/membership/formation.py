@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from sparkle_mesh import limits
+from sparkle_mesh.membership.ballots import BallotMachine
 from sparkle_mesh.membership.messages import (
     Accept,
     Accepted,
@@ -92,7 +93,7 @@ class _Proposal:
     accepting: bool = False
 
 
-class Formation:
+class Formation(BallotMachine[str, Instruction]):
     """The machine of one process.
 
     Call a method for each event; each returns instructions to carry out in order. ``history`` holds the
@@ -107,20 +108,18 @@ class Formation:
     """
 
     def __init__(self, mesh_id: bytes, me: Candidate | None, *, now: float) -> None:
+        super().__init__()
         self.view: View | None = None
         self.views_elsewhere: dict[bytes, View] = {}
-        self.history: deque[str] = deque(maxlen=limits.MACHINE_HISTORY_MAX_COUNT)
         self._mesh_id = mesh_id
         self._me = me
         self._candidates: dict[str, Candidate] = {}
         self._watchers: set[str] = set()
         # Peer id to the lineage of the view that the peer said it is in, where that is not this process's.
         self._settled: dict[str, bytes] = {}
-        self._promised: Ballot | None = None
         self._accepted: tuple[Ballot, View] | None = None
         self._accepted_lineages: deque[bytes] = deque(maxlen=limits.MACHINE_HISTORY_MAX_COUNT)
         self._proposal: _Proposal | None = None
-        self._round = 0
         self._still_since = now
         self._not_before = now
 
@@ -161,19 +160,7 @@ class Formation:
     def receive(self, sender: str, message: Agreement, *, now: float) -> list[Instruction]:
         """Take an agreement message of an admitted peer; what makes no sense is ignored."""
         self._note(now, f"{sender}: {type(message).__name__}")
-        match message:
-            case Prepare():
-                return self._on_prepare(sender, message, now)
-            case Promise():
-                return self._on_promise(sender, message, now)
-            case Accept():
-                return self._on_accept(sender, message)
-            case Accepted():
-                return self._on_accepted(sender, message, now)
-            case Declined():
-                return self._on_declined(sender, message, now)
-            case Chosen():
-                return self._on_chosen(sender, message.view, now)
+        return self._dispatch(sender, message, now)
 
     def tick(self, *, now: float) -> list[Instruction]:
         """Time has passed; call at :meth:`next_wakeup`."""
@@ -237,9 +224,7 @@ class Formation:
 
     def _propose(self, now: float) -> list[Instruction]:
         assert self._me is not None
-        highest = self._promised.round if self._promised is not None else 0
-        self._round = max(self._round, highest) + 1
-        ballot = Ballot(round=self._round, proposer=self._me.peer_id)
+        ballot = self._next_ballot(self._me.peer_id)
         view = first_view(self._mesh_id, ((c.host_id, c.member) for c in self._eligible()))
         self._proposal = _Proposal(ballot, view, now + limits.PROPOSAL_TIMEOUT_S)
         self._proposal.asked.update(member.peer_id for member in view.members)
@@ -346,7 +331,7 @@ class Formation:
         )
         return [SendTo(sender, promise)]
 
-    def _on_accept(self, sender: str, accept: Accept) -> list[Instruction]:
+    def _on_accept(self, sender: str, accept: Accept, now: float) -> list[Instruction]:
         if self.view is not None:
             return [SendTo(sender, Chosen(view=self.view))]
         view = accept.view
@@ -392,7 +377,8 @@ class Formation:
 
     # --- Learning -------------------------------------------------------------------------------
 
-    def _on_chosen(self, sender: str, view: View, now: float) -> list[Instruction]:
+    def _on_chosen(self, sender: str, chosen: Chosen, now: float) -> list[Instruction]:
+        view = chosen.view
         if self.view is not None or not view.is_sound() or view.mesh_id != self._mesh_id:
             return []
         if not _has_peer(view, sender):
@@ -417,9 +403,6 @@ class Formation:
         self._proposal = None
         everyone = [*self._candidates, *self._watchers]
         return [*(SendTo(peer_id, Chosen(view=view)) for peer_id in everyone), ViewAgreed(view)]
-
-    def _note(self, now: float, what: str) -> None:
-        self.history.append(f"{now:.3f} {what}")
 
 
 def _has_peer(view: View, peer_id: str) -> bool:

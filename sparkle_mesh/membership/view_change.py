@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from sparkle_mesh import limits
+from sparkle_mesh.membership.ballots import BallotMachine
 from sparkle_mesh.membership.messages import (
     Accept,
     Accepted,
@@ -105,7 +106,7 @@ class _Proposal:
     value: tuple[View, OperationList] | None = None
 
 
-class ViewChange:
+class ViewChange(BallotMachine[Member, Instruction]):
     """The machine of one member of ``view``.
 
     Call a method for each event; each returns instructions to carry out in order.
@@ -121,11 +122,11 @@ class ViewChange:
     """
 
     def __init__(self, view: View, me: Member, operations: OpenOperations, *, now: float) -> None:
+        super().__init__()
         self.view = view
         self.operations = operations
         #: Whether it is a member no more.
         self.excluded = False
-        self.history: deque[str] = deque(maxlen=limits.MACHINE_HISTORY_MAX_COUNT)
         self._me = me
         self._suspected: dict[Member, None] = {}
         self._leaving: set[Member] = set()
@@ -134,7 +135,7 @@ class ViewChange:
         self._begin_epoch(now)
 
     def _begin_epoch(self, now: float) -> None:
-        self._promised: Ballot | None = None
+        self._promised = None
         self._accepted: tuple[Ballot, View, OperationList] | None = None
         self._proposal: _Proposal | None = None
         self._round = 0
@@ -185,19 +186,7 @@ class ViewChange:
         self._note(now, f"{sender.peer_id}: {type(message).__name__}")
         if self.excluded:
             return []
-        match message:
-            case Prepare():
-                return self._on_prepare(sender, message, now)
-            case Promise():
-                return self._on_promise(sender, message, now)
-            case Accept():
-                return self._on_accept(sender, message, now)
-            case Accepted():
-                return self._on_accepted(sender, message, now)
-            case Declined():
-                return self._on_declined(sender, message, now)
-            case Chosen():
-                return self._on_chosen(message, now)
+        return self._dispatch(sender, message, now)
 
     def tick(self, *, now: float) -> list[Instruction]:
         """Time has passed; call at :meth:`next_wakeup`."""
@@ -250,9 +239,7 @@ class ViewChange:
         return ready + turn * limits.VIEW_CHANGE_STAGGER_S
 
     def _propose(self, now: float) -> list[Instruction]:
-        highest = self._promised.round if self._promised is not None else 0
-        self._round = max(self._round, highest) + 1
-        ballot = Ballot(round=self._round, proposer=self._me.peer_id)
+        ballot = self._next_ballot(self._me.peer_id)
         self._note(now, f"proposes with {ballot.round}")
         self._proposal = _Proposal(ballot, now + self._patience_s)
         prepare = Prepare(lineage=self.view.lineage, epoch=self.view.epoch + 1, ballot=ballot)
@@ -411,7 +398,7 @@ class ViewChange:
 
     # --- Learning -------------------------------------------------------------------------------
 
-    def _on_chosen(self, chosen: Chosen, now: float) -> list[Instruction]:
+    def _on_chosen(self, sender: Member, chosen: Chosen, now: float) -> list[Instruction]:
         view = chosen.view
         if view.lineage != self.view.lineage or view.epoch <= self.view.epoch or not view.is_sound():
             return []
@@ -455,6 +442,3 @@ class ViewChange:
             return []
         self._told_quorum_missing = True
         return [QuorumMissing(self.view, tuple(member for member in self.view.members if member in self._suspected))]
-
-    def _note(self, now: float, what: str) -> None:
-        self.history.append(f"{now:.3f} {what}")

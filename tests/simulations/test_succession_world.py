@@ -189,9 +189,9 @@ def a_prepared_member_gives_up(patch: pytest.MonkeyPatch) -> None:
 
 @bug
 def ranks_are_told_different_outcomes(patch: pytest.MonkeyPatch) -> None:
-    def chosen(self: ViewChange, message: Any, now: float) -> Any:
+    def chosen(self: ViewChange, sender: Any, message: Any, now: float) -> Any:
         flipped = tuple(msgspec.structs.replace(one, state="aborted", digest=b"") for one in message.outcomes)
-        return original(self, msgspec.structs.replace(message, outcomes=flipped), now)
+        return original(self, sender, msgspec.structs.replace(message, outcomes=flipped), now)
 
     original = ViewChange._on_chosen
     patch.setattr(ViewChange, "_on_chosen", chosen)
@@ -199,7 +199,7 @@ def ranks_are_told_different_outcomes(patch: pytest.MonkeyPatch) -> None:
 
 @bug
 def any_epoch_is_entered(patch: pytest.MonkeyPatch) -> None:
-    def chosen(self: ViewChange, message: Any, now: float) -> Any:
+    def chosen(self: ViewChange, sender: Any, message: Any, now: float) -> Any:
         return self._enter(message, now, tell=False) if message.view.epoch > self.view.epoch else []
 
     patch.setattr(ViewChange, "_on_chosen", chosen)
