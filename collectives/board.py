@@ -123,7 +123,9 @@ class Boards:
         self._rank = rank
         self._memory = memory
         self._peers = {other: link.memory for other, link in links.items()}
-        self._views = [memory.arena.board if r == rank else links[r].memory.arena.board for r in range(len(links) + 1)]
+        # Views of their own: those of the next group are others.
+        arenas = [memory.arena if r == rank else links[r].memory.arena for r in range(len(links) + 1)]
+        self._views = [memoryview(arena.board) for arena in arenas]
         self._words = [view.cast("Q") for view in self._views]
         self._own = self._words[rank]
         self._group = group
@@ -323,12 +325,13 @@ class Boards:
         finally:
             self._thread_deadline = None
 
-    def close(self) -> None:
-        """Read no more."""
+    def close(self, *, last: bool = True) -> None:
+        """Read no more; let go of the others' arenas, too, if these are the ``last`` boards."""
         self._own[Word.GROUP] = 0
         for words, view in zip(self._words, self._views, strict=True):
             words.release()
             with suppress(BufferError):
                 view.release()
-        for peer in self._peers.values():
-            peer.arena.close()
+        if last:
+            for peer in self._peers.values():
+                peer.arena.close()

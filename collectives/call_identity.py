@@ -30,6 +30,7 @@ def call_identity(
     look: ArraysLook,
     compression: str = "",
     target: int | None = None,
+    terms: str = "",
 ) -> CallIdentity:
     """Return the identity of a call over arrays of one look; ``send`` and its ``receive`` are the same call."""
     # Training repeats the same few calls over and over.
@@ -38,6 +39,7 @@ def call_identity(
             shown = "auto" if one_sided and algorithm != SHARED else algorithm
             text = f"all_reduce({look.describe()}, op={op!r}, algorithm={shown!r})"
             text = text if not compression else f"{text[:-1]}, compression={compression!r})"
+            text = text if not terms else f"{text[:-1]}, {terms})"
         case "broadcast":
             text = f"broadcast({look.describe()}, root={root})"
         case "send":
@@ -53,5 +55,5 @@ def call_identity(
             text = f"{kind}({', '.join(arguments)})"
     limit = limits.COLLECTIVE_DESCRIPTION_MAX_CHARS
     what = kind if target is None else f"to {target}"
-    digest = call_digest((1, what, algorithm, one_sided, op, root, compression, look.signature()))
+    digest = call_digest((1, what, algorithm, one_sided, op, root, compression, terms, look.signature()))
     return CallIdentity(digest, text if len(text) <= limit else text[: limit - 1] + "…")

@@ -44,6 +44,10 @@ class Call:
     label: str = ""
     #: What the caller gave, if it is not ``arrays``.
     given: ArraysLook | None = None
+    #: Whether it is made again if its view ends before it does.
+    repeats: bool = True
+    #: What else all ranks must have in common, for people.
+    terms: str = ""
 
     @property
     def identity(self) -> CallIdentity:
@@ -57,6 +61,7 @@ class Call:
             self.root,
             self.given or self.arrays.look,
             compression,
+            terms=self.terms,
         )
 
     def describe(self) -> str:
@@ -141,6 +146,23 @@ def check_tag(tag: object) -> str:
     except UnicodeEncodeError as error:
         raise UsageError(f"tag {tag!r} holds half a character (a lone surrogate), which cannot be sent") from error
     return tag
+
+
+def check_terms(on_failure: object, min_contributors: object) -> tuple[bool, int | None, str]:
+    """Return whether a call is made again, the least number of ranks, and both for people, "" if they are as usual.
+
+    Raises
+    ------
+    UsageError
+    """
+    if on_failure not in ("retry", "raise"):
+        raise UsageError(f"on_failure is {on_failure!r}; it must be 'retry' or 'raise'")
+    least = min_contributors
+    if least is not None and (isinstance(least, bool) or not isinstance(least, int) or least < 1):
+        raise UsageError(f"min_contributors is {least!r}; give the least number of ranks, or None")
+    said = [f"on_failure={on_failure!r}"] if on_failure != "retry" else []
+    said += [f"min_contributors={least}"] if least is not None else []
+    return on_failure == "retry", least, ", ".join(said)
 
 
 def check_timeout(timeout_s: object) -> float:

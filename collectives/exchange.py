@@ -73,7 +73,14 @@ class Exchange:
         self._wake = trio.Event()
         self._scratch = self._encoded = np.empty(0, np.uint8)
         #: By operation: what came before it could be taken, in the order in which it came.
-        self._held: dict[int, deque[tuple[Incoming, bytearray]]] = {}
+        self._held: dict[tuple[int, int], deque[tuple[Incoming, bytearray]]] = {}
+
+    def enter(self, rank: int) -> None:
+        """Another epoch begins, in which the peer is ``rank``: what was said of the one before is of no more use."""
+        self.rank = rank
+        self.ahead = {}
+        self._outbox.clear()
+        self.said = self.posted
 
     # --- Writing ---------------------------------------------------------------------------------
 
@@ -82,7 +89,7 @@ class Exchange:
         if self._closed:
             return
         if len(self._outbox) >= limits.COLLECTIVE_OUTBOX_MAX_COUNT:
-            self._group.peer_lost(self.rank, f"it has not taken {len(self._outbox)} messages")
+            self._group.exchange_ended(self, f"it has not taken {len(self._outbox)} messages")
             return
         self._outbox.append(message)
         self.posted += 1
@@ -156,8 +163,8 @@ class Exchange:
 
     async def _control(self, message: Control) -> None:
         group = self._group
-        if message.epoch != group.epoch:
-            raise ProtocolError(f"message of epoch {message.epoch} in epoch {group.epoch}")
+        if not await self._is_of_now(message.epoch):
+            return
         if isinstance(message, Begin):
             if message.lineage != group.lineage:
                 raise ProtocolError("the peer is in another lineage of the mesh")
@@ -165,10 +172,21 @@ class Exchange:
             self.last_seen = (number, f"call {number}, {message.description}")
         while group.is_ahead(message.operation) and self._too_far_ahead(message.operation):
             await group.next_operation.wait()
+            if message.epoch != group.epoch:
+                return
         if group.is_ahead(message.operation):
             self._note_ahead(message)
         elif message.operation in group.operations:
             group.heard(self.rank, message)
+
+    async def _is_of_now(self, epoch: int) -> bool:
+        """Whether what comes is of this epoch; what is of a later one waits until this rank has come to it."""
+        group = self._group
+        if epoch != group.epoch and not group.supervised:
+            raise ProtocolError(f"a message of epoch {epoch} in epoch {group.epoch}")
+        while epoch > group.epoch:
+            await group.next_epoch.wait()
+        return epoch == group.epoch
 
     def _too_far_ahead(self, number: int) -> bool:
         return number not in self.ahead and len(self.ahead) >= limits.COLLECTIVE_OPERATIONS_AHEAD_MAX_COUNT
@@ -189,15 +207,16 @@ class Exchange:
     async def _data(self, header: bytes, nbytes: int) -> None:
         group = self._group
         epoch, number = data_operation(memoryview(header))
-        if epoch != group.epoch:
-            raise ProtocolError(f"data of epoch {epoch} in epoch {group.epoch}")
+        if not await self._is_of_now(epoch):
+            await self.link.discard_payload()
+            return
         operation = group.operations.get(number)
         if operation is None and group.is_ahead(number):
-            await self._hold_ahead(number, header, nbytes)
+            await self._hold_ahead(epoch, number, header, nbytes)
         elif operation is None or operation.execution.stopped:
             await self.link.discard_payload()
         else:
-            execution, held = operation.execution, self._held.get(number)
+            execution, held = operation.execution, self._held.get((epoch, number))
             expected = execution.next_receive(self.rank, len(held or ()))
             if expected is None or expected.header != header:
                 raise ProtocolError(f"data out of order in operation {number}")
@@ -213,13 +232,15 @@ class Exchange:
             await self.link.receive_into((payload,))
         return payload
 
-    async def _hold_ahead(self, number: int, header: bytes, nbytes: int) -> None:
+    async def _hold_ahead(self, epoch: int, number: int, header: bytes, nbytes: int) -> None:
         ahead = self.ahead.get(number)
         if ahead is None or ahead.begin is None or ahead.abort is not None:
             raise ProtocolError(f"data of operation {number}, which the peer has not begun")
         if ahead.held_bytes + nbytes > limits.COLLECTIVE_EAGER_MAX_BYTES:
             raise ProtocolError(f"{nbytes} bytes of operation {number}, ahead of this rank, and past the limit")
         payload = await self._receive_whole(nbytes)
+        if epoch != self._group.epoch:
+            return
         operation = self._group.operations.get(number)
         if operation is not None:
             # It began here while the payload was coming in.
@@ -234,7 +255,7 @@ class Exchange:
         for header, payload in messages:
             if operation.execution.stopped:
                 return
-            expected = operation.execution.next_receive(self.rank, len(self._held.get(operation.number, ())))
+            expected = operation.execution.next_receive(self.rank, len(self._held.get(_key(operation), ())))
             if expected is None or expected.header != header:
                 raise ProtocolError(f"data out of order in operation {operation.number}")
             check_size(operation, expected, len(payload))
@@ -242,15 +263,15 @@ class Exchange:
 
     def _hold(self, operation: Operation, expected: Incoming, payload: bytearray) -> None:
         """Take ``payload`` once all that came before has been, and what it waits for is there; go on reading."""
-        held = self._held.get(operation.number)
+        held = self._held.get(_key(operation))
         if held is not None:
             held.append((expected, payload))
             return
-        self._held[operation.number] = deque([(expected, payload)])
+        self._held[_key(operation)] = deque([(expected, payload)])
         self._group.serve(self, self._take_held, operation)
 
     async def _take_held(self, operation: Operation) -> None:
-        held = self._held[operation.number]
+        held = self._held[_key(operation)]
         try:
             while held:
                 expected, payload = held[0]
@@ -258,7 +279,7 @@ class Exchange:
                     await self._take(operation, expected, len(payload), payload)
                 held.popleft()
         finally:
-            del self._held[operation.number]
+            del self._held[_key(operation)]
 
     async def _take(self, operation: Operation, expected: Incoming, nbytes: int, held: bytearray | None) -> None:
         """Receive one segment to where it belongs; reduce and digest it part by part, while each is in the cache."""
@@ -339,6 +360,10 @@ class Exchange:
         nbytes = min(nbytes, limits.COLLECTIVE_PART_BYTES)
         self._scratch = _at_least(self._scratch, nbytes)
         return self._scratch[:nbytes].view(dtype)
+
+
+def _key(operation: Operation) -> tuple[int, int]:
+    return operation.begin.epoch, operation.number
 
 
 def check_size(operation: Operation, expected: Incoming, nbytes: int) -> None:

@@ -23,31 +23,36 @@ tag alone: ranks may make those of different tags in any order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Hashable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import trio
 
 from sparkle_mesh.collectives.calls import (
+    Call,
     all_reduce_call,
     barrier_call,
     broadcast_call,
     check_tag,
+    check_terms,
     check_timeout,
     reduce_call,
 )
 from sparkle_mesh.collectives.compression import Compression
 from sparkle_mesh.collectives.explanation import Explanation, explain
-from sparkle_mesh.collectives.group_operations import GroupOperations
+from sparkle_mesh.collectives.group_state import ALL
+from sparkle_mesh.collectives.group_views import GroupViews
 from sparkle_mesh.collectives.messages import Stream
 from sparkle_mesh.collectives.operation import Operation, Outcome
-from sparkle_mesh.collectives.parts_call import check_other, parts_call, point_to_point_call
+from sparkle_mesh.collectives.parts_call import PartsCall, check_other, check_rank, parts_call, point_to_point_call
 from sparkle_mesh.collectives.pending import AsyncPendingReduction
 from sparkle_mesh.collectives.tickets import Ticket
 from sparkle_mesh.collectives.weighted import weigh
 from sparkle_mesh.errors import (
     MeshClosedError,
+    PeerLostError,
     UsageError,
 )
 
@@ -56,7 +61,7 @@ __all__ = ["CollectiveGroup", "Outcome"]
 T = TypeVar("T")
 
 
-class CollectiveGroup(GroupOperations):
+class CollectiveGroup(GroupViews):
     """The ranks of one view, and this one among them; see :class:`.GroupState` for its parameters.
 
     Notes
@@ -77,6 +82,8 @@ class CollectiveGroup(GroupOperations):
         weight: float | None = None,
         timeout_s: float | None = None,
         tag: str | None = None,
+        on_failure: str = "retry",
+        min_contributors: int | None = None,
     ) -> T:
         """Combine the arrays of all ranks, element by element; every rank ends with the same bits. Returns ``data``.
 
@@ -96,6 +103,10 @@ class CollectiveGroup(GroupOperations):
             How long to wait for the other ranks; ``limits.COLLECTIVE_TIMEOUT_S`` if None.
         tag
             Calls with the same tag are matched with each other, in their order.
+        on_failure
+            ``"retry"`` to begin again in the next view, if this one ends before the call does; or ``"raise"``.
+        min_contributors
+            How many ranks the view must have.
 
         Raises
         ------
@@ -108,7 +119,8 @@ class CollectiveGroup(GroupOperations):
         """
         stream = Stream(check_tag(tag))
         ticket = self.take_turn(stream)
-        await self._all_reduce(data, op, algorithm, compression, weight, timeout_s, stream, ticket)
+        terms = (on_failure, min_contributors)
+        await self._all_reduce(data, op, algorithm, compression, weight, timeout_s, stream, ticket, terms)
         return data
 
     def all_reduce_async(
@@ -121,6 +133,8 @@ class CollectiveGroup(GroupOperations):
         weight: float | None = None,
         timeout_s: float | None = None,
         tag: str | None = None,
+        on_failure: str = "retry",
+        min_contributors: int | None = None,
     ) -> AsyncPendingReduction[T]:
         """Begin an :meth:`all_reduce`, and return at once. It takes its turn among all calls with the same tag."""
         if self._nursery is None:
@@ -128,10 +142,11 @@ class CollectiveGroup(GroupOperations):
         stream = Stream(check_tag(tag))
         ticket = self.take_turn(stream)
         pending = AsyncPendingReduction(data, f"all_reduce {stream}".rstrip())
+        terms = (on_failure, min_contributors)
 
         async def call() -> Outcome | None:
             return await self._all_reduce(
-                data, op, algorithm, compression, weight, timeout_s, stream, ticket, pending.begun
+                data, op, algorithm, compression, weight, timeout_s, stream, ticket, terms, pending.begun
             )
 
         self._nursery.start_soon(pending.run, call)
@@ -147,17 +162,25 @@ class CollectiveGroup(GroupOperations):
         timeout_s: float | None,
         stream: Stream,
         ticket: Ticket,
+        terms: tuple[str, int | None],
         begun: Callable[[Operation], None] | None = None,
     ) -> Outcome | None:
-        async with self._refusals("all_reduce", stream, ticket):
-            deadline_s = check_timeout(timeout_s)
-            weighted = None if weight is None else weigh(data, op, weight, compression)
+        def make() -> Call:
+            if least is not None and self.size < least:
+                raise PeerLostError(f"{self.size} ranks are left, and min_contributors is {least}")
             if weighted is None:
                 call = all_reduce_call(data, op, algorithm, self.topology, compression)
             else:
                 call = all_reduce_call(weighted.summed, "sum", algorithm, self.topology, compression, weighted.beside)
                 call = replace(call, label=weighted.label, given=weighted.look)
-        operation = await self.perform(call, deadline_s, stream, begun, ticket)
+            return replace(call, repeats=repeats, terms=said) if said else call
+
+        async with self._refusals("all_reduce", stream, ticket):
+            deadline_s = check_timeout(timeout_s)
+            repeats, least, said = check_terms(*terms)
+            weighted = None if weight is None else weigh(data, op, weight, compression)
+            call = make()
+        operation = await self.perform(call, deadline_s, stream, begun, ticket, make)
         if weighted is not None:
             weighted.commit()
         return operation.ended_with
@@ -168,8 +191,13 @@ class CollectiveGroup(GroupOperations):
         Parameters and errors are as for :meth:`all_reduce`; the root's own arrays may be read-only.
         """
         async with self._refusals("broadcast"):
-            call, deadline_s = broadcast_call(data, root, self.rank, self.topology), check_timeout(timeout_s)
-        await self.perform(call, deadline_s)
+            member = self._member("root", root)
+
+            def make() -> Call:
+                return broadcast_call(data, self._rank_of(member), self.rank, self.topology)
+
+            call, deadline_s = make(), check_timeout(timeout_s)
+        await self.perform(call, deadline_s, remake=make)
         return data
 
     async def reduce(self, data: T, op: str = "sum", root: int = 0, *, timeout_s: float | None = None) -> T:
@@ -178,8 +206,13 @@ class CollectiveGroup(GroupOperations):
         Parameters and errors are as for :meth:`all_reduce`; arrays of ranks other than the root may be read-only.
         """
         async with self._refusals("reduce"):
-            call, deadline_s = reduce_call(data, op, root, self.rank, self.topology), check_timeout(timeout_s)
-        await self.perform(call, deadline_s)
+            member = self._member("root", root)
+
+            def make() -> Call:
+                return reduce_call(data, op, self._rank_of(member), self.rank, self.topology)
+
+            call, deadline_s = make(), check_timeout(timeout_s)
+        await self.perform(call, deadline_s, remake=make)
         return data
 
     async def reduce_scatter(self, data: Any, op: str = "sum", *, timeout_s: float | None = None) -> Any:
@@ -218,10 +251,19 @@ class CollectiveGroup(GroupOperations):
     async def _parts(
         self, kind: str, data: Any, timeout_s: float | None, *, op: str = "sum", root: object = None
     ) -> Any:
+        call: PartsCall
+
+        def make() -> PartsCall:
+            nonlocal call
+            place = None if member is None else self._rank_of(member)
+            call = parts_call(kind, data, self.rank, self.size, op=op, root=place)
+            return call
+
         async with self._refusals(kind):
-            call = parts_call(kind, data, self.rank, self.size, op=op, root=root)
+            member = None if root is None else self._member("root", root)
+            make()
             deadline_s = check_timeout(timeout_s)
-        result = call.result((await self.perform(call, deadline_s)).lanes)
+        result = call.result((await self.perform(call, deadline_s, remake=make)).lanes)
         # What was given is what is filled.
         return data if kind == "scatter" and self.rank != call.root else result
 
@@ -231,19 +273,23 @@ class CollectiveGroup(GroupOperations):
         What one rank sends to another with the same tag, or without one, is received in the order in which it was
         sent, whatever else either does. Data may be read-only. Errors are as for :meth:`all_reduce`, on these two.
         """
-        other = check_other("to", to, self.rank, self.size)
-        return await self._point_to_point("send", data, (self.rank, other), timeout_s, tag)
+        return await self._point_to_point("send", data, to, timeout_s, tag)
 
     async def receive(self, data: T, source: int, *, timeout_s: float | None = None, tag: str | None = None) -> T:
         """Fill ``data``, which is like what is sent, with what rank ``source`` gives to :meth:`send`; return it."""
-        other = check_other("source", source, self.rank, self.size)
-        return await self._point_to_point("receive", data, (other, self.rank), timeout_s, tag)
+        return await self._point_to_point("receive", data, source, timeout_s, tag)
 
-    async def _point_to_point(
-        self, kind: str, data: T, route: tuple[int, int], timeout_s: float | None, tag: str | None
-    ) -> T:
-        stream = Stream(check_tag(tag), route)
-        ticket = self.take_turn(stream)
+    async def _point_to_point(self, kind: str, data: T, other: int, timeout_s: float | None, tag: str | None) -> T:
+        sends = kind == "send"
+        ranks = self.shown[1]
+        place = check_other("to" if sends else "source", other, ranks.index(self.members[self.rank]), len(ranks))
+        member = ranks[place]
+        # While a view ends it is not known yet which ranks the two have in the next.
+        async with self._until_routes_are_known():
+            there = self._rank_of(member)
+            route = (self.rank, there) if sends else (there, self.rank)
+            stream = Stream(check_tag(tag), route)
+            ticket = self.take_turn(stream)
         async with self._refusals(kind, stream, ticket):
             call = point_to_point_call(kind, data, self.rank, self.size, *route)
             deadline_s = check_timeout(timeout_s)
@@ -255,6 +301,29 @@ class CollectiveGroup(GroupOperations):
         async with self._refusals("barrier"):
             deadline_s = check_timeout(timeout_s)
         await self.perform(barrier_call(), deadline_s)
+
+    @asynccontextmanager
+    async def _until_routes_are_known(self) -> AsyncIterator[None]:
+        """Those who wait for the next view go on in the order in which they came."""
+        if self.may_begin(ALL) and not self._routing.locked():
+            yield
+            return
+        async with self._routing:
+            await self.until_may_begin()
+            yield
+
+    def _member(self, name: str, rank: object) -> Hashable:
+        """Return whom the caller means, who knows the ranks of the last call. Raises UsageError."""
+        ranks = self.shown[1]
+        return ranks[check_rank(name, rank, len(ranks))]
+
+    def _rank_of(self, member: Hashable) -> int:
+        """Return the rank of ``member`` now. Raises PeerLostError if it has none."""
+        try:
+            return self.members.index(member)
+        except ValueError:
+            lost = self.describe_member(member)
+            raise PeerLostError(f"{lost} is lost, and this call is of no use without it") from None
 
     def explain(self, nbytes: int) -> Explanation:
         """Return what an all-reduce of ``nbytes`` would do, and why. Raises UsageError."""
@@ -279,8 +348,8 @@ class CollectiveGroup(GroupOperations):
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 for exchange in self._exchanges.values():
-                    nursery.start_soon(self._serve, exchange, exchange.read)
-                    nursery.start_soon(self._serve, exchange, exchange.write)
+                    self.serve(exchange, exchange.read)
+                    self.serve(exchange, exchange.write)
                 task_status.started()
                 await trio.sleep_forever()
         finally:

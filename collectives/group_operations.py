@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from contextlib import ExitStack, asynccontextmanager
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import trio
@@ -23,23 +23,24 @@ from sparkle_mesh.collectives.calls import (
 from sparkle_mesh.collectives.compression import can_be_compressed
 from sparkle_mesh.collectives.executor import Execution, Lane
 from sparkle_mesh.collectives.form import Form
-from sparkle_mesh.collectives.group_state import GroupState
+from sparkle_mesh.collectives.group_state import ALL, GroupState
 from sparkle_mesh.collectives.host_path import HostPath
+from sparkle_mesh.collectives.ledger import Ledger
 from sparkle_mesh.collectives.messages import Begin, Stream
-from sparkle_mesh.collectives.operation import Operation
+from sparkle_mesh.collectives.operation import Operation, SupersededError
 from sparkle_mesh.collectives.parts_call import PartsCall
 from sparkle_mesh.collectives.quick import QuickCall
 from sparkle_mesh.collectives.reduction import Array, Reduction, work_dtype
 from sparkle_mesh.collectives.shared import Setback
 from sparkle_mesh.collectives.tickets import Queue, Ticket
 from sparkle_mesh.errors import (
+    CollectiveAbortedError,
     CollectiveTimeoutError,
+    PeerLostError,
     ProtocolError,
+    SparkleError,
     UsageError,
 )
-
-#: The calls among all ranks that have no tag.
-ALL: Final = Stream()
 
 
 class GroupOperations(GroupState):
@@ -54,60 +55,105 @@ class GroupOperations(GroupState):
         stream: Stream = ALL,
         started: Callable[[Operation], None] | None = None,
         ticket: Ticket | None = None,
+        remake: Callable[[], Call | PartsCall] | None = None,
+        again: Operation | None = None,
     ) -> Operation:
         """Carry out ``call`` in its turn, which comes when all calls of its stream before it have begun.
 
-        ``started`` is called with the operation when that has begun. The turn is that of ``ticket``, or the next.
+        If its view ends before it does, it begins again in the next. ``started`` is called with the operation whenever
+        that has begun. The turn is that of ``ticket``, or the next. ``remake`` returns the call for another view.
+        ``again`` is an operation of it that has begun already, in a view that has ended.
         """
-        ticket = ticket or self.take_turn(stream)
+        ticket = ticket or (None if again is not None else self.take_turn(stream))
         called_at = trio.current_time()
-        operation: Operation | None = None
-        with ExitStack() as held:
-            with trio.move_on_after(timeout_s) as scope:
-                try:
-                    host = await self._come_to_turn(call, stream, ticket, held)
-                except trio.Cancelled:
-                    self._abandon(stream, ticket)
-                    raise
-                try:
-                    operation = self._start(call, host, stream)
-                finally:
-                    ticket.leave()
-                if started is not None:
-                    started(operation)
-                await self._carry_out(operation, host, scope, timeout_s)
+        made_in = self.epoch if again is None else again.begin.epoch
+        operation = again
+        with ExitStack() as held, trio.move_on_after(timeout_s) as scope:
+            while operation is None or isinstance(operation.failure, SupersededError):
+                number = None if operation is None else operation.number
+                with ExitStack() as attempt:
+                    try:
+                        host = await self._come_to_turn(call, stream, ticket, (held, attempt), number)
+                    except trio.Cancelled:
+                        self._abandon(stream, ticket, number)
+                        raise
+                    try:
+                        if self.epoch != made_in and remake is not None:
+                            call, made_in = self._remade(remake, stream, number), self.epoch
+                        operation = self._start(call, host, stream, number)
+                    finally:
+                        if ticket is not None:
+                            ticket.leave()
+                    if started is not None:
+                        started(operation)
+                    await self._carry_out(operation, host, scope, timeout_s)
+            if isinstance(operation.failure, PeerLostError) and self.supervised:
+                # Whoever is told of it finds the next view.
+                await self.until_may_begin()
         if operation is None:
             raise CollectiveTimeoutError(
                 f"{call.describe()} did not start in {timeout_s:g} s: calls take turns, and an earlier one took longer"
+                if self.may_begin(stream)
+                else f"{call.describe()} did not start in {timeout_s:g} s: the members did not agree on a view"
+            )
+        if isinstance(operation.failure, SupersededError):
+            raise CollectiveTimeoutError(
+                f"{call.describe()} did not end in {timeout_s:g} s: its view ended before, and it was to begin again"
             )
         self._tell(operation, call, trio.current_time() - called_at)
         return operation
 
-    async def _come_to_turn(
-        self, call: Call | PartsCall, stream: Stream, ticket: Ticket, held: ExitStack
-    ) -> HostPath | None:
-        """Wait for all that ``call`` needs to begin, kept by ``held``; return the host path if it goes that way."""
-        await ticket.wait()
-        slots = self._slots if stream == ALL else self._unordered_slots
-        await _acquire(slots)
-        held.callback(slots.release)
-        host = self._host if stream == ALL and self._host is not None and self._host.takes(call) else None
-        if host is not None and await host.agreed():
-            await _acquire(self._host_turn)
-            held.callback(self._host_turn.release)
-        else:
-            host = None
-        await self._enter()
-        held.callback(self._leave)
-        return host
+    def _remade(self, remake: Callable[[], Call | PartsCall], stream: Stream, again: int | None) -> Call | PartsCall:
+        """Return the call for this view; if it cannot be made in it, it counts all the same."""
+        try:
+            return remake()
+        except SparkleError as error:
+            self._skip(f"its call was refused: {error}", stream, again)
+            raise
 
-    def _abandon(self, stream: Stream, ticket: Ticket) -> None:
-        """A call is given up that has not begun: it counts all the same, because the others make it."""
+    async def _come_to_turn(
+        self,
+        call: Call | PartsCall,
+        stream: Stream,
+        ticket: Ticket | None,
+        stacks: tuple[ExitStack, ExitStack],
+        again: int | None,
+    ) -> HostPath | None:
+        """Wait for all that ``call`` needs to begin; return the host path if it goes that way.
+
+        It is kept by the first of ``stacks`` for all attempts, and by the second for this one.
+        """
+        held, attempt = stacks
+        if again is None and ticket is not None:
+            await ticket.wait()
+            slots = self._slots if stream == ALL else self._unordered_slots
+            await _acquire(slots)
+            held.callback(slots.release)
+        while True:
+            await self.until_may_begin(stream, again)
+            host = self._host if stream == ALL and self._host is not None and self._host.takes(call) else None
+            with ExitStack() as tried:
+                if host is not None and await host.agreed():
+                    await _acquire(self._host_turn)
+                    tried.callback(self._host_turn.release)
+                else:
+                    host = None
+                await self._enter()
+                tried.callback(self._leave)
+                if self.may_begin(stream, again) and (host is None or host is self._host):
+                    attempt.push(tried.pop_all())
+                    return host
+
+    def _abandon(self, stream: Stream, ticket: Ticket | None, again: int | None = None) -> None:
+        """A call is given up that has not begun, or not again: it counts all the same, because the others make it."""
 
         async def skip() -> None:
-            await ticket.wait()
-            self._skip("its call was given up before it began", stream)
-            ticket.leave()
+            if ticket is not None:
+                await ticket.wait()
+            await self.until_may_begin(stream, again)
+            self._skip("its call was given up before it began", stream, again)
+            if ticket is not None:
+                ticket.leave()
 
         if self._nursery is not None:
             self._nursery.start_soon(skip)
@@ -157,16 +203,29 @@ class GroupOperations(GroupState):
             if not operation.finished.is_set():
                 timed_out = isinstance(stop, trio.Cancelled) and trio.current_time() >= scope.deadline
                 self._give_up(operation, f"in {timeout_s:g} s" if timed_out else None)
+            elif isinstance(operation.failure, SupersededError):
+                self._abandon(Stream(operation.begin.tag), None, operation.number)
             raise
         finally:
             self._finish(operation)
 
     def _tell(self, operation: Operation, call: Call | PartsCall, seconds: float) -> None:
         if operation.failure is not None:
+            if isinstance(operation.failure, PeerLostError):
+                self._show(self.epoch, self.members)
             raise operation.failure
-        self.last_outcome = operation.ended_with = operation.outcome(call, self.size, seconds)
+        self._show(operation.begin.epoch, operation.members)
+        self.last_outcome = operation.ended_with = operation.outcome(call, seconds)
 
-    def _start(self, call: Call | PartsCall, host: HostPath | None, stream: Stream) -> Operation:
+    def _show(self, epoch: int, members: Sequence[Hashable]) -> None:
+        """The caller gets to know this view, if it does not yet."""
+        if epoch != self.shown[0]:
+            self.shown = (epoch, members)
+            self.shown_changed()
+
+    def _start(
+        self, call: Call | PartsCall, host: HostPath | None, stream: Stream, again: int | None = None
+    ) -> Operation:
         if self._ended is not None:
             raise type(self._ended)(str(self._ended))
         if self._nursery is None and self.size > 1:
@@ -175,10 +234,10 @@ class GroupOperations(GroupState):
         try:
             buckets, lanes = self._lanes(call) if host is None else (host.stage(call.arrays), [])
         except BaseException as error:
-            self._skip(f"its call failed with {type(error).__name__}: {error}", stream)
+            self._skip(f"its call failed with {type(error).__name__}: {error}", stream, again)
             raise
+        number = self._next_number(stream, again)
         if self.lost:
-            number = self._next_number(stream)
             # Tell the others, who may not have noticed, so that nobody waits for this rank.
             rank = min(self.lost)
             message = self._abort_message(number, "lost", lost=rank, reason=self.lost[rank])
@@ -188,7 +247,9 @@ class GroupOperations(GroupState):
             for rank, exchange in self._exchanges.items():
                 together = call.algorithm == "butterfly"
                 exchange.link.pace(self.topology.pace_bytes_per_s(self.rank, rank) if together else None)
-        operation = self._new_operation(call, buckets, lanes, host, stream)
+        operation = self._new_operation(call, buckets, lanes, host, stream, number)
+        if operation is None:
+            raise CollectiveAbortedError(f"{call.describe()} could not begin; make it again")
         began, self.next_operation = self.next_operation, trio.Event()
         began.set()
         if host is None:
@@ -204,9 +265,14 @@ class GroupOperations(GroupState):
         buckets: list[Bucket],
         lanes: list[Lane],
         host: HostPath | None,
-        stream: Stream = ALL,
-    ) -> Operation:
-        number = stream.operation(self._streams.get(stream.number, 0) + 1)
+        stream: Stream,
+        number: int,
+        ledger: Ledger | None = None,
+    ) -> Operation | None:
+        """Begin operation ``number``; None if it cannot begin now after all."""
+        ledger = ledger or self.ledger
+        if not ledger.begin(number, tag=stream.tag, route=stream.route or (), once=not call.repeats):
+            return None
         identity = call.identity
         begin = Begin(
             epoch=self.epoch,
@@ -220,20 +286,47 @@ class GroupOperations(GroupState):
         execution = Execution(lanes, self.epoch, number)
         agreement = Agreement(stream.ranks(self.size), self.rank, begin)
         operation = Operation(begin, agreement, execution, buckets, lanes, one_sided=host is not None)
+        operation.ledger, operation.members, operation.repeats = ledger, self.members, call.repeats
         if isinstance(call, Call) and call.compression is not None:
             operation.feedback = call.compression.feedback
         # A thread may be interrupted anywhere here: who finds what is hosted does the rest again.
         if host is not None:
             self.hosted = operation
+        before = self._streams.get(stream.number, 0)
         self._register(operation)
         if host is not None:
+            if self.freezing:
+                # Of a thread here and what ends the view at least one sees the other.
+                self.hosted = None
+                del self.operations[number]
+                self._streams[stream.number] = before
+                return None
             host.begin(operation, call)
         return operation
 
-    def _next_number(self, stream: Stream) -> int:
-        """Count one more operation of a stream, which is none on this rank; return its number."""
-        self._streams[stream.number] = self._streams.get(stream.number, 0) + 1
-        return stream.operation(self._streams[stream.number])
+    def _next_number(self, stream: Stream, again: int | None = None) -> int:
+        """Count one more operation of a stream, or ``again`` that one; return its number.
+
+        Raises
+        ------
+        CollectiveAbortedError, PeerLostError
+            If it has failed before this rank came to it.
+        """
+        if again is not None:
+            repeats = self._repeats[stream]
+            repeats.remove(again)
+            if not repeats:
+                del self._repeats[stream]
+            self.notify()
+            return again
+        while True:
+            self._streams[stream.number] = self._streams.get(stream.number, 0) + 1
+            number = stream.operation(self._streams[stream.number])
+            if number not in self._settled:
+                return number
+            error = self._settled.pop(number)
+            if error is not None:
+                raise type(error)(str(error))
 
     def _take_what_came_ahead(self, operation: Operation) -> None:
         for rank, exchange in self._exchanges.items():
@@ -262,14 +355,18 @@ class GroupOperations(GroupState):
             call, deadline_s = all_reduce_call(data, op, algorithm, self.topology), check_timeout(timeout_s)
         except UsageError:
             return None
-        return QuickCall(self, host, call, deadline_s) if host.takes(call) else None
+
+        def remake() -> Call:
+            return all_reduce_call(data, op, algorithm, self.topology)
+
+        return QuickCall(self, host, call, deadline_s, remake) if host.takes(call) else None
 
     def quick_barrier(self, timeout_s: float | None) -> QuickCall | None:
         """Return a barrier likewise."""
         if self._host is None or not self._host.ready:
             return None
         try:
-            return QuickCall(self, self._host, barrier_call(), check_timeout(timeout_s))
+            return QuickCall(self, self._host, barrier_call(), check_timeout(timeout_s), barrier_call)
         except UsageError:
             return None
 
@@ -280,6 +377,8 @@ class GroupOperations(GroupState):
             self._ended is not None
             or self.lost
             or self._nursery is None
+            or number in self._settled
+            or not self.may_begin(ALL)
             or self._queues[ALL].busy
             or self.next_operation.statistics().tasks_waiting
             or any(number in exchange.ahead for exchange in self._exchanges.values())
@@ -290,7 +389,7 @@ class GroupOperations(GroupState):
         except MemoryError:
             # A call that this rank cannot make counts on all: the others must be told.
             return None
-        return self._new_operation(call, buckets, [], host)
+        return self._new_operation(call, buckets, [], host, ALL, number)
 
     def conclude(self, operation: Operation, call: Call, seconds: float) -> None:
         """From the thread that has carried it out: ``operation`` is finished."""
@@ -320,8 +419,17 @@ class GroupOperations(GroupState):
             host.begin(operation, call)
             self._take_what_came_ahead(operation)
             await self._carry_out(operation, host, scope, timeout_s, setback)
-        if not interrupted:
-            self._tell(operation, call, trio.current_time() - started + timeout_s - left_s)
+        operation.seconds = trio.current_time() - started + timeout_s - left_s
+
+    async def go_on(self, operation: Operation, call: Call, timeout_s: float, remake: Callable[[], Call]) -> None:
+        """Tell how an adopted ``operation`` has ended; make it again, if its view has ended before it did."""
+        if isinstance(operation.failure, SupersededError):
+            await self.perform(call, timeout_s, remake=remake, again=operation)
+            return
+        if isinstance(operation.failure, PeerLostError) and self.supervised:
+            with trio.move_on_after(timeout_s):
+                await self.until_may_begin()
+        self._tell(operation, call, operation.seconds)
 
     def _lanes(self, call: Call | PartsCall) -> tuple[list[Any], list[Lane]]:
         if call.algorithm == SHARED:
@@ -352,7 +460,11 @@ class GroupOperations(GroupState):
         return Lane(plan, bucket.data, work, Reduction(call.op, self.size), self._key, form, lost)
 
     def _finish(self, operation: Operation) -> None:
-        self.operations.pop(operation.number, None)
+        if operation.one_sided and operation.succeeded:
+            # Refused, it was entered already, when the view was about to end.
+            operation.ledger.commit(operation.number)
+        if self.operations.get(operation.number) is operation:
+            del self.operations[operation.number]
         if operation is self.hosted and self._host is not None:
             self.hosted = None
             self._host.finish()
@@ -384,6 +496,7 @@ class GroupOperations(GroupState):
             ticket = ticket or self.take_turn(stream)
             try:
                 await ticket.wait()
+                await self.until_may_begin(stream)
                 self._skip(f"its {kind} was refused: {error}", stream)
             finally:
                 ticket.leave()
@@ -394,11 +507,17 @@ class GroupOperations(GroupState):
         async with self._refusals(kind):
             raise UsageError(reason)
 
-    def _skip(self, reason: str, stream: Stream) -> None:
+    def _skip(self, reason: str, stream: Stream, again: int | None = None) -> None:
         """The next operation is none on this rank: tell the others, who may have begun it or will."""
         if self._ended is not None or self.lost or self._nursery is None:
             return
-        number = self._next_number(stream)
+        try:
+            number = self._next_number(stream, again)
+        except SparkleError:
+            # Nobody makes it.
+            return
+        self.ledger.begin(number, tag=stream.tag, route=stream.route or ())
+        self.ledger.abort(number)
         for exchange in self._exchanges.values():
             exchange.ahead.pop(number, None)
         began, self.next_operation = self.next_operation, trio.Event()

@@ -7,8 +7,8 @@ memory tell of them meanwhile.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
+from typing import Any, Final
 
 import trio
 
@@ -20,6 +20,7 @@ from sparkle_mesh.collectives.exchange import Exchange
 from sparkle_mesh.collectives.executor import BufferPool
 from sparkle_mesh.collectives.gate import Gate
 from sparkle_mesh.collectives.host_path import HostPath, group_number
+from sparkle_mesh.collectives.ledger import Ledger, OneView
 from sparkle_mesh.collectives.messages import SEQUENCE_MASK, Abort, Begin, Control, Prepared, Stream
 from sparkle_mesh.collectives.operation import Operation, Outcome
 from sparkle_mesh.collectives.tickets import Queue
@@ -38,6 +39,8 @@ from sparkle_mesh.transport.link import Link
 from sparkle_mesh.transport.shared_memory import SharedMemory, SharedMemoryLink
 
 _log = logging.getLogger(__name__)
+#: The calls among all ranks that have no tag.
+ALL: Final = Stream()
 
 
 class GroupState:
@@ -57,6 +60,13 @@ class GroupState:
         This process's memory that others on this host can read: for one-sided collectives.
     topology
         What is known of the ways between ranks; the same on every rank.
+    ledger
+        Where steps of operations are entered, if another view can follow this one. The group then fails no operation
+        because a rank is lost: :mod:`.group_views` tells it how what is open ends.
+    link_lost
+        Called with a rank and why it counts as lost, where another view can follow.
+    describe_member
+        Turns one of ``members`` into what error messages call it.
 
     Attributes
     ----------
@@ -71,6 +81,8 @@ class GroupState:
         Those in flight, by number, in the order in which they began here.
     hosted
         The one of them that goes over shared memory, if there is one.
+    members
+        Who the ranks are, whatever the next view's ranks will be.
     """
 
     def __init__(
@@ -84,6 +96,9 @@ class GroupState:
         describe_rank: Callable[[int], str] = lambda rank: f"rank {rank}",
         memory: SharedMemory | None = None,
         topology: Topology | None = None,
+        ledger: Ledger | None = None,
+        link_lost: Callable[[int, str], None] = lambda rank, reason: None,
+        describe_member: Callable[[Hashable], str] = lambda member: f"rank {member}",
     ) -> None:
         if not 0 <= rank < size or size > limits.MESH_MEMBERS_MAX_COUNT:
             raise UsageError(f"rank {rank} of {size} is not a rank of a group")
@@ -96,6 +111,24 @@ class GroupState:
         self.topology = topology or Topology(size)
         self.lineage = lineage
         self.epoch = epoch
+        self.members: Sequence[Hashable] = range(size)
+        #: Whether other views can follow.
+        self.supervised = ledger is not None
+        self.ledger: Ledger = ledger or OneView()
+        self._link_lost = link_lost
+        self.describe_member = describe_member
+        self._routing = trio.Lock()
+        #: Whether operations may begin: not while a view ends, nor before the next one is entered.
+        self.is_open = ledger is None
+        #: By stream: operations that must begin again before others may.
+        self._repeats: dict[Stream, list[int]] = {}
+        #: What ended before this rank came to it.
+        self._settled: dict[int, SparkleError | None] = {}
+        #: Set, and replaced, when what operations wait for to begin may have changed.
+        self._changed = trio.Event()
+        #: The epoch of the last operation that has ended here, and its ranks.
+        self.shown: tuple[int, Sequence[Hashable]] = (epoch, self.members)
+        self.shown_changed: Callable[[], None] = lambda: None
         self.last_outcome: Outcome | None = None
         self.protocol_errors = 0
         self.operations: dict[int, Operation] = {}
@@ -103,6 +136,10 @@ class GroupState:
         #: By stream: the number of the last operation begun.
         self._streams: dict[int, int] = {0: 0}
         self.next_operation = trio.Event()
+        self.next_epoch = trio.Event()
+        #: Set before the view ends, for threads.
+        self.freezing = False
+        self._memory = memory
         self._describe = describe_rank
         self._key = digest_key(lineage)
         self._exchanges = {other: Exchange(other, link, self) for other, link in links.items()}
@@ -122,7 +159,7 @@ class GroupState:
         self._pool = BufferPool()
         self._nursery: trio.Nursery | None = None
         self._ran = False
-        self._host = self._host_path(memory, links)
+        self._host = None if self.supervised else self._host_path(memory, links)
 
     def _host_path(self, memory: SharedMemory | None, links: Mapping[int, Link]) -> HostPath | None:
         if memory is None or self.size == 1:
@@ -140,23 +177,47 @@ class GroupState:
 
     def is_ahead(self, number: int) -> bool:
         """Whether this rank has not come to operation ``number``."""
-        return self._streams.get(number >> 32, 0) < number & SEQUENCE_MASK
+        if self._streams.get(number >> 32, 0) < number & SEQUENCE_MASK:
+            return True
+        return any(number in numbers for numbers in self._repeats.values())
 
     def _register(self, operation: Operation) -> None:
         """``operation`` is in flight; doing so again changes nothing."""
         self.operations[operation.number] = operation
-        self._streams[operation.number >> 32] = operation.sequence
+        stream = operation.number >> 32
+        self._streams[stream] = max(operation.sequence, self._streams.get(stream, 0))
+
+    # --- Views -----------------------------------------------------------------------------------
+
+    def notify(self) -> None:
+        """Let those look again who wait for operations to begin."""
+        changed, self._changed = self._changed, trio.Event()
+        changed.set()
+
+    def may_begin(self, stream: Stream, again: int | None = None) -> bool:
+        """Whether the next operation of ``stream`` may begin, or the one with number ``again`` once more."""
+        if self._ended is not None or not self.supervised:
+            return True
+        repeats = self._repeats.get(stream)
+        return self.is_open and not self.lost and (not repeats or repeats[0] == again)
+
+    async def until_may_begin(self, stream: Stream = ALL, again: int | None = None) -> None:
+        """Wait until then; no checkpoint if that is now."""
+        while not self.may_begin(stream, again):
+            await self._changed.wait()
 
     # --- Losing ranks ----------------------------------------------------------------------------
 
     def peer_lost(self, rank: int, reason: str) -> None:
-        """``rank`` is gone: the operations in flight and all later ones raise PeerLostError.
+        """``rank`` is gone: operations that need it raise PeerLostError, or wait for the next view to end them.
 
         An operation whose last word from that rank has been heard still ends well: a rank may leave right after
         its last collective.
         """
         if rank in self.lost or rank not in self._exchanges:
             return
+        if self.supervised and self._ended is None:
+            self._link_lost(rank, reason)
         self.lost[rank] = reason[: limits.REASON_MAX_CHARS]
         noticed, self._peer_lost = self._peer_lost, trio.Event()
         noticed.set()
@@ -173,7 +234,7 @@ class GroupState:
         elif rank in operation.agreement.prepared and not operation.execution.expects(rank):
             operation.execution.forget_sends(rank)
             self.progress(operation)
-        else:
+        elif not self.supervised:
             self._abort(operation, self._lost_error(), cause="lost", lost=rank, reason=reason)
 
     async def wait_peer_lost(self, rank: int) -> None:
@@ -218,7 +279,9 @@ class GroupState:
         self.progress(operation)
 
     def fail_for_the_lost(self, operation: Operation) -> None:
-        """End ``operation``, which is aborted, because ranks are lost."""
+        """End ``operation``, which is aborted, because ranks are lost; the next view does, where there can be one."""
+        if self.supervised:
+            return
         rank = min(self.lost)
         self._abort(operation, self._lost_error(), cause="lost", lost=rank, reason=self.lost[rank])
 
@@ -228,8 +291,10 @@ class GroupState:
         if operation.finished.is_set() or not (execution.stopped or execution.complete):
             return
         if not operation.sent_prepared and not execution.stopped and execution.complete and not agreement.absent:
-            operation.sent_prepared = True
             digest = execution.digest(self._key)
+            if not operation.ledger.prepare(operation.number, digest):
+                return
+            operation.sent_prepared = True
             agreement.prepared[self.rank] = digest
             self._post(Prepared(epoch=self.epoch, operation=operation.number, digest=digest), agreement.ranks)
             operation.last_words = {
@@ -238,8 +303,11 @@ class GroupState:
         if agreement.settled:
             error = agreement.verdict(self._describe)
             if error is not None:
-                operation.fail(error)
-            elif not execution.sends_left and not self._unsaid(operation):
+                if operation.ledger.abort(operation.number, told=True):
+                    operation.fail(error)
+                else:
+                    operation.hint = error
+            elif not execution.sends_left and not self._unsaid(operation) and operation.ledger.commit(operation.number):
                 operation.finished.set()
 
     def _unsaid(self, operation: Operation) -> bool:
@@ -268,7 +336,14 @@ class GroupState:
             for rank in self._exchanges:
                 self.peer_lost(rank, "this rank has left")
             return
-        if timed_out is None:
+        operation.given_up = not operation.ledger.abort(operation.number, told=True)
+        if operation.given_up:
+            # The view ends: the next one gets to hear of it, when this would have begun again.
+            missing = f": {self._who_is_missing(operation)}" if timed_out else ""
+            ended = f"did not finish {timed_out}{missing}" if timed_out else "was cancelled"
+            kind = CollectiveTimeoutError if timed_out else CollectiveAbortedError
+            operation.fail(kind(f"{what} {ended}"))
+        elif timed_out is None:
             error: SparkleError = CollectiveAbortedError(f"{what} was cancelled")
             self._abort(operation, error, cause="cancelled", reason="its call was cancelled")
         elif operation.agreement.mismatched:
@@ -296,7 +371,7 @@ class GroupState:
         return max(said, self._host.last_seen(rank) if self._host is not None else said)[1]
 
     def _aborted(self, operation: Operation, rank: int, message: Abort) -> None:
-        if message.cause == "lost" and message.lost is not None:
+        if message.cause == "lost" and message.lost is not None and not self.supervised:
             told = f"{message.reason} (as {self._describe(rank)} tells)"
             lost = rank if message.lost == self.rank else message.lost
             if lost == rank:
@@ -313,6 +388,9 @@ class GroupState:
         )
         # Where ranks differ too, that is what a caller must know.
         error = operation.agreement.verdict(self._describe) or CollectiveAbortedError(text)
+        if not operation.ledger.abort(operation.number, told=True):
+            operation.hint = error
+            return
         self._abort(operation, error, cause=message.cause, origin=message.origin, reason=message.reason)
 
     def _abort(
@@ -344,6 +422,8 @@ class GroupState:
 
     def _lost_error(self) -> PeerLostError:
         lost = "; ".join(f"{self._describe(rank)}: {reason}" for rank, reason in sorted(self.lost.items()))
+        if self.supervised:
+            return PeerLostError(f"lost {lost}. This call is not made again; the next one is among those left")
         return PeerLostError(f"lost {lost}. {self._describe(self.rank)} cannot go on in this view; join again")
 
     def _end(self, error: SparkleError) -> None:
@@ -357,6 +437,7 @@ class GroupState:
                 operation.fail(type(error)(str(error)))
                 if self._host is not None and operation.one_sided:
                     self._host.wake()
+        self.notify()
 
     def _post(self, message: Control, ranks: Sequence[int]) -> None:
         data = wire.encode(message)
@@ -374,11 +455,16 @@ class GroupState:
         try:
             await work(*arguments)
         except LinkClosedError as error:
-            self.peer_lost(exchange.rank, str(error) or "its link was closed")
+            self.exchange_ended(exchange, str(error) or "its link was closed")
         except ProtocolError as error:
             self._broke_protocol(exchange, error)
 
     def _broke_protocol(self, exchange: Exchange, error: ProtocolError) -> None:
         self.protocol_errors += 1
         _log.warning("closing the link to %s: %s", self._describe(exchange.rank), error)
-        self.peer_lost(exchange.rank, f"it broke the protocol: {error}")
+        self.exchange_ended(exchange, f"it broke the protocol: {error}")
+
+    def exchange_ended(self, exchange: Exchange, reason: str) -> None:
+        """The link of ``exchange`` is of no more use; its peer is lost, if that is still how it is reached."""
+        if self._exchanges.get(exchange.rank) is exchange:
+            self.peer_lost(exchange.rank, reason)

@@ -202,6 +202,7 @@ class HostPath:
             case OperandError():
                 self._group.peer_lost(setback.rank, f"its operand cannot be read: {setback}")
                 self._abort_for_the_lost(operation)
+                await self._hear_why(operation)
             case _:
                 operation.fail(
                     OutcomeUnknownError(
@@ -252,14 +253,17 @@ class HostPath:
 
     def try_to_abort(self, operation: Operation) -> bool:
         """Abort ``operation`` on every rank, unless it is committed; return whether it is aborted."""
-        if self._reduction is not None:
-            return self._reduction.try_to_abort()
-        return try_to_abort(self._boards, operation.number, 1)
+        while self._reduction is None:
+            # A thread may just be about to begin: then it is the reduction that knows when it is too late.
+            aborted = try_to_abort(self._boards, operation.number, 1)
+            if aborted or self._reduction is None:
+                return aborted
+        return self._reduction.try_to_abort()
 
     async def _hear_why(self, operation: Operation) -> None:
         """Another rank has aborted; its reason comes over its link."""
         while not operation.finished.is_set():
-            if self._group.lost:
+            if self._group.lost and not self._group.supervised:
                 self._abort_for_the_lost(operation)
                 return
             await self._boards.sleep()
@@ -288,11 +292,15 @@ class HostPath:
         """Return the number of the last call that ``rank`` made this way, and that for people."""
         return self._boards.last_call(rank)
 
-    def close(self) -> None:
-        """Read no more of the others, and keep nothing in the arena; what they still take from it stays there."""
-        self.retire()
+    def close(self, *, last: bool = True) -> None:
+        """Read no more of the others, and keep nothing in the arena; what they still take from it stays there.
+
+        If it is not the ``last`` of this process, others follow over the same links.
+        """
+        if last:
+            self.retire()
         self.finish()
-        self._boards.close()
+        self._boards.close(last=last)
         self._pool = BufferPool()
         self._work = self._work_in_use = np.empty(0, np.uint8)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 import trio
@@ -11,6 +12,7 @@ from sparkle_mesh.collectives.arrays import Bucket
 from sparkle_mesh.collectives.calls import Call
 from sparkle_mesh.collectives.executor import Execution, Lane
 from sparkle_mesh.collectives.feedback import ErrorFeedback
+from sparkle_mesh.collectives.ledger import Ledger, OneView
 from sparkle_mesh.collectives.messages import SEQUENCE_MASK, Begin
 from sparkle_mesh.collectives.parts_call import PartsCall
 from sparkle_mesh.collectives.schedule import Space
@@ -18,6 +20,10 @@ from sparkle_mesh.errors import SparkleError
 
 # What these hand out is the root's.
 _FROM_ROOT = ("broadcast", "scatter", "send", "receive")
+
+
+class SupersededError(SparkleError):
+    """The view ended before the operation did; nobody has its result, and it can be made again in the next view."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +75,18 @@ class Operation:
     feedback: ErrorFeedback | None = None
     #: Known once its caller has been told.
     ended_with: Outcome | None = None
+    #: Asked before every step.
+    ledger: Ledger = field(default_factory=OneView)
+    #: Why it will have failed, if the next view says that it has.
+    hint: SparkleError | None = None
+    #: Whether its caller has stopped waiting while the view ended.
+    given_up: bool = False
+    #: Whether it begins again if its view ends before it does.
+    repeats: bool = True
+    #: How long it took, where that is known before its caller is told.
+    seconds: float = 0.0
+    #: Who the ranks are.
+    members: Sequence[Hashable] = ()
 
     @property
     def number(self) -> int:
@@ -87,6 +105,11 @@ class Operation:
     def fail(self, error: SparkleError) -> None:
         """End with ``error``; nothing more is sent, and what still comes is dropped."""
         self.failure = error
+        self.execution.stop()
+        self.finished.set()
+
+    def succeed(self) -> None:
+        """End well, as the next view says; what was not sent nobody needs."""
         self.execution.stop()
         self.finished.set()
 
@@ -109,8 +132,9 @@ class Operation:
                 if lane.lost is not None:
                     self.feedback.commit((number, lane.dtype.name), lane.lost)
 
-    def outcome(self, call: Call | PartsCall, size: int, seconds: float) -> Outcome:
-        """Return how ``call`` among ``size`` ranks went."""
+    def outcome(self, call: Call | PartsCall, seconds: float) -> Outcome:
+        """Return how ``call`` went."""
+        size = len(self.members)
         return Outcome(
             kind=call.kind,
             algorithm="shared" if self.one_sided else call.algorithm,

@@ -43,6 +43,8 @@ class PartsCall:
     algorithm: str = "pairwise"
     #: Never over shared memory.
     one_sided: bool = False
+    #: What is given or gotten depends on how many ranks there are: who calls it must see the next view before.
+    repeats: bool = False
 
     @property
     def look(self) -> ArraysLook:
@@ -166,18 +168,19 @@ def split_rows(shape: tuple[int, ...], size: int) -> tuple[tuple[int, int], ...]
 
 def check_root(root: object, size: int) -> int:
     """Return ``root`` if it is a rank. Raises UsageError."""
-    return _check_rank("root", root, size)
+    return check_rank("root", root, size)
 
 
 def check_other(name: str, other: object, rank: int, size: int) -> int:
     """Return ``other``, the argument called ``name``, if it is a rank but not ``rank``. Raises UsageError."""
-    place = _check_rank(name, other, size)
+    place = check_rank(name, other, size)
     if place == rank:
         raise UsageError(f"{name} {place} is this rank; give another, of 0 to {size - 1}")
     return place
 
 
-def _check_rank(name: str, rank: object, size: int) -> int:
+def check_rank(name: str, rank: object, size: int) -> int:
+    """Return ``rank``, the argument called ``name``, if it is one of ``size``. Raises UsageError."""
     if isinstance(rank, bool) or not isinstance(rank, int | np.integer) or not 0 <= rank < size:
         raise UsageError(f"{name} {rank!r} is not a rank: there are ranks 0 to {size - 1}")
     return int(rank)

@@ -8,6 +8,7 @@ from where it stands.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,12 +30,15 @@ class QuickCall:
     ----------
     timeout_s
         In all.
+    remake
+        Returns the call for another view.
     """
 
     group: GroupOperations
     host: HostPath
     call: Call
     timeout_s: float
+    remake: Callable[[], Call]
     _started_at: float = 0.0
     _entered: bool = False
     _setback: Setback | None = None
@@ -80,8 +84,10 @@ class QuickCall:
                 )
             finally:
                 self.group.gate.leave()
+            if not self._interrupted:
+                await self.group.go_on(operation, self.call, left_s, self.remake)
             return
         if self._entered:
             self.group.gate.leave()
         if not self._interrupted:
-            await self.group.perform(self.call, self.timeout_s)
+            await self.group.perform(self.call, self.timeout_s, remake=self.remake)

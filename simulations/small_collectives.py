@@ -37,6 +37,15 @@ class Exercised(Counts):
     committed_by_view: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a process has ended an operation, and who else was to end it so."""
+
+    how: str
+    digest: bytes
+    members: tuple[Member, ...] = field(compare=False, default=())
+
+
 @dataclass(slots=True)
 class Process:
     """One life of one simulated process. Without a machine it is a candidate that no view has taken in yet."""
@@ -51,7 +60,11 @@ class Process:
     begun: set[Member] = field(default_factory=set)
     prepared: dict[Member, bytes] = field(default_factory=dict)
     ahead: dict[tuple[int, int], list[tuple[Member, str, bytes]]] = field(default_factory=dict)
-    ended: dict[tuple[int, int], tuple[str, bytes]] = field(default_factory=dict)
+    ended: dict[int, Ending] = field(default_factory=dict)
+    #: What ended before this process came to it.
+    settled: dict[int, Ending] = field(default_factory=dict)
+    #: In which epoch it has last committed something.
+    worked_in: int = -1
     #: What was open when the epoch before ended.
     before: dict[int, OperationState] = field(default_factory=dict)
     views: dict[int, tuple[View, OperationList]] = field(default_factory=dict)
@@ -73,8 +86,6 @@ class SmallCollectives(Network):
         self.exercised = Exercised()
         self.processes: dict[Member, Process] = {}
         self.compute_s = self.random.choice([0.01, 0.1, 1.0])
-        #: By epoch and number: what the next view has decided, and who goes on in that.
-        self.decided: dict[tuple[int, int], tuple[str, bytes, View]] = {}
 
     def begin(self, process: Process, epoch: int, number: int) -> None:
         machine = process.machine
@@ -83,7 +94,12 @@ class SmallCollectives(Network):
         if process.asleep:
             process.inbox.append(partial(self.begin, process, epoch, number))
             return
-        if number > STEPS_MAX_COUNT or not process.operations.begin("", number):
+        if number > STEPS_MAX_COUNT or number in process.ended or process.operations.frozen:
+            return
+        while number in process.settled:
+            process.ended[number] = process.settled.pop(number)
+            number += 1
+        if not process.operations.begin(number):
             return
         process.number = number
         process.begun, process.prepared = {process.member}, {}
@@ -117,7 +133,7 @@ class SmallCollectives(Network):
         if (epoch, number) > now_at:
             process.ahead.setdefault((epoch, number), []).append((sender, word, digest))
             return
-        if (epoch, number) != now_at or machine is None or (epoch, number) in process.ended:
+        if (epoch, number) != now_at or machine is None or number in process.ended:
             return
         match word:
             case "begin":
@@ -127,17 +143,17 @@ class SmallCollectives(Network):
                 process.prepared[sender] = digest
             case _:
                 # Who has aborted had not prepared, and never will: nobody can have committed.
-                if process.operations.abort("", number, told=True):
+                if process.operations.abort(number, told=True):
                     self.end(process, "aborted", b"")
                     self.next(process)
 
     def _look(self, process: Process) -> None:
         """See whether the next stage of the collective is reached."""
         machine = process.machine
-        if machine is None or process.asleep or (machine.view.epoch, process.number) in process.ended:
+        if machine is None or process.asleep or process.number in process.ended:
             return
         everybody = set(machine.view.members)
-        state = process.operations.state("", process.number)
+        state = process.operations.state(process.number)
         if state is None:
             return
         if state.state == "begun" and process.begun >= everybody:
@@ -145,7 +161,7 @@ class SmallCollectives(Network):
         elif state.state == "prepared" and process.prepared.keys() >= everybody:
             if len(set(process.prepared.values())) > 1:
                 raise self.broken("digests of one operation differ")
-            if process.operations.commit("", process.number):
+            if process.operations.commit(process.number):
                 self.end(process, "committed", state.digest)
                 self.next(process)
 
@@ -156,11 +172,11 @@ class SmallCollectives(Network):
         if process.asleep:
             process.inbox.append(partial(self._prepare, process, epoch, number))
             return
-        state = process.operations.state("", number)
+        state = process.operations.state(number)
         if state is None or state.state != "begun":
             return
         digest = sha256(repr((epoch, number, machine.view.members)).encode()).digest()[:16]
-        if process.operations.prepare("", number, digest):
+        if process.operations.prepare(number, digest):
             process.prepared[process.member] = digest
             self.say(process, "prepared", digest)
             self._look(process)
@@ -171,35 +187,35 @@ class SmallCollectives(Network):
 
     def end(self, process: Process, how: str, digest: bytes) -> None:
         assert process.machine is not None
-        self.end_in(process, process.machine.view, process.number, how, digest)
+        self.end_in(process, process.machine.view.members, process.number, how, digest)
 
-    def end_in(self, process: Process, view: View, number: int, how: str, digest: bytes) -> None:
-        key = (view.epoch, number)
-        process.ended[key] = (how, digest)
+    def end_in(self, process: Process, members: tuple[Member, ...], number: int, how: str, digest: bytes) -> None:
+        process.ended[number] = Ending(how, digest, members)
         self.exercised.committed += how == "committed"
         self.exercised.aborted += how == "aborted"
+        if how == "committed" and process.machine is not None:
+            process.worked_in = process.machine.view.epoch
         for other in self.processes.values():
-            self.compare(key, process, other)
+            self.compare(number, process, other)
 
-    def compare(self, key: tuple[int, int], one: Process, other: Process) -> None:
+    def compare(self, number: int, one: Process, other: Process) -> None:
         """No two have ended an operation differently: but who gave up by itself and went on in no further view."""
-        mine, theirs = one.ended.get(key), other.ended.get(key)
+        mine, theirs = one.ended.get(number), other.ended.get(number)
         if mine is None or theirs is None or mine == theirs:
             return
-        decided = self.decided.get(key)
-        for process, how in ((one, mine), (other, theirs)):
-            if decided is not None and how[0] == "aborted" and process.member not in decided[2].members:
+        for aborted, committed, process in ((mine, theirs, one), (theirs, mine, other)):
+            gave_up = aborted.how == "aborted" and committed.how == "committed"
+            if gave_up and process.member not in committed.members:
                 return
         raise self.broken(
-            f"operation {key[1]} of epoch {key[0]}: {mine[0]} at {one.member.peer_id}, {theirs[0]} at"
-            f" {other.member.peer_id}"
+            f"operation {number}: {mine.how} at {one.member.peer_id}, {theirs.how} at {other.member.peer_id}"
         )
 
     def cancel(self, process: Process) -> None:
         """Its caller gives the collective up: allowed until it has prepared."""
         if process.machine is None or process.asleep or not process.number:
             return
-        if process.operations.abort("", process.number):
+        if process.operations.abort(process.number):
             self.exercised.cancels += 1
             self.end(process, "aborted", b"")
             self.say(process, "abort", b"")

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 
 from simulations.network import InvariantBroken
-from simulations.small_collectives import Exercised, Process, SmallCollectives
+from simulations.small_collectives import Ending, Exercised, Process, SmallCollectives
 from sparkle_mesh.membership.messages import Accept, Agreement, Chosen, OperationList
 from sparkle_mesh.membership.view import Member, View, first_view
 from sparkle_mesh.membership.view_change import (
@@ -89,7 +89,7 @@ class World(SmallCollectives):
             elif member in view.members and not other.alive:
                 self.after(0.5, partial(self._suspect, process, other))
         self._schedule_tick(process)
-        self.after(self.compute_s, partial(self.begin, process, view.epoch, 1))
+        self.after(self.compute_s, partial(self.begin, process, view.epoch, process.number + 1))
 
     def _join(self, index: int) -> None:
         """A process comes that wants to be a member: all members are told, each in its time."""
@@ -151,7 +151,7 @@ class World(SmallCollectives):
             self.at(self.now + self.random.uniform(0.5, 3.0), partial(self._join, process.index))
 
     def _count_doubt(self, process: Process) -> None:
-        state = process.operations.state("", process.number)
+        state = process.operations.state(process.number)
         self.exercised.in_doubt += state is not None and state.state == "prepared"
 
     def _behead(self, process: Process) -> None:
@@ -264,7 +264,7 @@ class World(SmallCollectives):
                 case Frozen(_, operations):
                     process.before = {state.number: state for state in operations}
                     self.exercised.in_doubt += any(state.state == "prepared" for state in operations)
-                case Entered(view, outcomes):
+                case Entered(view, outcomes, _):
                     self._entered(process, view, outcomes)
                 case Excluded(view, outcomes):
                     if outcomes is not None:
@@ -288,6 +288,9 @@ class World(SmallCollectives):
         elif isinstance(message, Chosen) and receiver in message.view.members:
             self.note(f"{receiver.peer_id} joins epoch {message.view.epoch}")
             self._check_view(process, message.view, message.outcomes)
+            process.operations.join(message.streams)
+            process.number = process.operations.begun(0)
+            self._keep_settled(process, message.outcomes, message.view)
             self._enter_first(process, message.view)
 
     def _entered(self, process: Process, view: View, outcomes: OperationList) -> None:
@@ -295,40 +298,51 @@ class World(SmallCollectives):
         self.note(f"{process.member.peer_id} enters epoch {view.epoch}: {[m.peer_id for m in view.members]}")
         self._settle(process, view, outcomes)
         process.lost_quorum = False
-        process.number = 0
         process.begun, process.prepared = set(), {}
         for key in [key for key in process.ahead if key[0] < view.epoch]:
             del process.ahead[key]
-        self.after(self.compute_s, partial(self.begin, process, view.epoch, 1))
+        again = any(one.number == process.number and one.state == "repeat" for one in outcomes)
+        number = process.number if again and process.number in process.before else process.number + 1
+        self.after(self.compute_s, partial(self.begin, process, view.epoch, number))
+
+    def _keep_settled(self, process: Process, outcomes: OperationList, view: View) -> None:
+        for outcome in outcomes:
+            if outcome.number > process.number and outcome.state != "repeat":
+                process.settled[outcome.number] = Ending(outcome.state, outcome.digest, view.members)
 
     def _settle(self, process: Process, view: View, outcomes: OperationList) -> None:
         """End what was open in the epoch before as was decided."""
         self._check_view(process, view, outcomes)
-        old = process.views[view.epoch - 1][0] if view.epoch - 1 in process.views else None
-        if old is None:
+        if view.epoch - 1 not in process.views:
             raise self.broken(f"{process.member.peer_id} enters epoch {view.epoch} without the one before")
+        self._keep_settled(process, outcomes, view)
         for outcome in outcomes:
-            held = process.before.get(outcome.number)
-            if (old.epoch, outcome.number) not in process.ended:
-                if outcome.state == "committed" and (held is None or held.state not in ("prepared", "committed")):
-                    if process.member in view.members:
+            number, held = outcome.number, process.before.get(outcome.number)
+            stays = process.member in view.members
+            ended = process.ended.get(number)
+            if outcome.state == "repeat":
+                if ended is not None and (stays or ended.how == "committed"):
+                    raise self.broken(f"{process.member.peer_id} is to repeat operation {number}, which it has ended")
+            elif ended is not None:
+                if (ended.how, ended.digest) == (outcome.state, outcome.digest):
+                    continue
+                if ended.how == "aborted" and not stays:
+                    continue  # it gave up by itself, and does not go on
+                raise self.broken(f"{process.member.peer_id} has ended operation {number} otherwise")
+            elif number <= process.number:
+                if outcome.state == "committed" and (held is None or held.state != "prepared"):
+                    if stays:
                         raise self.broken(f"{process.member.peer_id} is to commit what it has not prepared")
                     continue
                 self.exercised.committed_by_view += outcome.state == "committed"
-                self.end_in(process, old, outcome.number, outcome.state, outcome.digest)
-            elif process.ended[old.epoch, outcome.number] != (outcome.state, outcome.digest):
-                if process.ended[old.epoch, outcome.number][0] == "aborted" and process.member not in view.members:
-                    continue  # it gave up by itself, and does not go on
-                raise self.broken(f"{process.member.peer_id} has ended operation {outcome.number} otherwise")
+                self.end_in(process, view.members, number, outcome.state, outcome.digest)
         for number, state in process.before.items():
             decided = any(outcome.number == number for outcome in outcomes)
-            if process.member in view.members and not decided and state.state in ("prepared", "committed"):
-                raise self.broken(f"operation {number} of {process.member.peer_id} was forgotten")
+            if process.member in view.members and not decided and number not in process.ended:
+                raise self.broken(f"operation {number} of {process.member.peer_id}, {state.state}, was forgotten")
 
     def _check_view(self, process: Process, view: View, outcomes: OperationList) -> None:
         process.views[view.epoch] = (view, outcomes)
-        for outcome in outcomes:
-            self.decided[view.epoch - 1, outcome.number] = (outcome.state, outcome.digest, view)
         for other in self.processes.values():
             theirs = other.views.get(view.epoch)
             if theirs is not None and (theirs[0] != view or (theirs[1] != outcomes and view.epoch)):
@@ -362,6 +376,6 @@ class World(SmallCollectives):
         if set(alive) != set(view.members):
             return f"{sorted(m.peer_id for m in set(alive) - set(view.members))} are not taken in"
         for member in left:
-            if not any(epoch == last and how == "committed" for (epoch, _), (how, _) in alive[member].ended.items()):
+            if alive[member].worked_in != last:
                 return f"{member.peer_id} has done nothing in epoch {last}"
         return None

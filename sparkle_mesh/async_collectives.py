@@ -38,6 +38,8 @@ class AsyncCollectives(ABC):
         weight: float | None = None,
         timeout_s: float | None = None,
         tag: str | None = None,
+        on_failure: str = "retry",
+        min_contributors: int | None = None,
     ) -> D:
         """Reduce arrays over all ranks, in place; every rank ends with the same bits.
 
@@ -65,6 +67,14 @@ class AsyncCollectives(ABC):
         tag
             Keeps calls apart that ranks may make in different orders, from several threads for example: calls with the
             same tag are matched with each other, in their order, and calls without one likewise.
+        on_failure
+            What happens when members are lost before the result is there. ``"retry"``: those left agree on a view of
+            their own and make the call again, from arrays that nobody has touched; ``last_outcome.contributors`` says
+            whose data are in the result. ``"raise"``: PeerLostError on all of them, and the next call is among those
+            left.
+        min_contributors
+            The least number of ranks whose data must be in the result; with fewer members left, PeerLostError on every
+            rank. Members that are late are waited for all the same, until ``timeout_s``: slow is not dead.
 
         Returns
         -------
@@ -79,7 +89,10 @@ class AsyncCollectives(ABC):
         MismatchError
             On every rank, if ranks called different collectives or gave other shapes, dtypes or ops.
         PeerLostError
-            If a member died or left; the mesh is of no more use then.
+            If a member died or left and the call is not made again; the next one is among those left.
+        QuorumLostError, ExcludedError
+            If so many are lost that those left cannot decide, or the others went on without this process: the mesh is
+            of no more use here; join again.
         CollectiveTimeoutError
             If the deadline passed; the message names the absent ranks.
         OutcomeUnknownError
@@ -92,7 +105,15 @@ class AsyncCollectives(ABC):
         if self._uneven is not None and self._uneven.owner is trio.lowlevel.current_task():
             weight = self._uneven.note(data, op, weight, algorithm=algorithm, compression=compression, tag=tag)
         return await self._group.all_reduce(
-            data, op, algorithm=algorithm, compression=compression, weight=weight, timeout_s=timeout_s, tag=tag
+            data,
+            op,
+            algorithm=algorithm,
+            compression=compression,
+            weight=weight,
+            timeout_s=timeout_s,
+            tag=tag,
+            on_failure=on_failure,
+            min_contributors=min_contributors,
         )
 
     def all_reduce_async(
@@ -105,6 +126,8 @@ class AsyncCollectives(ABC):
         weight: float | None = None,
         timeout_s: float | None = None,
         tag: str | None = None,
+        on_failure: str = "retry",
+        min_contributors: int | None = None,
     ) -> AsyncPendingReduction[D]:
         """Begin an :meth:`all_reduce` and return at once; ``await pending.wait()`` for its result, or its error.
 
@@ -115,7 +138,15 @@ class AsyncCollectives(ABC):
         if self._uneven is not None and self._uneven.owner is trio.lowlevel.current_task():
             weight = self._uneven.note(data, op, weight, algorithm=algorithm, compression=compression, tag=tag)
         return self._group.all_reduce_async(
-            data, op, algorithm=algorithm, compression=compression, weight=weight, timeout_s=timeout_s, tag=tag
+            data,
+            op,
+            algorithm=algorithm,
+            compression=compression,
+            weight=weight,
+            timeout_s=timeout_s,
+            tag=tag,
+            on_failure=on_failure,
+            min_contributors=min_contributors,
         )
 
     def uneven(self, batches: Iterable[B] | AsyncIterable[B]) -> AsyncIterator[B]:

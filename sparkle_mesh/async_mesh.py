@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,19 +16,18 @@ from numpy.typing import DTypeLike
 
 from sparkle_mesh import limits
 from sparkle_mesh.async_collectives import AsyncCollectives
-from sparkle_mesh.collectives.calibration import describe_ways, make_topology, measure_lines
-from sparkle_mesh.collectives.group import CollectiveGroup, Outcome
-from sparkle_mesh.environment import network_host_id, resolve_data_dir
-from sparkle_mesh.errors import ForkedProcessError, JoinTimeoutError, PeerLostError, UsageError
+from sparkle_mesh.collectives.group import Outcome
+from sparkle_mesh.environment import resolve_data_dir
+from sparkle_mesh.errors import ForkedProcessError, JoinTimeoutError, UsageError
 from sparkle_mesh.fabric.identity import Identity
 from sparkle_mesh.membership.invite import Invite, is_invite
 from sparkle_mesh.membership.keys import KeyLike, MeshKey
-from sparkle_mesh.membership.service import PeerGone, PeerRefused, ViewChanged
+from sparkle_mesh.membership.service import PeerRefused
 from sparkle_mesh.membership.view import Member, View
 from sparkle_mesh.node import MeshNode, NodeConfig, open_node
 from sparkle_mesh.nurseries import bare_errors
 from sparkle_mesh.transport.connector import LinkConnector, check_kinds
-from sparkle_mesh.transport.link import Link
+from sparkle_mesh.view_follower import ViewFollower
 
 if TYPE_CHECKING:
     from sparkle_mesh.status import PeerStatus
@@ -50,21 +49,13 @@ class AsyncMesh(AsyncCollectives):
     All methods are for the trio run that opened it.
     """
 
-    def __init__(self, node: MeshNode, connector: LinkConnector, view: View, links: dict[int, Link]) -> None:
-        self._node, self._connector, self._view, self._links = node, connector, view, links
+    def __init__(self, node: MeshNode, connector: LinkConnector, follower: ViewFollower) -> None:
+        self._node, self._connector, self._follower = node, connector, follower
         self._process = os.getpid()
-        self._gone: dict[int, str] = {}
-        rank = view.rank_of(node.membership.member)
-        assert rank is not None
-        self._group = CollectiveGroup(
-            rank=rank,
-            size=view.size,
-            links=links,
-            lineage=view.lineage,
-            epoch=view.epoch,
-            describe_rank=self._describe_rank,
-            memory=connector.memory,
-        )
+        assert follower.group is not None
+        self._group = follower.group
+        self._group.shown_changed = self._view_shown
+        self._callbacks: list[Callable[[View], object]] = []
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._node.config.mesh!r} rank {self.rank} of {self.size}>"
@@ -74,22 +65,32 @@ class AsyncMesh(AsyncCollectives):
     @property
     def rank(self) -> int:
         """This process's position in the view, from 0."""
-        return self._group.rank
+        rank = self.view.rank_of(self._node.membership.member)
+        assert rank is not None
+        return rank
 
     @property
     def size(self) -> int:
         """The number of members of the view."""
-        return self._view.size
+        return self.view.size
 
     @property
     def members(self) -> tuple[Member, ...]:
         """The members of the view; a member's position is its rank."""
-        return self._view.members
+        return self.view.members
 
     @property
     def view(self) -> View:
-        """The agreed view that collectives run over."""
-        return self._view
+        """The agreed view of the last collective, or the one that was joined: it changes when a call ends."""
+        return self._follower.views[self._group.shown[0]]
+
+    def on_view_change(self, callback: Callable[[View], object]) -> None:
+        """Call ``callback`` with the view whenever it has changed: when the first call of it ends, before it returns."""
+        self._callbacks.append(callback)
+
+    def _view_shown(self) -> None:
+        for callback in self._callbacks:
+            callback(self.view)
 
     @property
     def peer_id(self) -> str:
@@ -105,8 +106,8 @@ class AsyncMesh(AsyncCollectives):
     def stats(self) -> MeshStats:
         """What the data links carried so far."""
         return MeshStats(
-            bytes_sent=sum(link.stats.bytes_sent for link in self._links.values()),
-            bytes_received=sum(link.stats.bytes_received for link in self._links.values()),
+            bytes_sent=sum(link.stats.bytes_sent for link in self._follower.links.values()),
+            bytes_received=sum(link.stats.bytes_received for link in self._follower.links.values()),
         )
 
     def peers(self) -> list[PeerStatus]:
@@ -117,8 +118,9 @@ class AsyncMesh(AsyncCollectives):
         return [self._with_link(peer) for peer in self._node.peers()]
 
     def _with_link(self, peer: PeerStatus) -> PeerStatus:
-        link = None if peer.rank is None else self._links.get(peer.rank)
-        if link is None or link.peer_id != peer.peer_id:
+        member = self._node.membership.member_of(peer.peer_id)
+        link = None if member is None else self._follower.links.get(member)
+        if link is None:
             return peer
         stats = link.stats
         return msgspec.structs.replace(
@@ -173,39 +175,6 @@ class AsyncMesh(AsyncCollectives):
                 f"this mesh belongs to process {self._process}; the forked process {os.getpid()} cannot use it "
                 "(join again here, or start workers by spawn)"
             )
-
-    def _describe_rank(self, rank: int) -> str:
-        text = f"rank {rank} (peer {self._view.members[rank].peer_id}"
-        return text + (f", {self._gone[rank]})" if rank in self._gone else ")")
-
-    async def _run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        with self._node.membership.events() as events:
-            async with trio.open_nursery() as nursery:
-                await nursery.start(self._group.run)
-                for rank in range(self.size):
-                    if rank != self.rank and not self._node.membership.is_admitted(self._view.members[rank].peer_id):
-                        nursery.start_soon(self._lose, rank, "it was gone before the mesh was ready")
-                task_status.started()
-                async for event in events:
-                    lost = self._rank_of_peer(event.peer_id) if isinstance(event, PeerGone) else None
-                    if lost is not None:
-                        nursery.start_soon(self._lose, lost, event.reason)
-
-    async def _learn_topology(self, measured: np.ndarray[Any, np.dtype[Any]], timeout_s: float) -> None:
-        """Let all ranks know alike what each has measured."""
-        if self.size > 1:
-            row = describe_ways(measured, network_host_id())
-            self._group.topology = make_topology(await self._group.all_gather(row, timeout_s=timeout_s))
-
-    def _rank_of_peer(self, peer_id: str) -> int | None:
-        return next((r for r, member in enumerate(self._view.members) if member.peer_id == peer_id), None)
-
-    async def _lose(self, rank: int, reason: str) -> None:
-        """Give the group what the member last sent a moment to arrive, then tell it that the member is gone."""
-        self._gone[rank] = reason
-        with trio.move_on_after(limits.LINK_DRAIN_S):
-            await self._group.wait_peer_lost(rank)
-        self._group.peer_lost(rank, reason)
 
     def close_in_child(self) -> None:
         """In a forked child: let go of every descriptor of the mesh, so that none outlives the parent."""
@@ -269,21 +238,19 @@ async def _open(config: NodeConfig, timeout_s: float, kinds: Sequence[str] | Non
             connector = LinkConnector(
                 node.fabric, mesh_id=node.secrets.mesh_id, authorize=node.membership.is_admitted, kinds=kinds
             )
-            async with connector:
-                view = await _await_view(node, deadline, timeout_s)
-                links = await _connect_members(node, connector, view, deadline, timeout_s)
-                measured = await _measure_lines(node, view, links, deadline, timeout_s)
-                mesh = AsyncMesh(node, connector, view, links)
-                _meshes.add(mesh)
-                async with trio.open_nursery() as nursery:
-                    await nursery.start(mesh._run)
-                    try:
-                        await mesh._learn_topology(measured, max(deadline - trio.current_time(), 0.1))
-                        yield mesh
-                    finally:
-                        mesh._group.close()
-                        nursery.cancel_scope.cancel()
-                        await node.membership.leave()
+            async with connector, trio.open_nursery() as nursery:
+                follower = ViewFollower(node.membership, connector.connect, connector.memory)
+                await nursery.start(follower.run)
+                try:
+                    await _await_view(node, follower, deadline, timeout_s)
+                    mesh = AsyncMesh(node, connector, follower)
+                    _meshes.add(mesh)
+                    yield mesh
+                finally:
+                    if follower.group is not None:
+                        follower.group.close()
+                    await node.membership.leave()
+                    nursery.cancel_scope.cancel()
 
 
 def _texts(what: str, given: object) -> Sequence[str]:
@@ -308,18 +275,31 @@ def _resolve_invites(name: str, key: MeshKey | None, join: Sequence[str]) -> tup
     return name, key, join
 
 
-async def _await_view(node: MeshNode, deadline: float, timeout_s: float) -> View:
+async def _await_view(node: MeshNode, follower: ViewFollower, deadline: float, timeout_s: float) -> None:
+    """Wait until this process has entered a view. Raises JoinTimeoutError, or what has ended the first one."""
     refusals: dict[str, str] = {}
-    with node.membership.events() as events:
-        with trio.move_on_at(deadline):
-            view = node.membership.view
-            while view is None:
-                event = await events.receive()
-                if isinstance(event, ViewChanged) and event.mine:
-                    view = event.view
-                elif isinstance(event, PeerRefused) and event.wrong_key:
+
+    async def note_refusals() -> None:
+        with node.membership.events() as events:
+            async for event in events:
+                if isinstance(event, PeerRefused) and event.wrong_key:
                     refusals[event.peer_id] = event.reason
-            return view
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(note_refusals)
+        with trio.move_on_at(deadline):
+            await follower.entered.wait()
+        nursery.cancel_scope.cancel()
+    if follower.failure is not None:
+        raise follower.failure
+    if follower.entered.is_set():
+        return
+    if follower.views:
+        view = follower.views[max(follower.views)]
+        raise JoinTimeoutError(
+            f"mesh {node.config.mesh!r} has a view of {view.size} members with this process, but not all of them were"
+            f" connected in {timeout_s:g} s; raise timeout_s"
+        )
     lines = [
         f"mesh {node.config.mesh!r} did not form in {timeout_s:g} s: {node.membership.state_of_play()}",
         "start more processes, lower min_peers, or raise timeout_s",
@@ -327,52 +307,6 @@ async def _await_view(node: MeshNode, deadline: float, timeout_s: float) -> View
         *node.discovery.status(),
     ]
     raise JoinTimeoutError("; ".join(lines))
-
-
-async def _measure_lines(
-    node: MeshNode, view: View, links: dict[int, Link], deadline: float, timeout_s: float
-) -> np.ndarray[Any, np.dtype[Any]]:
-    me = view.rank_of(node.membership.member)
-    assert me is not None
-    with trio.move_on_at(deadline):
-        return await measure_lines(me, view.size, links)
-    raise JoinTimeoutError(
-        f"mesh {node.config.mesh!r} formed, but its lines were not measured in {timeout_s:g} s; raise timeout_s"
-    )
-
-
-async def _connect_members(
-    node: MeshNode, connector: LinkConnector, view: View, deadline: float, timeout_s: float
-) -> dict[int, Link]:
-    """Open a link to every other member."""
-    links: dict[int, Link] = {}
-    me = view.rank_of(node.membership.member)
-
-    async def connect(rank: int, peer_id: str) -> None:
-        links[rank] = await connector.connect(peer_id, timeout_s=max(0.0, deadline - trio.current_time()))
-
-    async def watch(cancel_scope: trio.CancelScope) -> None:
-        members = {member.peer_id: rank for rank, member in enumerate(view.members)}
-        with node.membership.events() as events:
-            for peer_id, rank in members.items():
-                if rank != me and not node.membership.is_admitted(peer_id):
-                    raise PeerLostError(f"rank {rank} (peer {peer_id}) was lost while the mesh formed")
-            async for event in events:
-                if isinstance(event, PeerGone) and event.peer_id in members:
-                    rank = members[event.peer_id]
-                    raise PeerLostError(
-                        f"rank {rank} (peer {event.peer_id}) was lost while the mesh formed: {event.reason}"
-                    )
-
-    with bare_errors():
-        async with trio.open_nursery() as watching:
-            watching.start_soon(watch, watching.cancel_scope)
-            async with trio.open_nursery() as connecting:
-                for rank, member in enumerate(view.members):
-                    if rank != me:
-                        connecting.start_soon(connect, rank, member.peer_id)
-            watching.cancel_scope.cancel()
-    return links
 
 
 def _close_in_child() -> None:

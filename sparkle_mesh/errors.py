@@ -62,6 +62,14 @@ class MeshClosedError(ClosedError):
     """The mesh was left or closed."""
 
 
+class ExcludedError(MeshClosedError):
+    """The other members went on without this process, because it was silent or could not be reached."""
+
+
+class QuorumLostError(MeshClosedError):
+    """So many members are lost that those left cannot decide for the mesh; others may go on without them."""
+
+
 class UnreachableError(SparkleError):
     """A peer could not be reached at any of its addresses; the message lists each and why."""
 

@@ -152,13 +152,29 @@ VIEWS_REMEMBERED_MAX_COUNT = 8
 MEMBERS_SUSPECTED_MAX_COUNT = 4 * MESH_MEMBERS_MAX_COUNT
 PING_INTERVAL_S = 2.0
 # A member that compiles or loads may hold the interpreter for long; one that died is noticed by its closed connection.
-SILENCE_TIMEOUT_S = 30.0
+# So long a member may be silent; and longer, up to the ceiling, if it has been before.
+SUSPICION_FLOOR_S = 12.0
+SUSPICION_CEILING_S = 30.0
+SUSPICION_LOOK_INTERVAL_S = 0.5
+SILENCES_REMEMBERED_MAX_COUNT = 32
+# When a connection is dropped on which nothing comes.
+SILENCE_TIMEOUT_S = 60.0
+# How long a member whose one connection has ended has to show that it is there: its data link may stand, or it is
+# reached again.
+RECONNECT_GRACE_S = 2.0
+# How long a member has to answer when its data link has ended.
+LINK_PROBE_S = 2.0
+# How long a member that leaves waits until the others have a view without it.
+LEAVE_TIMEOUT_S = 3.0
+# How long the members of a view have to connect to each other.
+VIEW_ENTRY_TIMEOUT_S = 15.0
+VIEW_CHANGES_MAX_COUNT = 1024
 PRESENCE_INTERVAL_S = 10.0
 MESH_PEERS_MAX_COUNT = 2048
 MESH_OUTBOX_MAX_COUNT = 4096
 PEER_EXCHANGE_MAX_COUNT = 64
 LINK_METRICS_MAX_COUNT = 4096
-OPERATIONS_PER_PROMISE_MAX_COUNT = 1024
+OPERATIONS_PER_PROMISE_MAX_COUNT = 2048
 # A member whose control stream ended may have its last data still in flight: wait this long for the
 # end of its data link before calling operations off.
 LINK_DRAIN_S = 1.0
@@ -358,11 +374,13 @@ assert COLLECTIVE_PART_BYTES % 64 == 0
 assert COLLECTIVE_EAGER_MAX_BYTES <= COLLECTIVE_SEGMENT_MIN_BYTES <= COLLECTIVE_SEGMENT_BYTES
 assert COLLECTIVE_IN_FLIGHT_MAX_COUNT <= COLLECTIVE_UNORDERED_MAX_COUNT <= COLLECTIVE_OPERATIONS_AHEAD_MAX_COUNT
 assert 2 * (COLLECTIVE_IN_FLIGHT_MAX_COUNT + COLLECTIVE_UNORDERED_MAX_COUNT) < COLLECTIVE_OUTBOX_MAX_COUNT
+assert COLLECTIVE_IN_FLIGHT_MAX_COUNT + COLLECTIVE_UNORDERED_MAX_COUNT < OPERATIONS_PER_PROMISE_MAX_COUNT
 assert COLLECTIVE_DESCRIPTION_MAX_CHARS * 3 < LINK_HEADER_MAX_BYTES
 # A piece is whole blocks of every codec.
 assert CODEC_PIECE_COUNT % 256 == 0
 assert CONTROL_REQUEST_MAX_BYTES < CONTROL_REPLY_MAX_BYTES
 assert PING_INTERVAL_S * 3 < SILENCE_TIMEOUT_S
+assert PING_INTERVAL_S * 3 < SUSPICION_FLOOR_S < SUSPICION_CEILING_S < SILENCE_TIMEOUT_S
 assert MESH_PROOF_TIMEOUT_S < JOIN_TIMEOUT_S
 assert VIEW_SETTLE_S < PROPOSER_STAGGER_S < PROPOSAL_TIMEOUT_S < SILENCE_TIMEOUT_S
 assert DISCOVERY_DIALS_PER_SOURCE_MAX_COUNT * 2 <= DISCOVERY_DIALS_MAX_COUNT

@@ -45,6 +45,8 @@ class Mesh(Collectives):
         self._process = os.getpid()
         try:
             self._mesh = self._portal.open(lambda: opening)
+            self._view_callbacks = []
+            self._told_epoch = self._mesh.view.epoch
             _meshes.add(self)
         except BaseException:
             self._portal.close(hurry=True)

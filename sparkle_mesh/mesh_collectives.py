@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sparkle_mesh.collectives.operation import Outcome
     from sparkle_mesh.collectives.pending import AsyncPendingReduction
     from sparkle_mesh.collectives.quick import QuickCall
+    from sparkle_mesh.membership.view import View
 
 B = TypeVar("B")
 D = TypeVar("D")
@@ -33,8 +34,10 @@ T = TypeVar("T")
 class PendingReduction(Generic[D]):
     """A reduction in flight; made by :meth:`Mesh.all_reduce_async`. Leave its arrays alone until it has ended."""
 
-    def __init__(self, pending: AsyncPendingReduction[D], portal: Portal) -> None:
-        self._pending, self._portal = pending, portal
+    def __init__(
+        self, pending: AsyncPendingReduction[D], portal: Portal, ended: Callable[[], None] = lambda: None
+    ) -> None:
+        self._pending, self._portal, self._ended = pending, portal, ended
 
     def __repr__(self) -> str:
         return repr(self._pending)
@@ -77,7 +80,10 @@ class PendingReduction(Generic[D]):
                 self._portal.call(partial(self._pending.wait, min(left, limits.PROGRESS_INTERVAL_S)))
             on_progress(self.progress)
         left_s = None if deadline is None else max(deadline - SYSTEM_CLOCK.now(), 0.0)
-        return self._portal.call(partial(self._pending.wait, left_s))
+        try:
+            return self._portal.call(partial(self._pending.wait, left_s))
+        finally:
+            self._ended()
 
 
 class Collectives:
@@ -86,6 +92,8 @@ class Collectives:
     _mesh: AsyncMesh
     _portal: Portal
     _uneven: UnevenSteps | None = None
+    _view_callbacks: list[Callable[[View], object]]
+    _told_epoch: int
 
     def uneven(self, batches: Iterable[B]) -> Iterator[B]:
         """Give ``batches`` one after the other, and go on for as long as any rank has some.
@@ -142,6 +150,8 @@ class Collectives:
         weight: float | None = None,
         timeout_s: float | None = None,
         tag: str | None = None,
+        on_failure: str = "retry",
+        min_contributors: int | None = None,
         on_progress: Callable[[float], object] | None = None,
     ) -> D:
         """Reduce arrays over all ranks in place and return them; see :meth:`AsyncMesh.all_reduce`.
@@ -151,21 +161,26 @@ class Collectives:
         self._mesh._check_process()
         if self._uneven is not None and self._uneven.owner == get_ident():
             weight = self._uneven.note(data, op, weight, algorithm=algorithm, compression=compression, tag=tag)
+        options: dict[str, Any] = {
+            "algorithm": algorithm,
+            "compression": compression,
+            "weight": weight,
+            "timeout_s": timeout_s,
+            "tag": tag,
+            "on_failure": on_failure,
+            "min_contributors": min_contributors,
+        }
         if on_progress is not None:
-            begun = self._begin(
-                data, op, algorithm=algorithm, compression=compression, weight=weight, timeout_s=timeout_s, tag=tag
-            )
-            return begun.wait(on_progress=on_progress)
-        if compression is None and weight is None and tag is None:
+            return self._begin(data, op, **options).wait(on_progress=on_progress)
+        as_usual = on_failure == "retry" and min_contributors is None
+        if compression is None and weight is None and tag is None and as_usual:
             quick = self._mesh._group.quick_all_reduce(data, op, algorithm, timeout_s)
             if quick is not None:
                 self._run_quickly(quick)
                 return data
 
         async def all_reduce() -> D:
-            return await self._mesh.all_reduce(
-                data, op, algorithm=algorithm, compression=compression, weight=weight, timeout_s=timeout_s, tag=tag
-            )
+            return await self._mesh.all_reduce(data, op, **options)
 
         return self._call(all_reduce)
 
@@ -179,6 +194,8 @@ class Collectives:
         weight: float | None = None,
         timeout_s: float | None = None,
         tag: str | None = None,
+        on_failure: str = "retry",
+        min_contributors: int | None = None,
     ) -> PendingReduction[D]:
         """Begin an :meth:`all_reduce` and return at once; see :meth:`AsyncMesh.all_reduce_async`.
 
@@ -194,14 +211,22 @@ class Collectives:
         if self._uneven is not None and self._uneven.owner == get_ident():
             weight = self._uneven.note(data, op, weight, algorithm=algorithm, compression=compression, tag=tag)
         return self._begin(
-            data, op, algorithm=algorithm, compression=compression, weight=weight, timeout_s=timeout_s, tag=tag
+            data,
+            op,
+            algorithm=algorithm,
+            compression=compression,
+            weight=weight,
+            timeout_s=timeout_s,
+            tag=tag,
+            on_failure=on_failure,
+            min_contributors=min_contributors,
         )
 
     def _begin(self, data: D, op: str, **options: Any) -> PendingReduction[D]:
         async def begin() -> AsyncPendingReduction[D]:
             return self._mesh.all_reduce_async(data, op, **options)
 
-        return PendingReduction(self._call(begin), self._portal)
+        return PendingReduction(self._call(begin), self._portal, self._call_ended)
 
     def explain(self, nbytes: int) -> Explanation:
         """Return how ``all_reduce`` of ``nbytes`` would be done, for printing; see :meth:`AsyncMesh.explain`."""
@@ -261,14 +286,35 @@ class Collectives:
 
         self._call(barrier)
 
+    def on_view_change(self, callback: Callable[[View], object]) -> None:
+        """Call ``callback`` with the view whenever that has changed: in the thread of a call, just before it returns.
+
+        ``rank``, ``size``, ``members`` and ``view`` change at the end of a call, and never between two calls.
+        """
+        self._view_callbacks.append(callback)
+
+    def _call_ended(self) -> None:
+        """Tell of a view that the calling thread does not know yet."""
+        epoch = self._mesh._group.shown[0]
+        if epoch != self._told_epoch:
+            self._told_epoch = epoch
+            for callback in self._view_callbacks:
+                callback(self._mesh.view)
+
     def _run_quickly(self, call: QuickCall) -> None:
         done = False
         try:
             done = call.run()
         finally:
             if not done:
-                self._portal.call(call.finish)
+                try:
+                    self._portal.call(call.finish)
+                finally:
+                    self._call_ended()
 
     def _call(self, function: Callable[[], Awaitable[T]]) -> T:
         self._mesh._check_process()
-        return self._portal.call(function)
+        try:
+            return self._portal.call(function)
+        finally:
+            self._call_ended()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from typing import Any
 
 import trio
@@ -24,6 +25,10 @@ class PeerChannel:
         self.admitted_at = now
         self.last_heard = now
         self.latency_s: float | None = None
+        #: Whether it has been silent for longer than it usually is.
+        self.suspected = False
+        #: For how long it was silent of late, between what it said.
+        self.silences: deque[float] = deque(maxlen=limits.SILENCES_REMEMBERED_MAX_COUNT)
         self.gone_reason: str | None = None
         self.graceful = False
         self.scope = trio.CancelScope()
@@ -31,6 +36,7 @@ class PeerChannel:
         self._outbox, self._to_send = trio.open_memory_channel[MeshMessage](limits.MESH_OUTBOX_MAX_COUNT)
         self._written = trio.Event()
         self._pings: dict[int, float] = {}
+        self._heard = trio.Event()
 
     def send(self, message: MeshMessage) -> None:
         """Queue ``message``; a peer that lets the queue run full is let go."""
@@ -45,6 +51,17 @@ class PeerChannel:
         """End the channel."""
         self.gone_reason = self.gone_reason or reason
         self.scope.cancel()
+
+    def hear(self, *, now: float) -> None:
+        """It has said something."""
+        self.silences.append(now - self.last_heard)
+        self.last_heard = now
+        heard, self._heard = self._heard, trio.Event()
+        heard.set()
+
+    async def until_heard(self) -> None:
+        """Wait until it says something."""
+        await self._heard.wait()
 
     def ping(self, probe: int, *, now: float) -> None:
         """Send a ping and remember when."""

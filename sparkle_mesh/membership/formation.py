@@ -157,6 +157,11 @@ class Formation(BallotMachine[str, Instruction]):
             self._drop_proposal(now, f"member {peer_id} went")
         return []
 
+    def follow(self, view: View) -> None:
+        """``view`` follows the one that this process was in, or takes it in."""
+        self.view = view
+        self._proposal = None
+
     def receive(self, sender: str, message: Agreement, *, now: float) -> list[Instruction]:
         """Take an agreement message of an admitted peer; what makes no sense is ignored."""
         self._note(now, f"{sender}: {type(message).__name__}")
@@ -196,7 +201,8 @@ class Formation(BallotMachine[str, Instruction]):
 
     def _eligible(self) -> list[Candidate]:
         """Return the largest set of candidates, this one included, that all find large enough."""
-        if self._me is None or self.view is not None:
+        if self._me is None or self.view is not None or self.views_elsewhere:
+            # Where there is a mesh already, it takes newcomers in.
             return []
         modest = sorted([self._me, *self._free_candidates()], key=lambda c: (c.min_peers, c.peer_id))
         size = max((k for k in range(1, len(modest) + 1) if modest[k - 1].min_peers <= k), default=0)
@@ -390,7 +396,11 @@ class Formation(BallotMachine[str, Instruction]):
             if self._can_be_member_of(view) is None:
                 return self._enter(view)
         self._settled[sender] = view.lineage
-        if view.lineage in self.views_elsewhere or len(self.views_elsewhere) >= limits.VIEWS_ELSEWHERE_MAX_COUNT:
+        known = self.views_elsewhere.get(view.lineage)
+        if known is not None and known.epoch < view.epoch:
+            self.views_elsewhere[view.lineage] = view
+            return [ViewElsewhere(view)]
+        if known is not None or len(self.views_elsewhere) >= limits.VIEWS_ELSEWHERE_MAX_COUNT:
             return []
         self.views_elsewhere[view.lineage] = view
         self._still_since = now

@@ -30,17 +30,28 @@ class Ballot(wire.Message, array_like=True, order=True, frozen=True):
     proposer: wire.PeerIdText
 
 
-#: How far one member is with a collective.
-Stage: TypeAlias = Literal["begun", "prepared", "committed", "aborted"]
+#: How far one member is with a collective, and how it ends for all: ``committed``, ``aborted``, or to ``repeat``.
+Stage: TypeAlias = Literal["begun", "prepared", "committed", "aborted", "repeat"]
+_Rank = Annotated[int, msgspec.Meta(ge=0, lt=limits.MESH_MEMBERS_MAX_COUNT)]
+#: The ranks of the two that an operation is between; empty if all take part.
+Route = Annotated[tuple[_Rank, ...], msgspec.Meta(max_length=2)]
+#: The number of a stream of operations, and how many of it were begun.
+StreamCount: TypeAlias = tuple[wire.Count, wire.Count]
+StreamCounts = Annotated[tuple[StreamCount, ...], msgspec.Meta(max_length=limits.COLLECTIVE_STREAMS_MAX_COUNT)]
 
 
 class OperationState(wire.Message, array_like=True, frozen=True):
-    """Where one member stands with one collective that is not yet ended everywhere."""
+    """Where one member stands with one collective that is not yet ended everywhere; how it ends, in an outcome.
+
+    ``once`` is that it is not repeated: its callers must see the next view before.
+    """
 
     number: wire.Count
     tag: wire.NameText
     state: Stage
     digest: Annotated[bytes, msgspec.Meta(max_length=64)]
+    route: Route = ()
+    once: bool = False
 
 
 OperationList = Annotated[tuple[OperationState, ...], msgspec.Meta(max_length=limits.OPERATIONS_PER_PROMISE_MAX_COUNT)]
@@ -124,7 +135,11 @@ class Prepare(wire.Message, tag="prepare", frozen=True):
 
 
 class Promise(wire.Message, tag="promise", frozen=True):
-    """Phase 1b: no lower ballot will be accepted; the highest accepted value, and every open operation."""
+    """Phase 1b: no lower ballot will be accepted; the highest accepted value, and where the promiser's operations stand.
+
+    ``streams`` says how many operations of each stream it has begun; what it has begun and does not name among
+    ``operations`` it has committed.
+    """
 
     lineage: Annotated[bytes, msgspec.Meta(max_length=32)]
     epoch: wire.Count
@@ -132,15 +147,18 @@ class Promise(wire.Message, tag="promise", frozen=True):
     accepted_ballot: Ballot | None = None
     accepted_view: View | None = None
     accepted_outcomes: OperationList = ()
+    accepted_streams: StreamCounts = ()
     operations: OperationList = ()
+    streams: StreamCounts = ()
 
 
 class Accept(wire.Message, tag="accept", frozen=True):
-    """Phase 2a: the proposed next view and the outcome of each operation open in the old one."""
+    """Phase 2a: the proposed next view, the outcome of each operation open in the old one, and where joiners begin."""
 
     ballot: Ballot
     view: View
     outcomes: OperationList = ()
+    streams: StreamCounts = ()
 
 
 class Accepted(wire.Message, tag="accepted", frozen=True):
@@ -164,6 +182,7 @@ class Chosen(wire.Message, tag="chosen", frozen=True):
 
     view: View
     outcomes: OperationList = ()
+    streams: StreamCounts = ()
 
 
 # --- Life ------------------------------------------------------------------------------------------
@@ -181,6 +200,10 @@ class Pong(wire.Message, tag="pong", frozen=True):
     probe: wire.Count
 
 
+class Leaving(wire.Message, tag="leaving", frozen=True):
+    """The sender wants to be left out of the next view, and takes part in agreeing on it until then."""
+
+
 class Leave(wire.Message, tag="leave", frozen=True):
     """The sender leaves of its own will; nothing follows."""
 
@@ -189,4 +212,4 @@ class Leave(wire.Message, tag="leave", frozen=True):
 
 Greeting: TypeAlias = Hello | Challenge | Proof | Refused
 Agreement: TypeAlias = Prepare | Promise | Accept | Accepted | Declined | Chosen
-MeshMessage: TypeAlias = Introduction | PeerExchange | Agreement | Ping | Pong | Leave | Refused
+MeshMessage: TypeAlias = Introduction | PeerExchange | Agreement | Ping | Pong | Leaving | Leave | Refused

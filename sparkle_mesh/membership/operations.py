@@ -1,17 +1,35 @@
 """Where a member stands with each collective that is not ended everywhere, and how an epoch's end decides it. Pure.
 
-A member *prepares* an operation when it holds its whole result, and *commits* it once all members of the view have
+A member *prepares* an operation when it holds its whole result, and *commits* it once all members that take part have
 prepared it with the same digest. Before it has prepared it may *abort* it by itself: then nobody can commit it.
+
+Operations are numbered for as long as the lineage lasts: the number of the :data:`stream <.messages.StreamCount>` in
+the upper half, and which of its operations it is in the lower. A member begins those of a stream in their order, so that
+how many it has begun says much: what it has begun and does not name as open, it has committed. What it has aborted it
+goes on to name until nobody can have it in flight any more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
 
 from sparkle_mesh import limits
-from sparkle_mesh.membership.messages import OperationList, OperationState, Stage
+from sparkle_mesh.membership.messages import OperationList, OperationState, Route, Stage, StreamCounts
 
-Key = tuple[str, int]
+SEQUENCE_BITS: Final = 32
+SEQUENCE_MASK: Final = 2**SEQUENCE_BITS - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a member promises about its operations: those that it names, and how many of each stream it has begun."""
+
+    operations: OperationList = ()
+    streams: StreamCounts = ()
 
 
 class OpenOperations:
@@ -21,86 +39,160 @@ class OpenOperations:
     ----------
     frozen
         Whether the epoch ends: nothing changes any more until :meth:`begin_epoch`.
+    on_freeze
+        Called just before, for whoever has something to enter first.
     """
 
     def __init__(self) -> None:
         self.frozen = False
-        self._states: dict[Key, OperationState] = {}
+        self.on_freeze: Callable[[], None] = lambda: None
+        self._states: dict[int, OperationState] = {}
+        self._begun: dict[int, int] = {}
+        #: Streams between two members: they begin anew in every epoch, because ranks do.
+        self._routed: set[int] = set()
 
-    def begin(self, tag: str, number: int) -> bool:
-        """Begin operation ``number`` of ``tag``; False if the epoch ends: then it belongs to the next."""
-        return self._set(tag, number, "begun", b"")
+    def begin(self, number: int, *, tag: str = "", route: Route = (), once: bool = False) -> bool:
+        """Begin operation ``number``; False if it must wait: the epoch ends, or too many are named already.
 
-    def prepare(self, tag: str, number: int, digest: bytes) -> bool:
+        ``route`` are the ranks that take part if not all do; ``tag`` is for people. ``once`` is that it is not to be
+        repeated.
+        """
+        state = OperationState(number=number, tag=tag, state="begun", digest=b"", route=route, once=once or bool(route))
+        if not self._set(state):
+            return False
+        stream = number >> SEQUENCE_BITS
+        self._begun[stream] = max(self._begun.get(stream, 0), number & SEQUENCE_MASK)
+        if route:
+            self._routed.add(stream)
+        return True
+
+    def prepare(self, number: int, digest: bytes) -> bool:
         """This member holds the result; False if it must not say so any more."""
-        return self._set(tag, number, "prepared", digest)
+        return self._change(number, "prepared", digest)
 
-    def commit(self, tag: str, number: int) -> bool:
+    def commit(self, number: int) -> bool:
         """All have prepared; False if this member must not commit by itself any more."""
-        return self._set(tag, number, "committed", self._states[tag, number].digest)
+        if self.frozen or number not in self._states:
+            return False
+        del self._states[number]
+        stream = number >> SEQUENCE_BITS
+        # All had begun this one, and nobody has more than so many in flight: nobody can be at one before.
+        oldest = (number & SEQUENCE_MASK) - limits.COLLECTIVE_UNORDERED_MAX_COUNT
+        for other in [one for one, state in self._states.items() if state.state == "aborted"]:
+            if other >> SEQUENCE_BITS == stream and other & SEQUENCE_MASK <= oldest:
+                del self._states[other]
+        return True
 
-    def abort(self, tag: str, number: int, *, told: bool = False) -> bool:
+    def abort(self, number: int, *, told: bool = False) -> bool:
         """Give up; False if it is not this member's to give up any more: it has prepared, or the epoch ends.
 
-        ``told`` is that another member has given up, without having prepared: then nobody can have committed.
+        ``told`` is that nobody can have committed: another member has given up, or digests differ.
         """
-        state = self._states.get((tag, number))
-        if state is not None and (state.state in ("committed", "aborted") or (state.state == "prepared" and not told)):
+        state = self._states.get(number)
+        if state is None or state.state == "aborted" or (state.state == "prepared" and not told):
             return False
-        return self._set(tag, number, "aborted", b"")
+        return self._change(number, "aborted", b"")
 
-    def state(self, tag: str, number: int) -> OperationState | None:
-        """Return where this member stands with one of them; None if it knows nothing of it."""
-        return self._states.get((tag, number))
+    def state(self, number: int) -> OperationState | None:
+        """Return where this member stands with one of them; None if it does not name it."""
+        return self._states.get(number)
 
-    def forget(self, tag: str, number: int) -> None:
-        """All members have ended it."""
-        if not self.frozen:
-            self._states.pop((tag, number), None)
+    def begun(self, stream: int) -> int:
+        """Return how many operations of ``stream`` were begun."""
+        return self._begun.get(stream, 0)
 
-    def _set(self, tag: str, number: int, state: Stage, digest: bytes) -> bool:
-        if self.frozen:
+    def _change(self, number: int, stage: Stage, digest: bytes) -> bool:
+        known = self._states.get(number)
+        if known is None:
             return False
-        known = (tag, number) in self._states
-        if not known and len(self._states) >= limits.OPERATIONS_PER_PROMISE_MAX_COUNT:
+        return self._set(msgspec.structs.replace(known, state=stage, digest=digest))
+
+    def _set(self, state: OperationState) -> bool:
+        full = len(self._states) >= limits.OPERATIONS_PER_PROMISE_MAX_COUNT and state.number not in self._states
+        if self.frozen or full:
             return False
-        self._states[tag, number] = OperationState(number=number, tag=tag, state=state, digest=digest)
+        self._states[state.number] = state
         return True
 
     def freeze(self) -> None:
         """The epoch ends."""
+        if not self.frozen:
+            self.on_freeze()
         self.frozen = True
 
-    def begin_epoch(self) -> None:
-        """Another epoch begins, with nothing open in it."""
+    def begin_epoch(self, outcomes: OperationList = ()) -> None:
+        """Another epoch begins; what this member had begun and is to be repeated is begun in it, too."""
+        again = {outcome.number for outcome in outcomes if outcome.state == "repeat"}
+        self._states = {
+            number: msgspec.structs.replace(state, state="begun", digest=b"")
+            for number, state in self._states.items()
+            if number in again
+        }
+        for stream in self._routed:
+            self._begun.pop(stream, None)
+        self._routed = set()
         self.frozen = False
-        self._states = {}
 
-    def snapshot(self) -> OperationList:
-        """Return where each stands."""
-        return tuple(self._states.values())
+    def join(self, streams: StreamCounts) -> None:
+        """This member begins where the others are."""
+        self._begun = dict(streams)
+
+    def standing(self) -> Standing:
+        """Return where each stands, for a promise."""
+        return Standing(tuple(self._states.values()), tuple(sorted(self._begun.items())))
 
 
-def decide(promised: Iterable[OperationList]) -> OperationList:
-    """Return the outcome, ``committed`` or ``aborted``, of every operation that any of these members has open.
+def decide(standings: Mapping[int, Standing]) -> tuple[OperationList, StreamCounts]:
+    """Return how every operation ends that any of these members names, and where members that join begin.
 
-    ``promised`` are the open operations of every member that goes on, as it promised them, and perhaps of others.
+    Parameters
+    ----------
+    standings
+        By rank in the old view: of every member that goes on, as it promised, and perhaps of others.
+
+    Returns
+    -------
+    outcomes
+        ``committed`` if nobody that takes part is known to lack the result, or somebody has committed; ``aborted`` if a
+        member has given it up, results differ, or it is not to be repeated; ``repeat`` else: nobody can have committed
+        it.
+    streams
+        For each stream the number of the last operation that is settled, and all before it.
     """
-    tables = [{(state.tag, state.number): state for state in operations} for operations in promised]
+    tables = {rank: {state.number: state for state in one.operations} for rank, one in standings.items()}
+    begun = {rank: dict(one.streams) for rank, one in standings.items()}
+    named = {number: state for table in tables.values() for number, state in table.items()}
     outcomes = []
-    for tag, number in sorted({key for table in tables for key in table}):
-        states = [table.get((tag, number)) for table in tables]
-        digests = {state.digest for state in states if state is not None and state.state in ("prepared", "committed")}
-        committed = any(state is not None and state.state == "committed" for state in states)
-        prepared = all(state is not None and state.state in ("prepared", "committed") for state in states)
-        # Whoever has committed has found all digests equal; where they differ, nobody has.
-        stands = committed or (prepared and len(digests) == 1)
-        outcomes.append(
-            OperationState(
-                number=number,
-                tag=tag,
-                state="committed" if stands else "aborted",
-                digest=min(digests) if stands else b"",
-            )
-        )
-    return tuple(outcomes)
+    for number in sorted(named):
+        route = named[number].route
+        part = [rank for rank in tables if rank in route or not route]
+        states = [_state(number, tables[rank], begun[rank]) for rank in part]
+        digests = {tables[rank][number].digest for rank in part if number in tables[rank]} - {b""}
+        stage: Stage = "repeat"
+        if "committed" in states or (all(state == "prepared" for state in states) and len(digests) == 1):
+            stage = "committed"
+        elif "aborted" in states or len(digests) > 1 or named[number].once:
+            stage = "aborted"
+        digest = min(digests) if stage == "committed" and digests else b""
+        outcomes.append(msgspec.structs.replace(named[number], state=stage, digest=digest))
+    return tuple(outcomes), _settled(outcomes, begun.values())
+
+
+def _state(number: int, table: Mapping[int, OperationState], begun: Mapping[int, int]) -> Stage | None:
+    if number in table:
+        return table[number].state
+    return "committed" if begun.get(number >> SEQUENCE_BITS, 0) >= number & SEQUENCE_MASK else None
+
+
+def _settled(outcomes: Iterable[OperationState], begun: Iterable[Mapping[int, int]]) -> StreamCounts:
+    settled: dict[int, int] = {}
+    for counts in begun:
+        for stream, count in counts.items():
+            settled[stream] = max(settled.get(stream, 0), count)
+    for outcome in outcomes:
+        stream = outcome.number >> SEQUENCE_BITS
+        if outcome.route:
+            settled.pop(stream, None)
+        elif outcome.state == "repeat":
+            settled[stream] = min(settled[stream], (outcome.number & SEQUENCE_MASK) - 1)
+    return tuple(sorted(settled.items()))

@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from sparkle_mesh import limits
 from sparkle_mesh.membership.ballots import BallotMachine
@@ -40,8 +40,9 @@ from sparkle_mesh.membership.messages import (
     OperationList,
     Prepare,
     Promise,
+    StreamCounts,
 )
-from sparkle_mesh.membership.operations import OpenOperations, decide
+from sparkle_mesh.membership.operations import OpenOperations, Standing, decide
 from sparkle_mesh.membership.view import Member, View
 
 
@@ -63,10 +64,14 @@ class Frozen:
 
 @dataclass(frozen=True, slots=True)
 class Entered:
-    """``view`` was chosen, with this process in it, and so were the ``outcomes`` of what was open in the one before."""
+    """``view`` was chosen, with this process in it, and so were the ``outcomes`` of what was open in the one before.
+
+    Members that come in begin after ``streams``.
+    """
 
     view: View
     outcomes: OperationList
+    streams: StreamCounts = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +108,15 @@ class _Proposal:
     deadline: float
     promises: dict[Member, Promise] = field(default_factory=dict)
     accepted: set[Member] = field(default_factory=set)
-    value: tuple[View, OperationList] | None = None
+    value: _Value | None = None
+
+
+class _Value(NamedTuple):
+    """What is proposed and chosen."""
+
+    view: View
+    outcomes: OperationList
+    streams: StreamCounts
 
 
 class ViewChange(BallotMachine[Member, Instruction]):
@@ -127,6 +140,8 @@ class ViewChange(BallotMachine[Member, Instruction]):
         self.operations = operations
         #: Whether it is a member no more.
         self.excluded = False
+        #: Whether candidates are taken in now.
+        self.admits = True
         self._me = me
         self._suspected: dict[Member, None] = {}
         self._leaving: set[Member] = set()
@@ -136,7 +151,7 @@ class ViewChange(BallotMachine[Member, Instruction]):
 
     def _begin_epoch(self, now: float) -> None:
         self._promised = None
-        self._accepted: tuple[Ballot, View, OperationList] | None = None
+        self._accepted: tuple[Ballot, _Value] | None = None
         self._proposal: _Proposal | None = None
         self._round = 0
         self._failures = 0
@@ -144,13 +159,14 @@ class ViewChange(BallotMachine[Member, Instruction]):
         self._wanted_since: float | None = None
         self._quorum_missing_since: float | None = None
         self._told_quorum_missing = False
+        self._renewal_wanted = False
 
     # --- Events ---------------------------------------------------------------------------------
 
     def suspect(self, member: Member, *, now: float) -> list[Instruction]:
         """``member`` is believed to be gone; it may be one of a view that this process has not come to."""
         self._joiners.pop(member, None)
-        if member in self._suspected:
+        if member == self._me or member in self._suspected:
             return []
         self._note(now, f"suspects {member.peer_id}")
         self._suspected[member] = None
@@ -166,6 +182,12 @@ class ViewChange(BallotMachine[Member, Instruction]):
             del self._suspected[member]
         # It may have missed what was chosen meanwhile.
         return [SendTo(member, chosen) for chosen in self._chosen]
+
+    def renew(self, *, now: float) -> list[Instruction]:
+        """Another view is needed though all members are there: two of them have lost what was on the way."""
+        self._note(now, "wants another view")
+        self._renewal_wanted = True
+        return []
 
     def candidate_came(self, member: Member, *, now: float) -> list[Instruction]:
         """A process that is in no view wants to be a member; told twice, it changes nothing."""
@@ -211,6 +233,11 @@ class ViewChange(BallotMachine[Member, Instruction]):
         return min((time for time in times if time is not None), default=None)
 
     @property
+    def candidate_count(self) -> int:
+        """How many processes wait to be taken in."""
+        return len(self._joiners)
+
+    @property
     def is_accepting(self) -> bool:
         """Whether a value that this process proposed may be chosen any moment."""
         return self._proposal is not None and self._proposal.value is not None
@@ -218,23 +245,26 @@ class ViewChange(BallotMachine[Member, Instruction]):
     # --- Proposing ------------------------------------------------------------------------------
 
     @property
-    def _trusted(self) -> list[Member]:
+    def trusted(self) -> list[Member]:
+        """The members of the view that are not suspected, in their order."""
         return [member for member in self.view.members if member not in self._suspected]
 
     def _change_is_wanted(self) -> bool:
         """Whether there is a reason for another view, or one was begun and must be brought to its end."""
-        trusted = self._trusted
+        trusted = self.trusted
         # Where all leave, nobody need be told.
         leaving = self._leaving and any(member not in self._leaving for member in trusted)
-        return bool(len(trusted) < self.view.size or leaving or self._joiners or self._promised is not None)
+        joining = self.admits and self._joiners
+        begun = self._promised is not None
+        return bool(len(trusted) < self.view.size or leaving or joining or self._renewal_wanted or begun)
 
     def _propose_at(self, now: float) -> float | None:
-        if self._proposal is not None or not self._change_is_wanted() or not is_quorum(self.view, self._trusted):
+        if self._proposal is not None or not self._change_is_wanted() or not is_quorum(self.view, self.trusted):
             self._wanted_since = None if self._proposal is None else self._wanted_since
             return None
         if self._wanted_since is None:
             self._wanted_since = now
-        turn = self._trusted.index(self._me) if self._me in self._trusted else len(self._trusted)
+        turn = self.trusted.index(self._me) if self._me in self.trusted else len(self.trusted)
         ready = max(self._wanted_since + limits.VIEW_CHANGE_SETTLE_S, self._not_before)
         return ready + turn * limits.VIEW_CHANGE_STAGGER_S
 
@@ -285,35 +315,40 @@ class ViewChange(BallotMachine[Member, Instruction]):
             return []
         if proposal.value is None:
             heard = proposal.promises.keys()
-            if not is_quorum(self.view, heard) or any(member not in heard for member in self._trusted):
+            if not is_quorum(self.view, heard) or any(member not in heard for member in self.trusted):
                 return []
             proposal.value = self._value(proposal.promises)
-            view, outcomes = proposal.value
-            return self._to_all(Accept(ballot=proposal.ballot, view=view, outcomes=outcomes), now)
-        view, outcomes = proposal.value
-        awaited = [member for member in self._trusted if member in view.members]
+            return self._to_all(Accept(ballot=proposal.ballot, **proposal.value._asdict()), now)
+        view = proposal.value.view
+        awaited = [member for member in self.trusted if member in view.members]
         if not is_quorum(self.view, proposal.accepted) or any(member not in proposal.accepted for member in awaited):
             return []
         self._note(now, f"chosen: epoch {view.epoch} of {view.size}")
-        return self._enter(Chosen(view=view, outcomes=outcomes), now, tell=True)
+        return self._enter(Chosen(**proposal.value._asdict()), now, tell=True)
 
-    def _value(self, promises: dict[Member, Promise]) -> tuple[View, OperationList]:
+    def _value(self, promises: dict[Member, Promise]) -> _Value:
         """Return what may have been chosen already, or else the view of all that have promised, and of joiners."""
         accepted = [
-            (promise.accepted_ballot, promise.accepted_view, promise.accepted_outcomes)
+            (
+                promise.accepted_ballot,
+                _Value(promise.accepted_view, promise.accepted_outcomes, promise.accepted_streams),
+            )
             for promise in promises.values()
             if promise.accepted_ballot is not None and promise.accepted_view is not None
         ]
         if accepted:
-            _, view, outcomes = max(accepted, key=lambda value: value[0])
-            return view, outcomes
+            return max(accepted, key=lambda pair: pair[0])[1]
         heard = [member for member in self.view.members if member in promises and member not in self._suspected]
         staying = [member for member in heard if member not in self._leaving] or heard
         peers = {member.peer_id for member in staying}
-        joining = [member for member in self._joiners if member.peer_id not in peers]
+        joining = [member for member in self._joiners if member.peer_id not in peers] if self.admits else []
         members = (*staying, *sorted(joining))[: limits.MESH_MEMBERS_MAX_COUNT]
         view = View(mesh_id=self.view.mesh_id, lineage=self.view.lineage, epoch=self.view.epoch + 1, members=members)
-        return view, decide([promise.operations for promise in promises.values()])
+        standings = {
+            self.view.members.index(member): Standing(promise.operations, promise.streams)
+            for member, promise in promises.items()
+        }
+        return _Value(view, *decide(standings))
 
     def _on_accepted(self, sender: Member, accepted: Accepted, now: float) -> list[Instruction]:
         proposal = self._proposal
@@ -346,11 +381,11 @@ class ViewChange(BallotMachine[Member, Instruction]):
             return [SendTo(sender, self._decline(prepare.ballot, "a higher ballot was promised"))]
         self._yield_to(prepare.ballot, now)
         self.operations.freeze()
-        standing = self.operations.snapshot()
-        out: list[Instruction] = [] if self._promised is not None else [Frozen(self.view, standing)]
+        standing = self.operations.standing()
+        out: list[Instruction] = [] if self._promised is not None else [Frozen(self.view, standing.operations)]
         self._promised = prepare.ballot
         self._wanted_since = now
-        ballot, view, outcomes = self._accepted or (None, None, ())
+        ballot, (view, outcomes, streams) = self._accepted or (None, (None, (), ()))
         promise = Promise(
             lineage=prepare.lineage,
             epoch=prepare.epoch,
@@ -358,7 +393,9 @@ class ViewChange(BallotMachine[Member, Instruction]):
             accepted_ballot=ballot,
             accepted_view=view,
             accepted_outcomes=outcomes,
-            operations=standing,
+            accepted_streams=streams,
+            operations=standing.operations,
+            streams=standing.streams,
         )
         return [*out, SendTo(sender, promise)]
 
@@ -372,7 +409,7 @@ class ViewChange(BallotMachine[Member, Instruction]):
             return [SendTo(sender, self._decline(accept.ballot, reason))]
         if not view.is_sound() or view.mesh_id != self.view.mesh_id:
             return [SendTo(sender, self._decline(accept.ballot, "the view is not sound"))]
-        self._accepted = (accept.ballot, view, accept.outcomes)
+        self._accepted = (accept.ballot, _Value(view, accept.outcomes, accept.streams))
         self._wanted_since = now
         return [SendTo(sender, Accepted(epoch=view.epoch, ballot=accept.ballot))]
 
@@ -427,13 +464,13 @@ class ViewChange(BallotMachine[Member, Instruction]):
         for member in chosen.view.members:
             self._joiners.pop(member, None)
         self._begin_epoch(now)
-        self.operations.begin_epoch()
-        return [*out, Entered(chosen.view, chosen.outcomes)]
+        self.operations.begin_epoch(chosen.outcomes)
+        return [*out, Entered(chosen.view, chosen.outcomes, chosen.streams)]
 
     # --- Quorum ---------------------------------------------------------------------------------
 
     def _look_for_quorum(self, now: float) -> list[Instruction]:
-        if is_quorum(self.view, self._trusted):
+        if is_quorum(self.view, self.trusted):
             self._quorum_missing_since, self._told_quorum_missing = None, False
             return []
         if self._quorum_missing_since is None:

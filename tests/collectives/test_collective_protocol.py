@@ -59,7 +59,7 @@ CRIMES: dict[str, tuple[list[Message], str]] = {
     "begins twice ahead": ([begin(2), begin(2)], "a second Begin of operation 2"),
     "data out of order": ([begin(), data(turn=1)], "data out of order in operation 1"),
     "data of another segment": ([begin(), data(segment=1)], "data out of order"),
-    "data of another epoch": ([begin(), data(epoch=4)], "data of epoch 4 in epoch 3"),
+    "data of another epoch": ([begin(), data(epoch=4)], "message of epoch 4 in epoch 3"),
     "data of the wrong length": ([begin(), data(nbytes=8)], "8 bytes came in operation 1 where 256 belong"),
     "data ahead without begin": ([begin(), data(2)], "data of operation 2, which the peer has not begun"),
     "too much data ahead": ([begin(2), data(2, nbytes=100_000)], "100000 bytes of operation 2, ahead"),

@@ -1,0 +1,179 @@
+"""Runs the machine of :mod:`.view_change` in one process: who its peers are, its time, and what it tells.
+
+It sends and hears through the service's channels, which know peers by their ids; the machine knows members.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import TypeAlias
+
+import trio
+
+from sparkle_mesh import limits
+from sparkle_mesh.fabric.interface import PeerId
+from sparkle_mesh.membership.messages import Agreement, Chosen
+from sparkle_mesh.membership.operations import OpenOperations
+from sparkle_mesh.membership.view import Member, View
+from sparkle_mesh.membership.view_change import (
+    Entered,
+    Excluded,
+    Frozen,
+    Instruction,
+    QuorumMissing,
+    SendTo,
+    ViewChange,
+)
+
+logger = logging.getLogger(__name__)
+
+Change: TypeAlias = Entered | Excluded | QuorumMissing
+
+
+class Succession:
+    """The views of this process, from its first one on.
+
+    Parameters
+    ----------
+    member
+        This process.
+    first
+        The view with which it begins, as it was entered.
+    operations
+        What is open in it.
+    send
+        Sends to a peer, if it is connected.
+    tell
+        Called with every change.
+    """
+
+    def __init__(
+        self,
+        member: Member,
+        first: Entered,
+        operations: OpenOperations,
+        *,
+        send: Callable[[PeerId, Agreement], None],
+        tell: Callable[[Change], None],
+    ) -> None:
+        self._member = member
+        self._send, self._tell = send, tell
+        self._machine = ViewChange(first.view, member, operations, now=trio.current_time())
+        self._machine.admits = False
+        self._leaving: set[Member] = set()
+        self.ended = False
+        #: Set, and replaced, with every change of what :attr:`all_leave` depends on.
+        self.changed = trio.Event()
+        tell(first)
+
+    @property
+    def view(self) -> View:
+        """The view that was entered last."""
+        return self._machine.view
+
+    @property
+    def next_wakeup(self) -> float | None:
+        """When to :meth:`tick`."""
+        return self._machine.next_wakeup(now=trio.current_time())
+
+    @property
+    def can_leave(self) -> bool:
+        """Whether nobody is left who would need to be told that this process leaves."""
+        staying = [member for member in self._machine.trusted if member != self._member]
+        return self.ended or all(member in self._leaving for member in staying)
+
+    # --- Events ----------------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Time has passed."""
+        self._carry_out(self._machine.tick(now=trio.current_time()))
+
+    def came(self, member: Member) -> None:
+        """A process that wants to compute is connected, and has proven that it may."""
+        now = trio.current_time()
+        for other in self.view.members:
+            if other.peer_id == member.peer_id and other != member:
+                # An earlier life of the same peer.
+                self._carry_out(self._machine.suspect(other, now=now))
+        self._carry_out(self._machine.trust(member, now=now))
+        self._carry_out(self._machine.candidate_came(member, now=now))
+
+    def suspect(self, member: Member, reason: str) -> None:
+        """``member`` is believed to be gone."""
+        if member in self.view.members and member != self._member:
+            logger.info("member %s is believed to be gone: %s", member.peer_id, reason)
+        self._carry_out(self._machine.suspect(member, now=trio.current_time()))
+        self._notify()
+
+    def trust(self, member: Member) -> None:
+        """``member`` has shown that it is there."""
+        self._carry_out(self._machine.trust(member, now=trio.current_time()))
+
+    def leaves(self, member: Member) -> None:
+        """``member``, or this process, wants to be in no further view."""
+        self._leaving.add(member)
+        self._carry_out(self._machine.wants_to_leave(member, now=trio.current_time()))
+        self._notify()
+
+    def renew(self) -> None:
+        """Another view is needed, because two members have lost their link."""
+        self._carry_out(self._machine.renew(now=trio.current_time()))
+
+    def admit(self, candidates: bool = True) -> None:
+        """Take ``candidates`` in with the next view, or no longer."""
+        self._machine.admits = candidates
+        self._carry_out([])
+
+    @property
+    def candidates(self) -> int:
+        """How many processes wait to be taken in."""
+        return self._machine.candidate_count
+
+    def receive(self, sender: Member, message: Agreement) -> None:
+        """``sender`` has said ``message``."""
+        self._carry_out(self._machine.receive(sender, message, now=trio.current_time()))
+
+    # --- What follows ----------------------------------------------------------------------------
+
+    def _carry_out(self, instructions: Iterable[Instruction]) -> None:
+        for instruction in instructions:
+            match instruction:
+                case SendTo(member, message):
+                    self._send(member.peer_id, message)
+                case Frozen(view, _):
+                    logger.info("view %d ends", view.epoch)
+                case Entered(view, _, _):
+                    logger.info("view %d of %d members was chosen", view.epoch, view.size)
+                    self._machine.admits = False
+                    self._notify()
+                    self._tell(instruction)
+                case Excluded():
+                    self.ended = True
+                    self._notify()
+                    self._tell(instruction)
+                case QuorumMissing():
+                    self._tell(instruction)
+
+    def _notify(self) -> None:
+        changed, self.changed = self.changed, trio.Event()
+        changed.set()
+
+
+def joins(message: Agreement, sender: Member, me: Member, mesh_id: bytes) -> Entered | None:
+    """Return the view that ``message`` takes this process into, which is in none yet; None if it does not.
+
+    That the view was chosen rests on the word of a member of it, which has proven the key like all others.
+    """
+    if not isinstance(message, Chosen) or message.view.epoch == 0:
+        return None
+    view = message.view
+    if view.mesh_id != mesh_id or not view.is_sound() or me not in view.members or sender not in view.members:
+        return None
+    return Entered(view, message.outcomes, message.streams)
+
+
+def patience_s(gaps: Iterable[float]) -> float:
+    """Return for how long a peer may be silent that was heard with these ``gaps`` of late, in seconds."""
+    longest = max(gaps, default=0.0)
+    return min(max(limits.SUSPICION_FLOOR_S, 2 * longest), limits.SUSPICION_CEILING_S)

@@ -1,0 +1,281 @@
+"""Takes the collectives of a process from one view to the next: its links, and how what was open ends.
+
+Membership tells of each view in its order. Settling what was open in the old one is done for every view; connecting to
+its members and meeting them is given up as soon as another one follows.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import numpy as np
+import trio
+
+from sparkle_mesh import limits
+from sparkle_mesh.collectives.calibration import describe_ways, make_topology, measure_lines
+from sparkle_mesh.collectives.group import CollectiveGroup
+from sparkle_mesh.collectives.operation import SupersededError
+from sparkle_mesh.environment import network_host_id
+from sparkle_mesh.errors import (
+    CollectiveAbortedError,
+    ExcludedError,
+    LinkClosedError,
+    OutcomeUnknownError,
+    ProtocolError,
+    QuorumLostError,
+    SparkleError,
+    UnreachableError,
+)
+from sparkle_mesh.membership.service import MembershipService, PeerAdmitted
+from sparkle_mesh.membership.view import Member, View
+from sparkle_mesh.membership.view_change import Entered, Excluded, QuorumMissing
+from sparkle_mesh.transport.link import Link
+from sparkle_mesh.transport.shared_memory import SharedMemory
+
+logger = logging.getLogger(__name__)
+
+Connect = Callable[[str], Awaitable[Link]]
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class ViewFollower:
+    """The group of this process, in whatever view it is.
+
+    Parameters
+    ----------
+    membership
+        Tells of the views.
+    connect
+        Returns a new link to a peer, which wants one to this process as well.
+    memory
+        This process's memory that others on this host can read.
+
+    Attributes
+    ----------
+    group
+        Made with the first view.
+    entered
+        Set once a view was entered and calls can be made, or there will be none.
+    views
+        The last ones, by epoch.
+    """
+
+    def __init__(self, membership: MembershipService, connect: Connect, memory: SharedMemory | None) -> None:
+        self._membership = membership
+        self._connect, self._memory = connect, memory
+        self.group: CollectiveGroup | None = None
+        self.entered = trio.Event()
+        self.views: dict[int, View] = {}
+        self.links: dict[Member, Link] = {}
+        self.failure: SparkleError | None = None
+        #: Set, and replaced, whenever a link ends, or a view is entered.
+        self._changed = trio.Event()
+        self._measured: dict[Member, tuple[float, float]] = {}
+        self._nursery: trio.Nursery | None = None
+        membership.operations.on_freeze = self._freeze
+        membership.has_link = self.has_link
+        membership.until_link_lost = self._until_link_lost
+
+    # --- Links -----------------------------------------------------------------------------------
+
+    def has_link(self, member: Member) -> bool:
+        """Whether a link to ``member`` stands."""
+        link = self.links.get(member)
+        return link is not None and not link.closed
+
+    async def _until_link_lost(self, member: Member) -> None:
+        while self.has_link(member):
+            await self._changed.wait()
+
+    async def until_changed(self) -> None:
+        """Wait until a view is entered, or a link ends."""
+        await self._changed.wait()
+
+    def _notify(self) -> None:
+        changed, self._changed = self._changed, trio.Event()
+        changed.set()
+
+    def _link_lost(self, rank: int, reason: str) -> None:
+        """The group can use its link to ``rank`` no more. A member that is there all the same needs another one."""
+        assert self.group is not None
+        member = self.group.members[rank]
+        assert isinstance(member, Member)
+        self.links.pop(member, None)
+        self._notify()
+        if self._nursery is not None:
+            self._nursery.start_soon(self._look_after, member, reason)
+
+    async def _look_after(self, member: Member, reason: str) -> None:
+        if self._membership.member_of(member.peer_id) != member:
+            self._membership.suspect(member, reason)
+        elif await self._membership.probe(member.peer_id, limits.LINK_PROBE_S):
+            logger.info(
+                "the link to %s has ended (%s), and it is there: another view is needed", member.peer_id, reason
+            )
+            self._membership.renew()
+        else:
+            self._membership.suspect(member, f"{reason}, and it does not answer")
+
+    async def _link_to(self, member: Member) -> None:
+        """Make sure that a link to ``member`` stands; if none comes about, it is of no use as a member."""
+        if self.has_link(member):
+            return
+        problem = f"no link to it within {limits.VIEW_ENTRY_TIMEOUT_S:g} s"
+        with trio.move_on_after(limits.VIEW_ENTRY_TIMEOUT_S):
+            try:
+                with self._membership.events() as events:
+                    while self._membership.member_of(member.peer_id) != member:
+                        while not isinstance(await events.receive(), PeerAdmitted):
+                            pass
+                self.links[member] = await self._connect(member.peer_id)
+                return
+            except (UnreachableError, LinkClosedError, ProtocolError) as error:
+                problem = str(error)
+        self._membership.suspect(member, problem)
+        await trio.sleep_forever()
+
+    # --- Views -----------------------------------------------------------------------------------
+
+    def _freeze(self) -> None:
+        if self.group is not None:
+            self.group.freeze()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Follow the views until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            entering = trio.CancelScope()
+            async for change in self._membership.changes:
+                entering.cancel()
+                match change:
+                    case Entered(view, _, _):
+                        await self._settle(change)
+                        self.views[view.epoch] = view
+                        for epoch in [
+                            old for old in self.views if old < view.epoch - limits.VIEWS_REMEMBERED_MAX_COUNT
+                        ]:
+                            del self.views[epoch]
+                        entering = trio.CancelScope()
+                        nursery.start_soon(self._enter, view, entering)
+                    case Excluded(view, outcomes):
+                        await self._leave_behind(view, outcomes)
+                    case QuorumMissing(view, missing):
+                        names = ", ".join(member.peer_id for member in missing)
+                        self._fail(
+                            QuorumLostError(
+                                f"{len(missing)} of the {view.size} members of this mesh are lost ({names}): too few are "
+                                "left to decide for it, and others may go on without this process; join again"
+                            )
+                        )
+
+    def _fail(self, error: SparkleError) -> None:
+        self.failure = error
+        if self.group is not None:
+            self.group.end(error)
+        self.entered.set()
+        self._notify()
+
+    async def _settle(self, change: Entered) -> None:
+        """End what was open in the view before."""
+        outcomes = {one.number: one.state for one in change.outcomes}
+        between_two = {one.number for one in change.outcomes if one.route}
+        if self.group is None:
+            self.group = CollectiveGroup(
+                rank=0,
+                size=1,
+                links={},
+                lineage=change.view.lineage,
+                epoch=0,
+                describe_rank=self._describe_rank,
+                describe_member=_describe_member,
+                memory=self._memory,
+                ledger=self._membership.operations,
+                link_lost=self._link_lost,
+            )
+            if self._nursery is not None:
+                await self._nursery.start(self.group.run)
+            self.group.join_at(change.streams, outcomes)
+            return
+        gone = [rank for rank, member in enumerate(self.group.members) if member not in change.view.members]
+        await self.group.settle(outcomes, gone, between_two)
+        for member in [member for member in self.links if member not in change.view.members]:
+            link = self.links.pop(member)
+            if self._nursery is not None:
+                self._nursery.start_soon(link.aclose)
+
+    async def _leave_behind(self, view: View, outcomes: Any) -> None:
+        """The others have gone on without this process."""
+        if self.group is not None and outcomes is not None:
+            ended = {one.number: one.state for one in outcomes}
+            await self.group.settle(ended, [], {one.number for one in outcomes if one.route})
+        elif self.group is not None:
+            for operation in self.group.operations.values():
+                if operation.sent_prepared and not operation.finished.is_set():
+                    operation.fail(
+                        OutcomeUnknownError(f"{operation.begin.description}: the others went on without this rank")
+                    )
+        self._fail(
+            ExcludedError(
+                f"the other members went on without this process, as view {view.epoch} of {view.size} members: "
+                "it was silent, or could not be reached; join again"
+            )
+        )
+
+    async def _enter(self, view: View, scope: trio.CancelScope) -> None:
+        me = view.rank_of(self._membership.member)
+        group = self.group
+        assert me is not None
+        assert group is not None
+        others = {rank: member for rank, member in enumerate(view.members) if rank != me}
+        with scope:
+            first = not self.links and view.epoch == 0
+            async with trio.open_nursery() as connecting:
+                for member in others.values():
+                    connecting.start_soon(self._link_to, member)
+            links = {rank: self.links[member] for rank, member in others.items()}
+            if first:
+                await self._measure(me, view, links)
+            group.enter(me, view.epoch, view.members, links)
+            try:
+                rows = await group.meet(self._row(view, links))
+            except (SupersededError, CollectiveAbortedError) as error:
+                logger.debug("view %d was not entered: %s", view.epoch, error)
+                return
+            group.open(make_topology(rows))
+            self.entered.set()
+            self._notify()
+
+    # --- What is known of the ways ----------------------------------------------------------------
+
+    async def _measure(self, me: int, view: View, links: dict[int, Link]) -> None:
+        try:
+            measured = await measure_lines(me, view.size, links)
+        except ProtocolError as error:
+            logger.warning("lines could not be measured: %s", error)
+            return
+        for rank, member in enumerate(view.members):
+            self._measured[member] = (float(measured[0, rank]), float(measured[1, rank]))
+
+    def _row(self, view: View, links: dict[int, Link]) -> Array:
+        """What this process tells the others: of those that came later it knows how far they are."""
+        ways = np.stack([np.zeros(view.size), np.full(view.size, np.nan)])
+        for rank, member in enumerate(view.members):
+            if member in self._measured:
+                ways[:, rank] = self._measured[member]
+            elif rank in links and links[rank].stats.latency_s is not None:
+                ways[1, rank] = links[rank].stats.latency_s
+        return describe_ways(ways, network_host_id())
+
+    # --- Words -----------------------------------------------------------------------------------
+
+    def _describe_rank(self, rank: int) -> str:
+        assert self.group is not None
+        member = self.group.members[rank]
+        return f"rank {rank} ({_describe_member(member)})"
+
+
+def _describe_member(member: object) -> str:
+    return f"peer {member.peer_id}" if isinstance(member, Member) else f"{member}"
