@@ -186,7 +186,7 @@ class Exchange:
             raise ProtocolError(f"a message of epoch {epoch} in epoch {group.epoch}")
         while epoch > group.epoch:
             await group.next_epoch.wait()
-        return epoch == group.epoch
+        return epoch == group.epoch and not group.is_over
 
     def _too_far_ahead(self, number: int) -> bool:
         return number not in self.ahead and len(self.ahead) >= limits.COLLECTIVE_OPERATIONS_AHEAD_MAX_COUNT

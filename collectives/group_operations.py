@@ -318,6 +318,9 @@ class GroupOperations(GroupState):
             if not repeats:
                 del self._repeats[stream]
             self.notify()
+            error = self._settled.pop(again, None)
+            if error is not None:
+                raise type(error)(str(error))
             return again
         while True:
             self._streams[stream.number] = self._streams.get(stream.number, 0) + 1

@@ -120,6 +120,8 @@ class GroupState:
         self._routing = trio.Lock()
         #: Whether operations may begin: not while a view ends, nor before the next one is entered.
         self.is_open = ledger is None
+        #: Whether all that was open in this epoch is settled, and the next one is not entered yet.
+        self.is_over = False
         #: By stream: operations that must begin again before others may.
         self._repeats: dict[Stream, list[int]] = {}
         #: What ended before this rank came to it.

@@ -2,8 +2,8 @@
 
 Another view is agreed on elsewhere; this is what it means for the operations of a rank. In this order:
 
-1. :meth:`GroupViews.freeze`: the rank promises where its operations stand. Nothing begins or commits from here on. Of an
-   operation over shared memory it is known at once how it ends, on all ranks: the boards decide (:mod:`.shared`).
+1. :meth:`GroupViews.freeze`: the rank promises where its operations stand. Nothing begins or commits from here on. Of
+   an operation over shared memory it is known at once how it ends, on all ranks: the boards decide (:mod:`.shared`).
 2. :meth:`GroupViews.settle`: the next view was chosen, and with it how all that was open ends.
 3. :meth:`GroupViews.enter`: ranks, epoch and links are those of the next view; messages of the old one are dropped.
 4. :meth:`GroupViews.open`: the members tell each other what they know of the ways between them, by an operation of its
@@ -65,13 +65,14 @@ class GroupViews(GroupOperations):
         Parameters
         ----------
         outcomes
-            By number: ``committed``, ``aborted``, or ``repeat``. What is open and not named was committed here.
+            By number: ``committed``, ``aborted``, ``lost`` with a rank, or ``repeat``. What is open and not named was
+            committed here.
         gone
             The ranks of this view that are not in the next.
         between_two
             Which numbers are of operations between two ranks: those are counted anew in the next view.
         """
-        self.is_open = False
+        self.is_open, self.is_over = False, True
         for rank in gone:
             self.peer_lost(rank, "it is not in the next view")
         lost = self._lost_error()
@@ -90,26 +91,26 @@ class GroupViews(GroupOperations):
         if self._host is not None:
             self._host.wake()
         self._note_repeats(repeats)
+        waiting = {number for numbers in self._repeats.values() for number in numbers}
         for number, ends in outcomes.items():
             ahead = self._streams.get(number >> 32, 0) < number & SEQUENCE_MASK
-            if ends == "aborted" and ahead and number not in between_two:
-                self._settled[number] = CollectiveAbortedError(
-                    f"call number {number & SEQUENCE_MASK} had ended on other ranks, when the view did, before this "
-                    "rank made it"
-                )
+            if (ahead or number in waiting) and number not in between_two and ends in ("aborted", "lost"):
+                before = f"call number {number & SEQUENCE_MASK} had ended on other ranks before this rank made it"
+                self._settled[number] = lost if ends == "lost" else CollectiveAbortedError(f"{before}: it was given up")
         await self._until_nothing_is_hosted(hosted)
 
     def _settle(self, operation: Operation, ends: str | None, lost: PeerLostError) -> None:
         what = f"{operation.begin.description}, call number {operation.sequence},"
-        if operation.one_sided:
-            # It carries itself to the end, where the boards have decided that it has one.
-            if ends == "aborted":
-                operation.fail(operation.hint or CollectiveAbortedError(f"{what} was given up by another rank"))
-        elif ends == "committed" and operation.sent_prepared:
-            operation.succeed()
+        if ends == "lost":
+            operation.fail(lost)
         elif ends == "aborted":
             given_up = CollectiveAbortedError(f"{what} was given up by another rank; its reason was lost with a member")
-            operation.fail(operation.hint or (lost if not operation.repeats else given_up))
+            operation.fail(operation.hint or given_up)
+        elif operation.one_sided:
+            # It carries itself to the end, which the boards have decided that it has.
+            return
+        elif ends == "committed" and operation.sent_prepared:
+            operation.succeed()
         else:
             operation.fail(OutcomeUnknownError(f"{what} ended as {ends}, which this rank cannot follow"))
 
@@ -146,7 +147,7 @@ class GroupViews(GroupOperations):
         before = list(self._exchanges.values())
         self.rank, self.size, self.epoch, self.members = rank, len(members), epoch, tuple(members)
         self.topology = Topology(self.size)
-        self.lost = {}
+        self.lost, self.is_over = {}, False
         self._exchanges = {}
         for other, link in links.items():
             exchange = standing.get(id(link))
@@ -216,6 +217,17 @@ class GroupViews(GroupOperations):
         self.freezing = self.ledger.frozen
         self.is_open = not self.freezing
         self.notify()
+
+    def leave_in_doubt(self) -> None:
+        """The others went on, and nobody can tell how what is open here ended for them."""
+        for operation in self.operations.values():
+            if operation.sent_prepared and not operation.finished.is_set():
+                operation.fail(
+                    OutcomeUnknownError(
+                        f"{operation.begin.description}, call number {operation.sequence}, may have ended with a "
+                        "result on the other ranks, which went on without this one: join again and synchronise"
+                    )
+                )
 
     def _show_first(self) -> bool:
         """The caller begins with the view that is opened first."""

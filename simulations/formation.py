@@ -188,5 +188,7 @@ class World(Network):
                     raise self.broken("a whole view is not known to all its members")
         taken = {member for process in alive.values() for view in process.views for member in view.members}
         free = [member for member in alive if member not in taken]
-        if len(free) >= self.min_peers:
+        # Where a view stands, its members take newcomers in; that is another world.
+        waiting = any(alive[member].machine.views_elsewhere for member in free)
+        if len(free) >= self.min_peers and not waiting:
             raise self.broken(f"{len(free)} free processes did not form a view")

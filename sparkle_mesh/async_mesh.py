@@ -85,7 +85,7 @@ class AsyncMesh(AsyncCollectives):
         return self._follower.views[self._group.shown[0]]
 
     def on_view_change(self, callback: Callable[[View], object]) -> None:
-        """Call ``callback`` with the view whenever it has changed: when the first call of it ends, before it returns."""
+        """Call ``callback`` with the view whenever it has changed: when a call ends, before it returns."""
         self._callbacks.append(callback)
 
     def _view_shown(self) -> None:

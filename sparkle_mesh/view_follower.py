@@ -22,7 +22,6 @@ from sparkle_mesh.errors import (
     CollectiveAbortedError,
     ExcludedError,
     LinkClosedError,
-    OutcomeUnknownError,
     ProtocolError,
     QuorumLostError,
     SparkleError,
@@ -104,13 +103,17 @@ class ViewFollower:
         assert isinstance(member, Member)
         self.links.pop(member, None)
         self._notify()
-        if self._nursery is not None:
+        if self._nursery is not None and member in self._membership.succession.view.members:
             self._nursery.start_soon(self._look_after, member, reason)
 
     async def _look_after(self, member: Member, reason: str) -> None:
+        epoch = self._membership.succession.view.epoch
         if self._membership.member_of(member.peer_id) != member:
             self._membership.suspect(member, reason)
         elif await self._membership.probe(member.peer_id, limits.LINK_PROBE_S):
+            if self._membership.succession.view.epoch != epoch:
+                # In the next view it gets another link in any case.
+                return
             logger.info(
                 "the link to %s has ended (%s), and it is there: another view is needed", member.peer_id, reason
             )
@@ -163,13 +166,23 @@ class ViewFollower:
                     case Excluded(view, outcomes):
                         await self._leave_behind(view, outcomes)
                     case QuorumMissing(view, missing):
-                        names = ", ".join(member.peer_id for member in missing)
-                        self._fail(
-                            QuorumLostError(
-                                f"{len(missing)} of the {view.size} members of this mesh are lost ({names}): too few are "
-                                "left to decide for it, and others may go on without this process; join again"
-                            )
-                        )
+                        self._quorum_missing(view, missing)
+
+    def _remember(self, view: View) -> None:
+        self.views[view.epoch] = view
+        shown = view.epoch if self.group is None else self.group.shown[0]
+        oldest = view.epoch - limits.VIEWS_REMEMBERED_MAX_COUNT
+        for epoch in [old for old in self.views if old < oldest and old != shown]:
+            del self.views[epoch]
+
+    def _quorum_missing(self, view: View, missing: tuple[Member, ...]) -> None:
+        names = ", ".join(member.peer_id for member in missing)
+        self._fail(
+            QuorumLostError(
+                f"{len(missing)} of the {view.size} members of this mesh are lost ({names}): too few are left to decide"
+                " for it, and others may go on without this process; join again"
+            )
+        )
 
     def _fail(self, error: SparkleError) -> None:
         self.failure = error
@@ -212,11 +225,7 @@ class ViewFollower:
             ended = {one.number: one.state for one in outcomes}
             await self.group.settle(ended, [], {one.number for one in outcomes if one.route})
         elif self.group is not None:
-            for operation in self.group.operations.values():
-                if operation.sent_prepared and not operation.finished.is_set():
-                    operation.fail(
-                        OutcomeUnknownError(f"{operation.begin.description}: the others went on without this rank")
-                    )
+            self.group.leave_in_doubt()
         self._fail(
             ExcludedError(
                 f"the other members went on without this process, as view {view.epoch} of {view.size} members: "

@@ -36,7 +36,9 @@ class PeerChannel:
         self._outbox, self._to_send = trio.open_memory_channel[MeshMessage](limits.MESH_OUTBOX_MAX_COUNT)
         self._written = trio.Event()
         self._pings: dict[int, float] = {}
-        self._heard = trio.Event()
+        #: Those that somebody here waits for; their numbers are above those of pings.
+        self._asked: dict[int, trio.Event] = {}
+        self._question = 2**32
 
     def send(self, message: MeshMessage) -> None:
         """Queue ``message``; a peer that lets the queue run full is let go."""
@@ -56,12 +58,19 @@ class PeerChannel:
         """It has said something."""
         self.silences.append(now - self.last_heard)
         self.last_heard = now
-        heard, self._heard = self._heard, trio.Event()
-        heard.set()
 
-    async def until_heard(self) -> None:
-        """Wait until it says something."""
-        await self._heard.wait()
+    async def answers(self, timeout_s: float) -> bool:
+        """Ask whether it is there, and wait for the answer for as long as that; return whether it came."""
+        self._question = question = self._question + 1
+        answered = self._asked[question] = trio.Event()
+        self.send(Ping(probe=question))
+        try:
+            with trio.move_on_after(timeout_s):
+                await answered.wait()
+                return True
+            return False
+        finally:
+            del self._asked[question]
 
     def ping(self, probe: int, *, now: float) -> None:
         """Send a ping and remember when."""
@@ -71,6 +80,8 @@ class PeerChannel:
 
     def ponged(self, probe: int, *, now: float) -> None:
         """Take the answer to a ping."""
+        if probe in self._asked:
+            self._asked[probe].set()
         sent = self._pings.pop(probe, None)
         if sent is not None:
             self.latency_s = (now - sent) / 2

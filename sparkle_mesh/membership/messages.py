@@ -30,8 +30,9 @@ class Ballot(wire.Message, array_like=True, order=True, frozen=True):
     proposer: wire.PeerIdText
 
 
-#: How far one member is with a collective, and how it ends for all: ``committed``, ``aborted``, or to ``repeat``.
-Stage: TypeAlias = Literal["begun", "prepared", "committed", "aborted", "repeat"]
+#: How far one member is with a collective; and how it ends for all: ``committed``, ``aborted`` by a member, ``lost``
+#: with one, or to ``repeat``.
+Stage: TypeAlias = Literal["begun", "prepared", "committed", "aborted", "lost", "repeat"]
 _Rank = Annotated[int, msgspec.Meta(ge=0, lt=limits.MESH_MEMBERS_MAX_COUNT)]
 #: The ranks of the two that an operation is between; empty if all take part.
 Route = Annotated[tuple[_Rank, ...], msgspec.Meta(max_length=2)]
@@ -135,7 +136,7 @@ class Prepare(wire.Message, tag="prepare", frozen=True):
 
 
 class Promise(wire.Message, tag="promise", frozen=True):
-    """Phase 1b: no lower ballot will be accepted; the highest accepted value, and where the promiser's operations stand.
+    """Phase 1b: no lower ballot will be accepted; the highest accepted value, and where operations stand here.
 
     ``streams`` says how many operations of each stream it has begun; what it has begun and does not name among
     ``operations`` it has committed.

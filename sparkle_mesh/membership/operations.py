@@ -4,9 +4,9 @@ A member *prepares* an operation when it holds its whole result, and *commits* i
 prepared it with the same digest. Before it has prepared it may *abort* it by itself: then nobody can commit it.
 
 Operations are numbered for as long as the lineage lasts: the number of the :data:`stream <.messages.StreamCount>` in
-the upper half, and which of its operations it is in the lower. A member begins those of a stream in their order, so that
-how many it has begun says much: what it has begun and does not name as open, it has committed. What it has aborted it
-goes on to name until nobody can have it in flight any more.
+the upper half, and which of its operations it is in the lower. A member begins those of a stream in their order, so
+that how many it has begun says much: what it has begun and does not name as open, it has committed. What it has aborted
+it goes on to name until nobody can have it in flight any more.
 """
 
 from __future__ import annotations
@@ -154,8 +154,8 @@ def decide(standings: Mapping[int, Standing]) -> tuple[OperationList, StreamCoun
     -------
     outcomes
         ``committed`` if nobody that takes part is known to lack the result, or somebody has committed; ``aborted`` if a
-        member has given it up, results differ, or it is not to be repeated; ``repeat`` else: nobody can have committed
-        it.
+        member has given it up, or results differ; ``repeat`` else, because nobody can have committed it, or ``lost``
+        if it is not to be repeated.
     streams
         For each stream the number of the last operation that is settled, and all before it.
     """
@@ -171,8 +171,10 @@ def decide(standings: Mapping[int, Standing]) -> tuple[OperationList, StreamCoun
         stage: Stage = "repeat"
         if "committed" in states or (all(state == "prepared" for state in states) and len(digests) == 1):
             stage = "committed"
-        elif "aborted" in states or len(digests) > 1 or named[number].once:
+        elif "aborted" in states or len(digests) > 1:
             stage = "aborted"
+        elif named[number].once:
+            stage = "lost"
         digest = min(digests) if stage == "committed" and digests else b""
         outcomes.append(msgspec.structs.replace(named[number], state=stage, digest=digest))
     return tuple(outcomes), _settled(outcomes, begun.values())

@@ -192,15 +192,9 @@ class MembershipService:
         return channel.introduction.member if channel is not None and channel.introduction.role == "trainer" else None
 
     async def probe(self, peer_id: PeerId, timeout_s: float) -> bool:
-        """Ask ``peer_id`` whether it is there; return whether it has said anything within ``timeout_s``."""
+        """Ask ``peer_id`` whether it is there; return whether it has answered within ``timeout_s``."""
         channel = self._channels.get(peer_id)
-        if channel is None:
-            return False
-        channel.send(Ping(probe=0))
-        with trio.move_on_after(timeout_s):
-            await channel.until_heard()
-            return True
-        return False
+        return channel is not None and await channel.answers(timeout_s) and self._channels.get(peer_id) is channel
 
     def is_admitted(self, peer_id: PeerId) -> bool:
         """Whether ``peer_id`` has proven the key and is connected."""
@@ -230,6 +224,7 @@ class MembershipService:
                         nursery.start_soon(self._open, event.peer_id)
                 raise ClosedError("the fabric closed, or its events came faster than membership took them")
         finally:
+            self._nursery = None
             self._events.close()
 
     async def leave(self, reason: str = "", *, hurry: bool = False) -> None:
@@ -279,7 +274,7 @@ class MembershipService:
         while True:
             await trio.sleep(limits.SUSPICION_LOOK_INTERVAL_S * self._entropy.uniform(0.9, 1.1))
             now = trio.current_time()
-            held_up = now - before > limits.PING_INTERVAL_S
+            held_up = now - before > 4 * limits.SUSPICION_LOOK_INTERVAL_S
             before = now
             for channel in list(self._channels.values()):
                 if held_up:

@@ -68,9 +68,9 @@ def test_a_quorum_is_more_than_half_or_half_with_the_first(size: int, ranks: lis
 
 def test_a_member_that_is_gone_is_left_out_by_the_others() -> None:
     one, other = machine(0), machine(1)
-    other.operations.begin("", 1)
-    other.operations.prepare("", 1, b"d" * 16)
-    one.operations.begin("", 1)
+    other.operations.begin(1)
+    other.operations.prepare(1, b"d" * 16)
+    one.operations.begin(1)
     assert one.next_wakeup(now=0.0) is None
     for each in (one, other):
         assert each.suspect(MEMBERS[2], now=1.0) == []
@@ -80,7 +80,7 @@ def test_a_member_that_is_gone_is_left_out_by_the_others() -> None:
 
     out = one.tick(now=due)
     assert [one for one in out if isinstance(one, Frozen)]
-    assert not one.operations.prepare("", 1, b"d" * 16)
+    assert not one.operations.prepare(1, b"d" * 16)
     ((_, asked),) = [pair for pair in sent(out, Prepare) if pair[0] == MEMBERS[1]]
     ((_, promise),) = sent(other.receive(MEMBERS[0], asked, now=due), Promise)
     assert [state.state for state in promise.operations] == ["prepared"]
@@ -88,12 +88,14 @@ def test_a_member_that_is_gone_is_left_out_by_the_others() -> None:
     accept = dict(accepts)[MEMBERS[1]]
     assert accept.view.members == tuple(MEMBERS[:2])
     # One has not prepared it, so nobody has committed it.
-    assert [outcome.state for outcome in accept.outcomes] == ["aborted"]
+    assert [outcome.state for outcome in accept.outcomes] == ["repeat"]
+    assert accept.streams == ((0, 0),)
     ((_, accepted),) = sent(other.receive(MEMBERS[0], accept, now=due), Accepted)
     out = one.receive(MEMBERS[1], accepted, now=due)
-    assert Entered(accept.view, accept.outcomes) in out
+    entered = Entered(accept.view, accept.outcomes, accept.streams)
+    assert entered in out
     chosen = dict(sent(out, Chosen))
-    assert other.receive(MEMBERS[0], chosen[MEMBERS[1]], now=due) == [Entered(accept.view, accept.outcomes)]
+    assert other.receive(MEMBERS[0], chosen[MEMBERS[1]], now=due) == [entered]
     # It comes again, and is told that it is out.
     late = machine(2)
     assert late.receive(MEMBERS[0], chosen[MEMBERS[2]], now=due) == [Excluded(accept.view, accept.outcomes)]
@@ -123,7 +125,7 @@ def test_what_was_accepted_is_proposed_again_with_its_outcomes() -> None:
     view = each.view
     ballot = Ballot(round=1, proposer=MEMBERS[0].peer_id)
     each.receive(MEMBERS[0], prepare(view, 1, MEMBERS[0]), now=1.0)
-    outcomes = decide([OpenOperations().snapshot()])
+    outcomes, _ = decide({0: OpenOperations().standing()})
     each.receive(MEMBERS[0], Accept(ballot=ballot, view=following(view, 0, 1), outcomes=outcomes), now=1.0)
     # The proposer dies; the next one finds the value in its own promise.
     each.suspect(MEMBERS[0], now=2.0)
@@ -235,52 +237,109 @@ def test_suspicions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_operations_go_one_way(monkeypatch: pytest.MonkeyPatch) -> None:
     operations = OpenOperations()
-    assert operations.begin("t", 1)
-    assert operations.abort("t", 1)
-    assert not operations.abort("t", 1)
-    assert operations.begin("t", 2)
-    assert operations.prepare("t", 2, b"x" * 16)
-    assert not operations.abort("t", 2)
-    assert operations.commit("t", 2)
-    assert not operations.abort("t", 2, told=True)
-    operations.forget("t", 2)
-    assert operations.state("t", 2) is None
+    assert operations.begin(1)
+    assert operations.abort(1)
+    assert not operations.abort(1)
+    assert operations.begin(2)
+    assert operations.prepare(2, b"x" * 16)
+    assert not operations.abort(2)
+    assert operations.commit(2)
+    assert not operations.commit(2)
+    assert not operations.prepare(2, b"x" * 16)
+    assert not operations.abort(2, told=True)
+    assert operations.state(2) is None
+    assert operations.begun(0) == 2
     monkeypatch.setattr(limits, "OPERATIONS_PER_PROMISE_MAX_COUNT", 1)
-    assert not operations.begin("t", 3)
+    assert not operations.begin(3)
+    frozen = []
+    operations.on_freeze = lambda: frozen.append(operations.frozen)
     operations.freeze()
-    operations.forget("t", 1)
-    assert not operations.begin("t", 1)
-    assert len(operations.snapshot()) == 1
+    operations.freeze()
+    assert frozen == [False]
+    assert not operations.begin(1)
+    assert len(operations.standing().operations) == 1
     operations.begin_epoch()
-    assert operations.begin("t", 1)
+    assert operations.begin(3)
 
 
-def test_the_rule_of_decision() -> None:
-    def states(**stages: str) -> Any:
+def test_what_was_aborted_is_named_until_nobody_can_be_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "COLLECTIVE_UNORDERED_MAX_COUNT", 3)
+    operations = OpenOperations()
+    other = 7 << 32
+    for number in (1, other | 1):
+        operations.begin(number)
+        operations.abort(number)
+    for number in (2, 3, 4):
+        operations.begin(number)
+        operations.prepare(number, b"")
+        assert operations.state(1) is not None
+        operations.commit(number)
+    assert operations.state(1) is None
+    assert operations.state(other | 1) is not None
+
+
+def test_what_is_to_be_repeated_is_begun_in_the_next_epoch_by_who_had_begun_it() -> None:
+    one, other = OpenOperations(), OpenOperations()
+    for number in (1, 2, 3):
+        one.begin(number, once=number == 3)
+    one.prepare(1, b"x" * 16)
+    one.begin(5 << 32 | 1, route=(0, 1))
+    other.begin(1)
+    outcomes, streams = decide({0: one.standing(), 1: other.standing()})
+    assert [(outcome.number, outcome.state) for outcome in outcomes] == [
+        (1, "repeat"),
+        (2, "repeat"),
+        (3, "lost"),
+        (5 << 32 | 1, "lost"),
+    ]
+    # Whoever joins begins with the first of them; what is between two begins anew.
+    assert streams == ((0, 0),)
+    one.begin_epoch(outcomes)
+    other.begin_epoch(outcomes)
+    assert [state.state for state in one.standing().operations] == ["begun", "begun"]
+    assert [state.number for state in other.standing().operations] == [1]
+    assert one.standing().streams == ((0, 3),)
+    newcomer = OpenOperations()
+    newcomer.join(streams)
+    assert newcomer.begun(0) == 0
+
+
+@pytest.mark.parametrize(
+    ("stages", "ends"),
+    [
+        (("prepared x", "prepared x"), "committed"),
+        (("prepared x", "committed x"), "committed"),
+        (("prepared x", "begun"), "repeat"),
+        (("prepared x", ""), "repeat"),
+        (("prepared x", "prepared y"), "aborted"),
+        (("aborted", "begun"), "aborted"),
+        (("aborted", ""), "aborted"),
+        (("begun", "begun"), "repeat"),
+    ],
+)
+def test_the_rule_of_decision(stages: tuple[str, ...], ends: str) -> None:
+    standings = {}
+    for rank, stage in enumerate(stages):
         operations = OpenOperations()
-        for tag, stage in stages.items():
-            operations.begin(tag, 1)
-            if stage == "aborted":
-                operations.abort(tag, 1)
-            elif stage != "begun":
-                operations.prepare(tag, 1, stage[-1].encode() * 16)
-                if stage.startswith("committed"):
-                    operations.commit(tag, 1)
-        return operations.snapshot()
+        if stage:
+            operations.begin(1)
+        if stage == "aborted":
+            operations.abort(1)
+        elif stage.startswith(("prepared", "committed")):
+            operations.prepare(1, stage[-1].encode() * 16)
+            if stage.startswith("committed"):
+                operations.commit(1)
+        standings[rank] = operations.standing()
+    (outcome,), _ = decide(standings)
+    assert outcome.state == ends
+    assert outcome.digest == (b"x" * 16 if ends == "committed" else b"")
 
-    outcomes = decide(
-        [
-            states(a="prepared x", b="prepared x", c="committed x", d="prepared x", e="aborted", g="begun"),
-            states(a="prepared x", b="begun", c="prepared x", d="prepared y", e="begun"),
-        ]
-    )
-    assert {outcome.tag: outcome.state for outcome in outcomes} == {
-        "a": "committed",
-        "b": "aborted",
-        "c": "committed",
-        "d": "aborted",
-        "e": "aborted",
-        "g": "aborted",
-    }
-    assert outcomes[0].digest == b"x" * 16
-    assert outcomes[1].digest == b""
+
+def test_of_an_operation_between_two_only_these_two_count() -> None:
+    standings = {rank: OpenOperations() for rank in range(3)}
+    for rank in (0, 2):
+        standings[rank].begin(9 << 32 | 1, route=(0, 2))
+        standings[rank].prepare(9 << 32 | 1, b"x" * 16)
+    (outcome,), streams = decide({rank: one.standing() for rank, one in standings.items()})
+    assert outcome.state == "committed"
+    assert streams == ()

@@ -19,7 +19,7 @@ OPTIONS: dict[str, Any] = {"timeout_s": 30, "lan": False, "listen": ["/ip4/127.0
 
 
 def kinds(mesh: AsyncMesh) -> set[str]:
-    return {link.kind for link in mesh._links.values()}
+    return {link.kind for link in mesh._follower.links.values()}
 
 
 async def reduce(mesh: AsyncMesh, count: int, round_number: int) -> None:

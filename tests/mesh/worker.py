@@ -60,14 +60,46 @@ def reduce_for_ever(mesh: str, size: str, workers: str = "0", memory: str = "ord
         m.all_reduce(data)
         rounds = 0
         say("started", m.rank)
+        why = "none"
         try:
-            while True:
+            while m.size == int(size):
                 data[:] = 1
-                m.all_reduce(data, timeout_s=20)
+                m.all_reduce(data, timeout_s=20, on_failure="raise")
                 assert (data == m.size).all()
                 rounds += 1
+            data[:] = 1
         except SparkleError as error:
-            say("state", rounds, data.min(), data.max())
+            why = f"{type(error).__name__} {error}"
+        say("state", rounds, data.min(), data.max())
+        say("error", why)
+
+
+@scenario
+def goes_on(mesh: str, size: str, rounds: str, memory: str = "ordinary") -> None:
+    """All-reduce what only this process gives, and check whose is in the sum; ``rounds`` after the last change."""
+    with join(mesh, size, links=("tcp",) if memory == "tcp" else None) as m:
+        changes: list[int] = []
+        m.on_view_change(lambda view: changes.append(view.size))
+        data = m.allocate(1_000_000) if memory == "allocated" else np.ones(1_000_000, dtype=np.float32)
+        m.all_reduce(data)
+        say("started", m.rank)
+        mine = m.rank
+        bits = 2 ** np.arange(int(size))
+        left = int(rounds)
+        try:
+            while left:
+                data[:] = 2**mine
+                m.all_reduce(data, timeout_s=30)
+                assert m.last_outcome is not None
+                assert len(m.last_outcome.contributors) == m.size
+                assert data.min() == data.max()
+                given = int(data[0])
+                assert bin(given).count("1") == m.size, (given, m.size)
+                left -= bool(changes)
+            say("whose", *np.flatnonzero(given & bits))
+            say("changes", *changes)
+            m.barrier()
+        except SparkleError as error:
             say("error", type(error).__name__, error)
 
 
@@ -80,11 +112,13 @@ def interrupted(mesh: str, size: str) -> None:
             say("waiting", m.rank)
             if m.rank == m.size - 1:
                 sys.stdin.readline()
-            m.all_reduce(np.ones(3), timeout_s=30)
+            say("calling")
+            data = m.all_reduce(np.ones(3), timeout_s=30)
+            say("ended", data[0])
     except KeyboardInterrupt:
         say("interrupted")
     except SparkleError as error:
-        say("error", type(error).__name__, error)
+        say("ended", type(error).__name__, error)
 
 
 @scenario

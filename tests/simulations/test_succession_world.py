@@ -17,8 +17,7 @@ from simulations import succession
 from simulations.network import InvariantBroken
 from simulations.small_collectives import Process
 from simulations.succession import World
-from sparkle_mesh.membership import view_change
-from sparkle_mesh.membership.messages import OperationState
+from sparkle_mesh.membership import operations, view_change
 from sparkle_mesh.membership.operations import OpenOperations
 from sparkle_mesh.membership.view_change import ViewChange
 
@@ -91,7 +90,7 @@ def changed(owner: Any, **values: Any) -> Iterator[None]:
 @bug
 def commits_when_itself_has_prepared(patch: pytest.MonkeyPatch) -> None:
     def look(self: World, process: Process) -> None:
-        state = process.operations.state("", process.number)
+        state = process.operations.state(process.number)
         machine = process.machine
         if machine is not None and state is not None and state.state == "prepared":
             process.prepared = dict.fromkeys(machine.view.members, state.digest)
@@ -133,30 +132,52 @@ def a_successor_ignores_what_was_accepted(patch: pytest.MonkeyPatch) -> None:
 
 @bug
 def what_one_has_prepared_is_committed(patch: pytest.MonkeyPatch) -> None:
-    def decide(promised: Any) -> Any:
-        states = {(s.tag, s.number): s for operations in promised for s in operations if s.state != "begun"}
+    def decide(standings: Any) -> Any:
+        outcomes, streams = original(standings)
+        prepared = {s.number: s for one in standings.values() for s in one.operations if s.state == "prepared"}
         return tuple(
-            OperationState(number=number, tag=tag, state="committed", digest=state.digest)
-            for (tag, number), state in sorted(states.items())
-        )
+            msgspec.structs.replace(prepared[one.number], state="committed") if one.number in prepared else one
+            for one in outcomes
+        ), streams
 
+    original = view_change.decide
     patch.setattr(view_change, "decide", decide)
 
 
 @bug
 def what_all_have_prepared_is_aborted(patch: pytest.MonkeyPatch) -> None:
-    def decide(promised: Any) -> Any:
-        promised = list(promised)
-        committed = {(s.tag, s.number) for operations in promised for s in operations if s.state == "committed"}
+    def decide(standings: Any) -> Any:
+        outcomes, streams = original(standings)
+        begun = {rank: dict(one.streams).get(0, 0) for rank, one in standings.items()}
+        named = {rank: {state.number for state in one.operations} for rank, one in standings.items()}
+        committed = {n.number for n in outcomes for rank in begun if begun[rank] >= n.number not in named[rank]}
         return tuple(
-            outcome
-            if (outcome.tag, outcome.number) in committed
-            else OperationState(number=outcome.number, tag=outcome.tag, state="aborted", digest=b"")
-            for outcome in original(promised)
-        )
+            one if one.number in committed else msgspec.structs.replace(one, state="aborted", digest=b"")
+            for one in outcomes
+        ), streams
 
     original = view_change.decide
     patch.setattr(view_change, "decide", decide)
+
+
+@bug
+def what_is_not_named_counts_as_never_begun(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(operations, "_state", lambda number, table, begun: table[number].state if number in table else None)
+
+
+@bug
+def what_is_repeated_is_not_named_in_the_next_epoch(patch: pytest.MonkeyPatch) -> None:
+    original = OpenOperations.begin_epoch
+    patch.setattr(OpenOperations, "begin_epoch", lambda self, outcomes=(): original(self))
+
+
+@bug
+def newcomers_begin_after_what_is_repeated(patch: pytest.MonkeyPatch) -> None:
+    def settled(outcomes: Any, begun: Any) -> Any:
+        return original((), begun)
+
+    original = operations._settled
+    patch.setattr(operations, "_settled", settled)
 
 
 @bug
@@ -173,8 +194,8 @@ def a_quorum_of_promises_is_enough_to_decide(patch: pytest.MonkeyPatch) -> None:
     def value(self: ViewChange, promises: dict[Any, Any]) -> Any:
         everybody = {member: next(iter(promises.values())) for member in self.view.members} | promises
         with changed(self, _suspected={}):
-            view, _ = original_value(self, everybody)
-        return view, original_value(self, promises)[1]
+            view = original_value(self, everybody).view
+        return original_value(self, promises)._replace(view=view)
 
     original, original_value = ViewChange._advance, ViewChange._value
     patch.setattr(ViewChange, "_advance", advance)
@@ -184,7 +205,7 @@ def a_quorum_of_promises_is_enough_to_decide(patch: pytest.MonkeyPatch) -> None:
 @bug
 def a_prepared_member_gives_up(patch: pytest.MonkeyPatch) -> None:
     original = OpenOperations.abort
-    patch.setattr(OpenOperations, "abort", lambda self, tag, number, told=False: original(self, tag, number, told=True))
+    patch.setattr(OpenOperations, "abort", lambda self, number, told=False: original(self, number, told=True))
 
 
 @bug
