@@ -185,19 +185,21 @@ class CollectiveGroup(GroupViews):
             weighted.commit()
         return operation.ended_with
 
-    async def broadcast(self, data: T, root: int = 0, *, timeout_s: float | None = None) -> T:
+    async def broadcast(self, data: T, root: int = 0, *, timeout_s: float | None = None, epoch: int | None = None) -> T:
         """Overwrite the arrays of all ranks with those of ``root``.
 
-        Parameters and errors are as for :meth:`all_reduce`; the root's own arrays may be read-only.
+        Parameters and errors are as for :meth:`all_reduce`; the root's own arrays may be read-only. ``epoch`` is the
+        only one in which the call may begin and end, if not None.
         """
         async with self._refusals("broadcast"):
             member = self._member("root", root)
 
             def make() -> Call:
-                return broadcast_call(data, self._rank_of(member), self.rank, self.topology)
+                call = broadcast_call(data, self._rank_of(member), self.rank, self.topology)
+                return call if epoch is None else replace(call, repeats=False)
 
             call, deadline_s = make(), check_timeout(timeout_s)
-        await self.perform(call, deadline_s, remake=make)
+        await self.perform(call, deadline_s, remake=make, bound_to=epoch)
         return data
 
     async def reduce(self, data: T, op: str = "sum", root: int = 0, *, timeout_s: float | None = None) -> T:
@@ -222,12 +224,12 @@ class CollectiveGroup(GroupViews):
         """
         return await self._parts("reduce_scatter", data, timeout_s, op=op)
 
-    async def all_gather(self, data: Any, *, timeout_s: float | None = None) -> Any:
+    async def all_gather(self, data: Any, *, timeout_s: float | None = None, epoch: int | None = None) -> Any:
         """Return, for every array of shape ``(…)``, a new one of shape ``(size, …)``: those of all ranks.
 
-        Errors are as for :meth:`all_reduce`.
+        Errors are as for :meth:`all_reduce`; ``epoch`` as for :meth:`broadcast`.
         """
-        return await self._parts("all_gather", data, timeout_s)
+        return await self._parts("all_gather", data, timeout_s, epoch=epoch)
 
     async def gather(self, data: Any, root: int = 0, *, timeout_s: float | None = None) -> Any:
         """Return at ``root`` what :meth:`all_gather` does, and None in each array's place elsewhere."""
@@ -249,7 +251,14 @@ class CollectiveGroup(GroupViews):
         return await self._parts("all_to_all", data, timeout_s)
 
     async def _parts(
-        self, kind: str, data: Any, timeout_s: float | None, *, op: str = "sum", root: object = None
+        self,
+        kind: str,
+        data: Any,
+        timeout_s: float | None,
+        *,
+        op: str = "sum",
+        root: object = None,
+        epoch: int | None = None,
     ) -> Any:
         call: PartsCall
 
@@ -263,37 +272,45 @@ class CollectiveGroup(GroupViews):
             member = None if root is None else self._member("root", root)
             make()
             deadline_s = check_timeout(timeout_s)
-        result = call.result((await self.perform(call, deadline_s, remake=make)).lanes)
+        result = call.result((await self.perform(call, deadline_s, remake=make, bound_to=epoch)).lanes)
         # What was given is what is filled.
         return data if kind == "scatter" and self.rank != call.root else result
 
-    async def send(self, data: T, to: int, *, timeout_s: float | None = None, tag: str | None = None) -> T:
+    async def send(
+        self, data: T, to: int, *, timeout_s: float | None = None, tag: str | None = None, epoch: int | None = None
+    ) -> T:
         """Give ``data`` to rank ``to``, which must :meth:`receive` it; return ``data`` once it has.
 
         What one rank sends to another with the same tag, or without one, is received in the order in which it was
         sent, whatever else either does. Data may be read-only. Errors are as for :meth:`all_reduce`, on these two.
         """
-        return await self._point_to_point("send", data, to, timeout_s, tag)
+        return await self._point_to_point("send", data, to, timeout_s, tag, epoch)
 
-    async def receive(self, data: T, source: int, *, timeout_s: float | None = None, tag: str | None = None) -> T:
+    async def receive(
+        self, data: T, source: int, *, timeout_s: float | None = None, tag: str | None = None, epoch: int | None = None
+    ) -> T:
         """Fill ``data``, which is like what is sent, with what rank ``source`` gives to :meth:`send`; return it."""
-        return await self._point_to_point("receive", data, source, timeout_s, tag)
+        return await self._point_to_point("receive", data, source, timeout_s, tag, epoch)
 
-    async def _point_to_point(self, kind: str, data: T, other: int, timeout_s: float | None, tag: str | None) -> T:
+    async def _point_to_point(
+        self, kind: str, data: T, other: int, timeout_s: float | None, tag: str | None, epoch: int | None
+    ) -> T:
         sends = kind == "send"
         ranks = self.shown[1]
         place = check_other("to" if sends else "source", other, ranks.index(self.members[self.rank]), len(ranks))
         member = ranks[place]
         # While a view ends it is not known yet which ranks the two have in the next.
         async with self._until_routes_are_known():
+            self._check_epoch(epoch)
             there = self._rank_of(member)
             route = (self.rank, there) if sends else (there, self.rank)
             stream = Stream(check_tag(tag), route)
-            ticket = self.take_turn(stream)
+            ticket, now = self.take_turn(stream), self.epoch
         async with self._refusals(kind, stream, ticket):
             call = point_to_point_call(kind, data, self.rank, self.size, *route)
             deadline_s = check_timeout(timeout_s)
-        await self.perform(call, deadline_s, stream, ticket=ticket)
+        # Routes are ranks: they are those of this view alone.
+        await self.perform(call, deadline_s, stream, ticket=ticket, bound_to=now)
         return data
 
     async def barrier(self, *, timeout_s: float | None = None) -> None:

@@ -57,12 +57,14 @@ class GroupOperations(GroupState):
         ticket: Ticket | None = None,
         remake: Callable[[], Call | PartsCall] | None = None,
         again: Operation | None = None,
+        bound_to: int | None = None,
     ) -> Operation:
         """Carry out ``call`` in its turn, which comes when all calls of its stream before it have begun.
 
         If its view ends before it does, it begins again in the next. ``started`` is called with the operation whenever
         that has begun. The turn is that of ``ticket``, or the next. ``remake`` returns the call for another view.
-        ``again`` is an operation of it that has begun already, in a view that has ended.
+        ``again`` is an operation of it that has begun already, in a view that has ended. ``bound_to`` is the only epoch
+        in which it may begin: later there is no such call, and PeerLostError is raised.
         """
         ticket = ticket or (None if again is not None else self.take_turn(stream))
         called_at = trio.current_time()
@@ -74,6 +76,11 @@ class GroupOperations(GroupState):
                 with ExitStack() as attempt:
                     try:
                         host = await self._come_to_turn(call, stream, ticket, (held, attempt), number)
+                        self._check_epoch(bound_to)
+                    except PeerLostError:
+                        if ticket is not None:
+                            ticket.leave()
+                        raise
                     except trio.Cancelled:
                         self._abandon(stream, ticket, number)
                         raise
@@ -102,6 +109,10 @@ class GroupOperations(GroupState):
             )
         self._tell(operation, call, trio.current_time() - called_at)
         return operation
+
+    def _check_epoch(self, epoch: int | None) -> None:
+        if epoch is not None and epoch != self.epoch and self._ended is None:
+            raise PeerLostError(f"view {epoch}, for which this call was made, has ended before it began")
 
     def _remade(self, remake: Callable[[], Call | PartsCall], stream: Stream, again: int | None) -> Call | PartsCall:
         """Return the call for this view; if it cannot be made in it, it counts all the same."""

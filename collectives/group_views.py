@@ -13,7 +13,7 @@ Another view is agreed on elsewhere; this is what it means for the operations of
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import trio
@@ -203,7 +203,7 @@ class GroupViews(GroupOperations):
             self._finish(operation)
         if operation.failure is not None:
             raise operation.failure
-        rows: Any = call.result(operation.lanes)
+        rows: Array = call.result(operation.lanes)
         return rows
 
     def open(self, topology: Topology) -> None:

@@ -26,6 +26,7 @@ from sparkle_mesh.membership.service import PeerRefused
 from sparkle_mesh.membership.view import Member, View
 from sparkle_mesh.node import MeshNode, NodeConfig, open_node
 from sparkle_mesh.nurseries import bare_errors
+from sparkle_mesh.synchronization import Synchronized, Synchronizer
 from sparkle_mesh.transport.connector import LinkConnector, check_kinds
 from sparkle_mesh.view_follower import ViewFollower
 
@@ -56,6 +57,7 @@ class AsyncMesh(AsyncCollectives):
         self._group = follower.group
         self._group.shown_changed = self._view_shown
         self._callbacks: list[Callable[[View], object]] = []
+        self._synchronizer = Synchronizer(self)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._node.config.mesh!r} rank {self.rank} of {self.size}>"
@@ -166,6 +168,52 @@ class AsyncMesh(AsyncCollectives):
         if memory is None or not nbytes:
             return np.zeros(like.shape, like.dtype)
         return memory.arena.allocate(nbytes).view(like.dtype).reshape(like.shape)
+
+    async def synchronize(
+        self,
+        state: object = None,
+        step: int = 0,
+        *,
+        on_drift: str = "repair",
+        check: bool = False,
+        timeout_s: float = limits.COLLECTIVE_TIMEOUT_S,
+    ) -> Synchronized:
+        """Bring all members to one state at a step boundary, and take in those who wait to join.
+
+        Every member calls it at the same place of its program, with nothing else in flight; a process that has just
+        joined calls it first. Where all are at one step and nobody waits it costs one small message.
+
+        Parameters
+        ----------
+        state
+            A NumPy array, or a list, tuple or dict of arrays (such as a model's parameters and its optimizer's
+            moments): the same names, shapes and dtypes on every member. Overwritten in place where it is not the
+            reference: the state that most of those hold who were synchronised before, else that of the lowest rank
+            among them. None to take in newcomers alone.
+        step
+            How many steps this member has done.
+        on_drift
+            What happens with a member that is not new and whose state differs: ``"repair"`` it, or ``"raise"``
+            DivergenceError on all, and change nothing.
+        check
+            Compare states even where all are at one step; it costs hashing them.
+        timeout_s
+            Deadline in seconds.
+
+        Returns
+        -------
+        Synchronized
+            The step to go on with, and what was done.
+
+        Raises
+        ------
+        UsageError, MismatchError, DivergenceError
+            For a state that cannot be synchronised, states of other shapes, and drift that is not to be repaired.
+        CollectiveTimeoutError
+            If the deadline passed. What was received already stays; it can be called again.
+        """
+        self._check_process()
+        return await self._synchronizer.run(state, step, on_drift=on_drift, check=check, timeout_s=timeout_s)
 
     # --- Inside ---------------------------------------------------------------------------------
 

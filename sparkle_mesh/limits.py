@@ -169,6 +169,13 @@ LEAVE_TIMEOUT_S = 3.0
 # How long the members of a view have to connect to each other.
 VIEW_ENTRY_TIMEOUT_S = 15.0
 VIEW_CHANGES_MAX_COUNT = 1024
+# How long synchronising members wait for a view with those who want to join, and how long they leave it after that
+# came to nothing.
+ADMISSION_TIMEOUT_S = 3.0
+ADMISSION_PAUSE_S = 10.0
+# What is verified and sent at a time of a training state.
+STATE_CHUNK_BYTES = 4 * MIB
+STATE_ATTEMPTS_MAX_COUNT = 3
 PRESENCE_INTERVAL_S = 10.0
 MESH_PEERS_MAX_COUNT = 2048
 MESH_OUTBOX_MAX_COUNT = 4096

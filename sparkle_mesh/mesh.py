@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,6 +24,7 @@ from sparkle_mesh.portal import Portal
 if TYPE_CHECKING:
     from sparkle_mesh.collectives.group import Outcome
     from sparkle_mesh.status import PeerStatus
+    from sparkle_mesh.synchronization import Synchronized
 
 D = TypeVar("D")
 T = TypeVar("T")
@@ -122,6 +123,39 @@ class Mesh(Collectives):
             return self._mesh.invite()
 
         return self._call(invite)
+
+    def synchronize(
+        self,
+        state: object = None,
+        step: int = 0,
+        *,
+        on_drift: str = "repair",
+        check: bool = False,
+        timeout_s: float = limits.COLLECTIVE_TIMEOUT_S,
+        on_progress: Callable[[float], object] | None = None,
+    ) -> Synchronized:
+        """Bring all members to one state at a step boundary, and take in newcomers; see :meth:`AsyncMesh.synchronize`.
+
+        ``on_progress`` is called in this thread now and then, with how much of what this member lacks has come, from 0
+        to 1.
+
+        Examples
+        --------
+        >>> import numpy as np, sparkle_mesh as sparkle
+        >>> with sparkle.join("my-run", min_peers=1, lan=False) as mesh:
+        ...     weights, step = np.zeros(3), 0
+        ...     while step < 2:
+        ...         step = mesh.synchronize({"weights": weights}, step).step
+        ...         weights += mesh.all_reduce(np.ones(3), op="mean")
+        ...         step += 1
+        ...     weights
+        array([2., 2., 2.])
+        """
+
+        async def synchronize() -> Synchronized:
+            return await self._mesh.synchronize(state, step, on_drift=on_drift, check=check, timeout_s=timeout_s)
+
+        return self._call(synchronize, on_progress, lambda: self._mesh._synchronizer.progress)
 
     def allocate(self, shape: int | Sequence[int], dtype: DTypeLike = "float32") -> np.ndarray[Any, np.dtype[Any]]:
         """Return a new array of zeros that ranks of this host reduce where it lies; see :meth:`AsyncMesh.allocate`."""

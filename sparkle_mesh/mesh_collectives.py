@@ -312,9 +312,14 @@ class Collectives:
                 finally:
                     self._call_ended()
 
-    def _call(self, function: Callable[[], Awaitable[T]]) -> T:
+    def _call(
+        self,
+        function: Callable[[], Awaitable[T]],
+        on_progress: Callable[[float], object] | None = None,
+        progress: Callable[[], float] = lambda: 1.0,
+    ) -> T:
         self._mesh._check_process()
         try:
-            return self._portal.call(function)
+            return self._portal.call(function, on_look=None if on_progress is None else lambda: on_progress(progress()))
         finally:
             self._call_ended()

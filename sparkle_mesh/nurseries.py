@@ -17,16 +17,17 @@ def bare_errors() -> Iterator[None]:
     try:
         yield
     except BaseExceptionGroup as group:
-        errors = [leaf for leaf in _leaves(group) if not isinstance(leaf, trio.Cancelled)]
+        errors = [leaf for leaf in leaves(group) if not isinstance(leaf, trio.Cancelled)]
         if len(errors) == 1:
             error = errors[0]
             raise error from error.__cause__
         raise
 
 
-def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+def leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+    """Return the errors in a group, those of groups within it included."""
     for error in group.exceptions:
         if isinstance(error, BaseExceptionGroup):
-            yield from _leaves(error)
+            yield from leaves(error)
         else:
             yield error

@@ -67,8 +67,12 @@ class Portal:
             raise
         return opened
 
-    def call(self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts) -> T:
+    def call(
+        self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts, on_look: Callable[[], object] | None = None
+    ) -> T:
         """Run ``await function(*args)`` in the trio run and return its result.
+
+        ``on_look`` is called in this thread now and then meanwhile.
 
         Raises
         ------
@@ -98,6 +102,9 @@ class Portal:
 
         try:
             self._soon(start)
+            while on_look is not None and not future.done():
+                _wait(future, limits.PROGRESS_INTERVAL_S)
+                on_look()
             _wait(future)
             return future.result()
         except BaseException as error:

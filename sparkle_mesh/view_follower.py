@@ -69,6 +69,8 @@ class ViewFollower:
         self.views: dict[int, View] = {}
         self.links: dict[Member, Link] = {}
         self.failure: SparkleError | None = None
+        #: The epoch in which calls were made possible last.
+        self.opened_epoch = -1
         #: Set, and replaced, whenever a link ends, or a view is entered.
         self._changed = trio.Event()
         self._measured: dict[Member, tuple[float, float]] = {}
@@ -254,6 +256,7 @@ class ViewFollower:
                 logger.debug("view %d was not entered: %s", view.epoch, error)
                 return
             group.open(make_topology(rows))
+            self.opened_epoch = view.epoch
             self.entered.set()
             self._notify()
 

@@ -1,0 +1,282 @@
+"""Brings the members of a mesh to one state at a step boundary, and takes in those who wait to join.
+
+Every member calls it at the same place of its program. A first, small round says who is at which step, who is new, and
+whether processes wait to be taken in; where all are alike and nobody waits, that is all. If somebody waits, all members
+ask for a view with the newcomers, whose first call is this one, too. Then states are compared by the digests of their
+chunks, and whoever is behind takes what it lacks from all that have it, at once; every chunk is verified.
+
+The reference is the state that most of those hold who were synchronised before, or else that of the lowest rank among
+them. A death on the way begins it again, with what was received already.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import trio
+
+from sparkle_mesh import limits
+from sparkle_mesh.errors import CollectiveTimeoutError, DivergenceError, MismatchError, PeerLostError, UsageError
+from sparkle_mesh.nurseries import leaves
+from sparkle_mesh.state_chunks import DIGEST_BYTES, StateChunks
+
+if TYPE_CHECKING:
+    from sparkle_mesh.async_mesh import AsyncMesh
+
+logger = logging.getLogger(__name__)
+Array = np.ndarray[Any, np.dtype[Any]]
+#: step, is new, candidates, digest of layout (two words), digest of state (two words).
+_ROW_WORDS = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Synchronized:
+    """How a synchronisation went.
+
+    Attributes
+    ----------
+    step
+        The step that all are at now: that of the reference.
+    newcomers
+        How many members came in.
+    sources
+        The ranks that hold the reference; all of them, if nobody was behind.
+    bytes_received
+        Of this member's state that came from others.
+    largest_difference
+        By how much this member's numbers differed from the reference at most; 0 if not at all, or if it is new.
+    """
+
+    step: int
+    newcomers: int
+    sources: tuple[int, ...]
+    bytes_received: int
+    largest_difference: float
+
+
+class Synchronizer:
+    """What one member keeps between its synchronisations.
+
+    Attributes
+    ----------
+    progress
+        How much of what this member lacks has come, from 0 to 1.
+    """
+
+    def __init__(self, mesh: AsyncMesh) -> None:
+        self._mesh = mesh
+        self._new = True
+        self._no_admission_before = 0.0
+        self.progress = 1.0
+
+    async def run(self, state: object, step: int, *, on_drift: str, check: bool, timeout_s: float) -> Synchronized:
+        """Synchronise; see :meth:`Mesh.synchronize`."""
+        if isinstance(step, bool) or not isinstance(step, int | np.integer) or not 0 <= step < 2**62:
+            raise UsageError(f"step is {step!r}; give how many steps this member has done, a whole number from 0")
+        if on_drift not in ("repair", "raise"):
+            raise UsageError(f"on_drift is {on_drift!r}; it must be 'repair' or 'raise'")
+        run = _Run(self._mesh, self, StateChunks(state), int(step), on_drift, check)
+        with trio.move_on_after(timeout_s):
+            while True:
+                try:
+                    done = await run.once(new=self._new)
+                except PeerLostError as error:
+                    # Another view: whoever is in it begins again.
+                    logger.info("synchronising again: %s", error)
+                    await trio.lowlevel.checkpoint()
+                    continue
+                if done is not None:
+                    self._new = False
+                    return done
+        raise CollectiveTimeoutError(f"synchronize did not end in {timeout_s:g} s; it can be called again on all ranks")
+
+    def candidates(self, now: float) -> int:
+        """Return how many wait to be taken in, unless that has just failed."""
+        return 0 if now < self._no_admission_before else self._mesh._node.membership.succession.candidates
+
+    async def admit(self) -> None:
+        """Ask for a view with those who wait; return when there is one, or it takes too long."""
+        membership, follower = self._mesh._node.membership, self._mesh._follower
+        epoch = membership.succession.view.epoch
+        membership.admit(True)
+        with trio.move_on_after(limits.ADMISSION_TIMEOUT_S):
+            while follower.opened_epoch <= epoch:
+                await follower.until_changed()
+            return
+        membership.admit(False)
+        self._no_admission_before = trio.current_time() + limits.ADMISSION_PAUSE_S
+
+
+class _Run:
+    """One synchronisation, which may take several attempts."""
+
+    def __init__(
+        self, mesh: AsyncMesh, owner: Synchronizer, chunks: StateChunks, step: int, on_drift: str, check: bool
+    ) -> None:
+        self._mesh, self._owner, self._chunks = mesh, owner, chunks
+        self._step, self._on_drift, self._check = step, on_drift, check
+        self._received_bytes = 0
+        self._epoch = 0
+        self._damaged = 0
+        self._attempts = 0
+        self._largest = 0.0
+        self._newcomers = 0
+
+    async def once(self, *, new: bool) -> Synchronized | None:
+        """Try once; None if newcomers may have come in, and it is to be done again. Raises PeerLostError."""
+        group, owner = self._mesh._group, self._owner
+        # All that follows is of one view: in another one, members begin again, with the first round.
+        await group.until_may_begin()
+        self._epoch = group.epoch
+        rows = await self._tell(new, b"\0" * DIGEST_BYTES)
+        if rows[:, 2].any():
+            before = set(group.members)
+            await owner.admit()
+            self._newcomers += len(set(group.members) - before)
+            return None
+        steps, fresh = rows[:, 0], rows[:, 1].astype(bool)
+        self._check_layouts(rows)
+        if (steps == steps[0]).all() and not fresh.any() and not self._check:
+            return Synchronized(int(steps[0]), self._newcomers, tuple(range(len(rows))), 0, 0.0)
+        mine = await trio.to_thread.run_sync(self._chunks.digests)
+        rows = await self._tell(new, blake2b(mine.tobytes(), digest_size=DIGEST_BYTES).digest())
+        reference, sources = _choose_reference(rows)
+        self._step = int(rows[reference, 0])
+        if len(sources) < len(rows) and not await self._transfer(reference, sources, mine, fresh):
+            return None
+        owner.progress = 1.0
+        return Synchronized(
+            self._step, self._newcomers, tuple(sources), self._received_bytes, 0.0 if new else self._largest
+        )
+
+    async def _tell(self, new: bool, digest: bytes) -> Array:
+        """Return what every rank says of itself."""
+        row = np.zeros(_ROW_WORDS, np.int64)
+        row[:3] = self._step, new, self._owner.candidates(trio.current_time())
+        row[3:5] = np.frombuffer(self._chunks.layout, np.int64)
+        row[5:7] = np.frombuffer(digest, np.int64)
+        rows: Array = await self._mesh._group.all_gather(row, epoch=self._epoch)
+        return rows
+
+    def _check_layouts(self, rows: Array) -> None:
+        layouts = {tuple(row[3:5]) for row in rows}
+        if len(layouts) > 1:
+            mine = tuple(rows[self._mesh._group.rank, 3:5])
+            others = [rank for rank, row in enumerate(rows) if tuple(row[3:5]) != mine]
+            raise MismatchError(
+                f"states differ in their arrays: this rank gives {self._chunks.describe()}, and ranks "
+                f"{', '.join(map(str, others))} give others; nothing was changed"
+            )
+
+    async def _transfer(self, reference: int, sources: Sequence[int], mine: Array, fresh: Array) -> bool:
+        """Let every member that is behind take the chunks that it lacks, in turn from all ``sources``.
+
+        Returns whether all came as they should have. Raises PeerLostError.
+        """
+        group = self._mesh._group
+        right = mine.copy()
+        await group.broadcast(right, reference, epoch=self._epoch)
+        behind = group.rank not in sources
+        lacking = (mine != right).any(axis=1) if behind else np.zeros(len(mine), bool)
+        wanted = (
+            (await group.all_gather(lacking.view(np.uint8), epoch=self._epoch)).astype(bool)
+            if len(mine)
+            else np.zeros((1, 0), bool)
+        )
+        writes = self._on_drift == "repair" or bool(fresh[group.rank])
+        total, done = int(lacking.sum()), 0
+        takers = [rank for rank in range(group.size) if rank not in sources]
+
+        async def take(chunks: Array, source: int) -> None:
+            nonlocal done
+            for chunk in chunks:
+                await self._take(int(chunk), source, right[chunk], writes=writes)
+                done += 1
+                self._owner.progress = done / total
+
+        with only_lost():
+            async with trio.open_nursery() as nursery:
+                for place, source in enumerate(sources):
+                    for taker in takers:
+                        chunks = np.flatnonzero(wanted[taker])[place :: len(sources)]
+                        if source == group.rank:
+                            nursery.start_soon(self._send, chunks, taker)
+                        elif taker == group.rank:
+                            nursery.start_soon(take, chunks, source)
+        return await self._report(fresh)
+
+    async def _send(self, chunks: Array, taker: int) -> None:
+        for chunk in chunks:
+            await self._mesh._group.send(self._chunks.read(int(chunk)), taker, tag=_TAG, epoch=self._epoch)
+
+    async def _take(self, chunk: int, source: int, right: Array, *, writes: bool) -> None:
+        data = np.empty(self._chunks.chunk_bytes(chunk), np.uint8)
+        await self._mesh._group.receive(data, source, tag=_TAG, epoch=self._epoch)
+        if blake2b(memoryview(data), digest_size=DIGEST_BYTES).digest() != right.tobytes():
+            logger.warning("chunk %d of the state, as rank %d sent it, is not what its digest says", chunk, source)
+            self._damaged += 1
+            return
+        self._largest = max(self._largest, self._chunks.difference(chunk, data))
+        self._received_bytes += data.size
+        if writes:
+            self._chunks.write(chunk, data)
+
+    async def _report(self, fresh: Array) -> bool:
+        """Tell all how far those were off that should not have been; return whether all have what they lacked."""
+        group = self._mesh._group
+        said = np.array([self._largest if not fresh[group.rank] else 0.0, self._damaged])
+        rows = await group.all_gather(said, epoch=self._epoch)
+        damaged = [rank for rank, row in enumerate(rows) if row[1]]
+        if damaged:
+            self._attempts += 1
+            self._damaged = 0
+            if self._attempts == limits.STATE_ATTEMPTS_MAX_COUNT:
+                raise DivergenceError(
+                    f"ranks {', '.join(map(str, damaged))} got parts of the state that are not what their digests say,"
+                    f" {self._attempts} times: memory may be faulty, or a state changes while it is synchronised"
+                )
+            return False
+        drifted = [f"rank {rank} by {row[0]:.3g}" for rank, row in enumerate(rows) if row[0] > 0]
+        if not drifted:
+            return True
+        text = f"states had drifted apart: {', '.join(drifted)} at most from the reference"
+        if self._on_drift == "raise":
+            raise DivergenceError(f"{text}; nothing was changed")
+        logger.warning("%s; repaired", text)
+        return True
+
+
+@contextmanager
+def only_lost() -> Iterator[None]:
+    """Raise one PeerLostError for several of them; anything else first."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        _, others = group.split((PeerLostError, trio.Cancelled))
+        if others is not None:
+            raise
+        lost, _ = group.split(PeerLostError)
+        if lost is None:
+            raise
+        raise PeerLostError(str(next(leaves(lost)))) from group
+
+
+_TAG = "\0state"
+
+
+def _choose_reference(rows: Array) -> tuple[int, list[int]]:
+    """Return the rank whose state counts, and all ranks that hold the same."""
+    old = [rank for rank, row in enumerate(rows) if not row[1]] or list(range(len(rows)))
+    states = [(int(row[0]), int(row[5]), int(row[6])) for row in rows]
+    state, count = Counter(states[rank] for rank in old).most_common(1)[0]
+    if 2 * count <= len(old):
+        state = states[old[0]]
+    sources = [rank for rank, one in enumerate(states) if one == state]
+    return sources[0], sources
