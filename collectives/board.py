@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import select
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from enum import IntEnum
 from typing import Final, TypeAlias
@@ -258,6 +258,11 @@ class Boards:
             return Sharing.UNKNOWN
         return Sharing.MEMORY if all(each == Sharing.MEMORY for each in said) else Sharing.ARENAS
 
+    def have_left(self, lost: Container[int]) -> bool:
+        """Whether a rank that is not ``lost`` has gone on to another group: what it had to be read is no more."""
+        fence()
+        return any(words[Word.GROUP] != self._group and rank not in lost for rank, words in enumerate(self._words))
+
     async def until_all_are_open(self) -> Sharing:
         """Wait until all ranks have said what they can do with each other's memory, or this rank is woken."""
         if self.sharing() is Sharing.UNKNOWN:
@@ -326,8 +331,13 @@ class Boards:
             self._thread_deadline = None
 
     def close(self, *, last: bool = True) -> None:
-        """Read no more; let go of the others' arenas, too, if these are the ``last`` boards."""
-        self._own[Word.GROUP] = 0
+        """Read no more; let go of the others' arenas, too, if these are the ``last`` boards.
+
+        If they are not, memory that others may still read is about to be used for something else, and they are told.
+        """
+        if not last:
+            self._own[Word.GROUP] = 0
+            fence()
         for words, view in zip(self._words, self._views, strict=True):
             words.release()
             with suppress(BufferError):

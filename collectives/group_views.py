@@ -59,7 +59,14 @@ class GroupViews(GroupOperations):
             operation.ledger.commit(operation.number)
         host.wake()
 
-    async def settle(self, outcomes: Mapping[int, str], gone: Iterable[int], between_two: Collection[int] = ()) -> None:
+    async def settle(
+        self,
+        outcomes: Mapping[int, str],
+        gone: Iterable[int],
+        between_two: Collection[int] = (),
+        *,
+        excluded: bool = False,
+    ) -> None:
         """End what is open as the next view says.
 
         Parameters
@@ -71,6 +78,8 @@ class GroupViews(GroupOperations):
             The ranks of this view that are not in the next.
         between_two
             Which numbers are of operations between two ranks: those are counted anew in the next view.
+        excluded
+            Whether this rank is not in the next view: then only what has ended for the others ends here.
         """
         self.is_open, self.is_over = False, True
         for rank in gone:
@@ -82,6 +91,8 @@ class GroupViews(GroupOperations):
             ends = outcomes.get(operation.number)
             if operation.number >> 32 == _ENTRY.number:
                 operation.fail(SupersededError("the view ended before it was entered"))
+            elif excluded and ends not in ("committed", "aborted"):
+                continue
             elif ends == "repeat":
                 repeats.append(operation)
                 if not operation.finished.is_set():
@@ -97,7 +108,8 @@ class GroupViews(GroupOperations):
             if (ahead or number in waiting) and number not in between_two and ends in ("aborted", "lost"):
                 before = f"call number {number & SEQUENCE_MASK} had ended on other ranks before this rank made it"
                 self._settled[number] = lost if ends == "lost" else CollectiveAbortedError(f"{before}: it was given up")
-        await self._until_nothing_is_hosted(hosted)
+        if not excluded:
+            await self._until_nothing_is_hosted(hosted)
 
     def _settle(self, operation: Operation, ends: str | None, lost: PeerLostError) -> None:
         what = f"{operation.begin.description}, call number {operation.sequence},"

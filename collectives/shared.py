@@ -205,6 +205,7 @@ class SharedReduction:
         """Take what is reduced, reduce what is not; cancelling it loses nothing."""
         chunks = self._plan.chunks
         while self._taken < len(chunks):
+            self._check_not_left_behind()
             ready = self._boards.least(Word.REDUCED, self._number)
             if ready > self._taken:
                 await self._take(chunks[self._taken : ready])
@@ -214,6 +215,15 @@ class SharedReduction:
                 await self._reduce(chunks[self._reduced])
             else:
                 await self._wait()
+        self._check_not_left_behind()
+
+    def _check_not_left_behind(self) -> None:
+        """What was read is what belongs there only if nobody has gone on since. Raises ExcludedError.
+
+        A rank that is held up for so long that the others go on in another view finds their memory used again.
+        """
+        if self._boards.have_left(self._lost):
+            raise ExcludedError
 
     def _may_reduce(self) -> bool:
         """Whether there is a next chunk, and room for this rank's part of it."""
@@ -348,6 +358,7 @@ class SharedReduction:
         self._boards.publish(Word.RECOVERED, counted(self._number, Recovery.REDUCED))
         self._boards.ring_all()
         while not self._survivors_have_recovered():
+            self._check_not_left_behind()
             await self._boards.sleep()
         self._boards.publish(Word.RECOVERED, counted(self._number, Recovery.TAKING))
         for chunk, out in zip(chunks, results, strict=True):

@@ -225,8 +225,8 @@ class ViewFollower:
         """The others have gone on without this process."""
         if self.group is not None and outcomes is not None:
             ended = {one.number: one.state for one in outcomes}
-            await self.group.settle(ended, [], {one.number for one in outcomes if one.route})
-        elif self.group is not None:
+            await self.group.settle(ended, [], {one.number for one in outcomes if one.route}, excluded=True)
+        if self.group is not None:
             self.group.leave_in_doubt()
         self._fail(
             ExcludedError(

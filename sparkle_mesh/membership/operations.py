@@ -24,6 +24,11 @@ SEQUENCE_BITS: Final = 32
 SEQUENCE_MASK: Final = 2**SEQUENCE_BITS - 1
 
 
+def is_routed(stream: int) -> bool:
+    """Whether the operations of ``stream`` are between two members."""
+    return bool(stream & limits.COLLECTIVE_ROUTED_STREAM_BIT)
+
+
 @dataclass(frozen=True, slots=True)
 class Standing:
     """What a member promises about its operations: those that it names, and how many of each stream it has begun."""
@@ -48,8 +53,6 @@ class OpenOperations:
         self.on_freeze: Callable[[], None] = lambda: None
         self._states: dict[int, OperationState] = {}
         self._begun: dict[int, int] = {}
-        #: Streams between two members: they begin anew in every epoch, because ranks do.
-        self._routed: set[int] = set()
 
     def begin(self, number: int, *, tag: str = "", route: Route = (), once: bool = False) -> bool:
         """Begin operation ``number``; False if it must wait: the epoch ends, or too many are named already.
@@ -62,8 +65,6 @@ class OpenOperations:
             return False
         stream = number >> SEQUENCE_BITS
         self._begun[stream] = max(self._begun.get(stream, 0), number & SEQUENCE_MASK)
-        if route:
-            self._routed.add(stream)
         return True
 
     def prepare(self, number: int, digest: bytes) -> bool:
@@ -128,9 +129,8 @@ class OpenOperations:
             for number, state in self._states.items()
             if number in again
         }
-        for stream in self._routed:
-            self._begun.pop(stream, None)
-        self._routed = set()
+        # Those between two members begin anew, because ranks do.
+        self._begun = {stream: count for stream, count in self._begun.items() if not is_routed(stream)}
         self.frozen = False
 
     def join(self, streams: StreamCounts) -> None:
@@ -190,11 +190,10 @@ def _settled(outcomes: Iterable[OperationState], begun: Iterable[Mapping[int, in
     settled: dict[int, int] = {}
     for counts in begun:
         for stream, count in counts.items():
-            settled[stream] = max(settled.get(stream, 0), count)
+            if not is_routed(stream):
+                settled[stream] = max(settled.get(stream, 0), count)
     for outcome in outcomes:
         stream = outcome.number >> SEQUENCE_BITS
-        if outcome.route:
-            settled.pop(stream, None)
-        elif outcome.state == "repeat":
+        if outcome.state == "repeat":
             settled[stream] = min(settled[stream], (outcome.number & SEQUENCE_MASK) - 1)
     return tuple(sorted(settled.items()))

@@ -22,6 +22,7 @@ from sparkle_mesh.membership.view_change import (
     is_quorum,
 )
 
+BETWEEN_TWO = (limits.COLLECTIVE_ROUTED_STREAM_BIT | 9) << 32
 MEMBERS = [Member(peer_id=f"peer-{number}", incarnation=bytes([number]) * 16) for number in range(6)]
 
 
@@ -283,14 +284,14 @@ def test_what_is_to_be_repeated_is_begun_in_the_next_epoch_by_who_had_begun_it()
     for number in (1, 2, 3):
         one.begin(number, once=number == 3)
     one.prepare(1, b"x" * 16)
-    one.begin(5 << 32 | 1, route=(0, 1))
+    one.begin(BETWEEN_TWO | 1, route=(0, 1))
     other.begin(1)
     outcomes, streams = decide({0: one.standing(), 1: other.standing()})
     assert [(outcome.number, outcome.state) for outcome in outcomes] == [
         (1, "repeat"),
         (2, "repeat"),
         (3, "lost"),
-        (5 << 32 | 1, "lost"),
+        (BETWEEN_TWO | 1, "lost"),
     ]
     # Whoever joins begins with the first of them; what is between two begins anew.
     assert streams == ((0, 0),)
@@ -338,8 +339,8 @@ def test_the_rule_of_decision(stages: tuple[str, ...], ends: str) -> None:
 def test_of_an_operation_between_two_only_these_two_count() -> None:
     standings = {rank: OpenOperations() for rank in range(3)}
     for rank in (0, 2):
-        standings[rank].begin(9 << 32 | 1, route=(0, 2))
-        standings[rank].prepare(9 << 32 | 1, b"x" * 16)
+        standings[rank].begin(BETWEEN_TWO | 1, route=(0, 2))
+        standings[rank].prepare(BETWEEN_TWO | 1, b"x" * 16)
     (outcome,), streams = decide({rank: one.standing() for rank, one in standings.items()})
     assert outcome.state == "committed"
     assert streams == ()
