@@ -19,7 +19,7 @@ import numpy as np
 import trio
 
 from sparkle_mesh.collectives.exchange import Exchange
-from sparkle_mesh.collectives.group_operations import GroupOperations
+from sparkle_mesh.collectives.group_threads import GroupThreads
 from sparkle_mesh.collectives.ledger import OneView
 from sparkle_mesh.collectives.messages import SEQUENCE_MASK, Stream
 from sparkle_mesh.collectives.operation import Operation, SupersededError
@@ -38,7 +38,7 @@ from sparkle_mesh.transport.link import Link
 _ENTRY: Final = Stream("\0the members of a view meet")
 
 
-class GroupViews(GroupOperations):
+class GroupViews(GroupThreads):
     """A rank's operations, over one view after the other."""
 
     _opened_before = False

@@ -124,11 +124,11 @@ class Stream(NamedTuple):
 
     @property
     def number(self) -> int:
-        """0 without tag and route, else some bits of their checksum; where there is a route, one more is set."""
-        bit = limits.COLLECTIVE_ROUTED_STREAM_BIT
+        """0 without tag and route, else of their checksum; where there is a route, above all that have none."""
+        count = limits.COLLECTIVE_STREAM_NUMBERS_COUNT
         if self.route is None:
-            return crc32(self.tag.encode()) % bit or 1 if self.tag else 0
-        return crc32(f"{self.route[0]}>{self.route[1]} {self.tag}".encode()) % bit | bit
+            return crc32(self.tag.encode()) % count or 1 if self.tag else 0
+        return crc32(f"{self.route[0]}>{self.route[1]} {self.tag}".encode()) % count + count
 
     def ranks(self, size: int) -> Sequence[int]:
         """Return who of ``size`` ranks takes part."""

@@ -18,7 +18,7 @@ from sparkle_mesh.collectives.calls import Call
 from sparkle_mesh.collectives.shared import Setback
 
 if TYPE_CHECKING:
-    from sparkle_mesh.collectives.group_operations import GroupOperations
+    from sparkle_mesh.collectives.group_threads import GroupThreads
     from sparkle_mesh.collectives.host_path import HostPath
 
 
@@ -34,7 +34,7 @@ class QuickCall:
         Returns the call for another view.
     """
 
-    group: GroupOperations
+    group: GroupThreads
     host: HostPath
     call: Call
     timeout_s: float

@@ -1,7 +1,9 @@
-"""Four processes train one model together on this machine, and nobody is told an address.
+"""Four processes train one model together on this machine; one is killed, and nobody has to be told.
 
-Starts one ``sparkle-node`` and four ``train_digits.py``, shows how they get on, checks that the model is good
-and the same on every rank, and leaves ``build/demo/loss.png`` and ``build/demo/summary.json``:
+Starts one ``sparkle-node`` and four ``train_digits.py`` that are given no address, and shows how they get on. A third
+of the way in it kills one of them and starts another: the rest go on, and the newcomer gets their weights and a share
+of the data. It checks that the model is good and the same on every rank, and leaves ``build/demo/loss.png`` and
+``build/demo/summary.json``:
 
     python examples/demo.py
 
@@ -26,13 +28,16 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 REQUIRED_ACCURACY = 0.95
+PER_RANK = ("rank", "accuracy", "first_step", "steps", "seconds", "algorithm", "bytes_sent", "bytes_received")
 STEPS, STEPS_SHORT = 400, 150
+# The model is so small that it would be trained before anybody could join: each step takes as long as one of a larger.
+STEP_MS, STEP_MS_SHORT = 40.0, 60.0
 STOP_TIMEOUT_S = 10.0
 REFRESH_S = 0.2
 LOG_TAIL_LINES = 25
@@ -46,7 +51,7 @@ class Child:
     """One process of the demo: what it prints goes to ``log``, and its JSON lines to ``latest`` as well."""
 
     def __init__(self, name: str, command: Sequence[str], log: Path, environment: dict[str, str]) -> None:
-        self.name, self.log = name, log
+        self.name, self.log, self.killed = name, log, False
         self.latest: dict[str, Any] | None = None
         # A session of its own: Ctrl-C reaches the demo alone, which then ends its children one by one.
         self.process = subprocess.Popen(
@@ -106,32 +111,74 @@ def node_command() -> list[str]:
 
 
 @contextlib.contextmanager
-def running_children(options: argparse.Namespace, steps: int, reports: Path) -> Iterator[list[Child]]:
-    """Start the node and the trainers; yield them, node first; end them whatever happens."""
+def running_children(options: argparse.Namespace, steps: int, reports: Path) -> Iterator[Company]:
+    """Start the node and the trainers; end them whatever happens."""
     mesh = f"demo-{secrets.token_hex(4)}"
     # A temporary folder rather than build/: it holds a Unix socket, whose path has to be short.
     with tempfile.TemporaryDirectory(prefix="sparkle-demo-", ignore_cleanup_errors=True) as data_dir:
         # One thread each for NumPy: the matrices are small, and four processes share the cores.
         environment = os.environ | {"SPARKLE_DATA_DIR": data_dir, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         trainer = [sys.executable, str(HERE / "train_digits.py"), "--mesh", mesh, "--min-peers", str(options.ranks)]
+        step_ms = STEP_MS_SHORT if options.short else STEP_MS
         trainer += ["--steps", str(steps), "--seed", str(options.seed), "--json", "--timeout", "60"]
-        children: list[Child] = []
+        trainer += ["--step-ms", str(step_ms)]
+        trainers: list[Child] = []
+        node = Child(
+            "node",
+            [*node_command(), "--mesh", mesh, "--listen", "/ip4/0.0.0.0/tcp/0", "--no-public"],
+            options.out / "node.log",
+            environment,
+        )
+
+        def start() -> None:
+            number = len(trainers) + 1
+            command = [*trainer, "--report", str(reports / f"{number}.json")]
+            trainers.append(Child(f"trainer {number}", command, options.out / f"trainer-{number}.log", environment))
+
         try:
-            node = [*node_command(), "--mesh", mesh, "--listen", "/ip4/0.0.0.0/tcp/0", "--no-public"]
-            children.append(Child("node", node, options.out / "node.log", environment))
-            for number in range(1, options.ranks + 1):
-                command = [*trainer, "--report", str(reports / f"{number}.json")]
-                children.append(Child(f"trainer {number}", command, options.out / f"trainer-{number}.log", environment))
-            yield children
+            for _ in range(options.ranks):
+                start()
+            yield Company(node, trainers, start, steps)
         finally:
-            end(children)
+            end([node, *trainers])
+
+
+class Company:
+    """The processes of a demo, and what befalls them."""
+
+    def __init__(self, node: Child, trainers: list[Child], start: Callable[[], None], steps: int) -> None:
+        self.node, self.trainers, self._start, self._steps = node, trainers, start, steps
+        self.news: list[str] = []
+        self._told: set[str] = set()
+
+    @property
+    def victim(self) -> Child | None:
+        """Who was killed."""
+        return next((trainer for trainer in self.trainers if trainer.killed), None)
+
+    def act(self, number: int | None) -> None:
+        """A third of the way in, kill trainer ``number`` and start another; tell what is new."""
+        steps = [trainer.latest["step"] for trainer in self.trainers if trainer.latest]
+        first = len(self.trainers)
+        if number is not None and self.victim is None and len(steps) == first and min(steps) * 3 >= self._steps:
+            victim = self.trainers[number - 1]
+            victim.killed = True
+            victim.process.kill()
+            self.news.append(f"step {max(steps)}: {victim.name} is killed (SIGKILL) ... and another one is started")
+            self._start()
+        elif self.victim is not None:
+            newcomer = self.trainers[-1]
+            at = max(steps)
+            if newcomer.latest and newcomer.name not in self._told:
+                self._told.add(newcomer.name)
+                self.news.append(f"step {at}: {newcomer.name} is in, with the weights of the others")
 
 
 def describe(child: Child) -> tuple[str, ...]:
     """Return a row about ``child``: process, rank, step, loss, accuracy, step time, bytes, peers."""
     state = child.latest
-    if state is None:
-        return (child.name, "-", "starting", "-", "-", "-", "-", "-")
+    if state is None or child.killed:
+        return (child.name, "-", "killed" if child.killed else "starting", "-", "-", "-", "-", "-")
     return (
         child.name,
         str(state["rank"]),
@@ -154,20 +201,25 @@ def live_display(title: str) -> Iterator[Any]:
         from rich.live import Live
         from rich.table import Table
 
-        def table(trainers: Sequence[Child]) -> Table:
-            drawn = Table(*COLUMNS, title=title, title_justify="left")
-            for trainer in trainers:
-                drawn.add_row(*describe(trainer))
+        def table(company: Company) -> Table:
+            drawn = Table(*COLUMNS, title=title, title_justify="left", caption_justify="left")
+            for trainer in company.trainers:
+                drawn.add_row(*describe(trainer), style="red" if trainer.killed else None)
+            drawn.caption = "\n".join(company.news)
             return drawn
 
         with Live(refresh_per_second=1 / REFRESH_S, redirect_stdout=False) as live:
-            yield lambda trainers: live.update(table(trainers))
+            yield lambda company: live.update(table(company))
         return
 
     print(title, flush=True)
-    shown: dict[str, Any] = {"at": 0.0, "rows": ()}
+    shown: dict[str, Any] = {"at": 0.0, "rows": (), "news": 0}
 
-    def lines(trainers: Sequence[Child]) -> None:
+    def lines(company: Company) -> None:
+        trainers = [trainer for trainer in company.trainers if not trainer.killed]
+        for text in company.news[shown["news"] :]:
+            print(text, flush=True)
+        shown["news"] = len(company.news)
         now = time.monotonic()
         rows = tuple(sorted((describe(trainer) for trainer in trainers if trainer.latest), key=lambda row: row[1]))
         finished = bool(rows) and all(t.latest and t.latest["step"] == t.latest["steps"] for t in trainers)
@@ -180,17 +232,19 @@ def live_display(title: str) -> Iterator[Any]:
     yield lines
 
 
-def wait_for_trainers(children: Sequence[Child], deadline: float, show: Any) -> None:
-    """Wait until every trainer has ended well, showing progress.
+def wait_for_trainers(company: Company, kill: int | None, deadline: float, show: Any) -> None:
+    """Wait until every trainer has ended well, showing progress; trainer number ``kill`` does not live to see it.
 
     Raises
     ------
     DemoError
         If any process fails, the node ends early, or the deadline passes; the message ends with its log.
     """
-    node, *trainers = children
+    node = company.node
     while True:
-        show(trainers)
+        company.act(kill)
+        show(company)
+        trainers = [child for child in company.trainers if not child.killed]
         for child in trainers:
             if child.process.poll():
                 raise DemoError(f"{child.name} ended with exit code {child.process.returncode}:\n{child.log_tail()}")
@@ -200,7 +254,7 @@ def wait_for_trainers(children: Sequence[Child], deadline: float, show: Any) -> 
         if not running:
             for child in trainers:
                 child.reader.join(timeout=1.0)
-            show(trainers)
+            show(company)
             return
         if time.monotonic() > deadline:
             names = ", ".join(child.name for child in running)
@@ -223,9 +277,11 @@ def draw(reports: Sequence[dict[str, Any]], path: Path) -> None:
         losses = report["losses"]
         smooth = [sum(losses[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(losses))]
         color = colors(0.85 * report["rank"] / max(1, len(reports) - 1))
-        axes.plot(range(1, len(losses) + 1), smooth, color=color, linewidth=1.4, label=f"loss, rank {report['rank']}")
+        first = report["first_step"]
+        label = f"loss, rank {report['rank']}" + (f", since step {first}" if first else "")
+        axes.plot(range(first + 1, first + len(losses) + 1), smooth, color=color, linewidth=1.4, label=label)
     axes.set(xlabel="step", ylabel=f"training loss (mean of {window} steps)", yscale="log")
-    axes.set_xlim(1, len(reports[0]["losses"]))
+    axes.set_xlim(1, reports[0]["steps"])
     axes.grid(alpha=0.25)
 
     right = axes.twinx()
@@ -255,14 +311,9 @@ def summarise(reports: Sequence[dict[str, Any]], seconds: float) -> dict[str, An
         "steps": reports[0]["steps"],
         "seconds": round(seconds, 3),
         "training_seconds": round(max(report["seconds"] for report in reports), 3),
+        "longest_step_seconds": round(max(report["longest_step_s"] for report in reports), 3),
         "bytes": sum(report["bytes_reduced"] for report in reports),
-        "per_rank": [
-            {
-                key: report[key]
-                for key in ("rank", "accuracy", "steps", "seconds", "algorithm", "bytes_sent", "bytes_received")
-            }
-            for report in reports
-        ],
+        "per_rank": [{key: report[key] for key in PER_RANK} for report in reports],
     }
 
 
@@ -291,14 +342,21 @@ def run(options: argparse.Namespace) -> None:
     started = time.monotonic()
     title = f"sparkle demo: one node and {options.ranks} trainers find each other and train {steps} steps"
     with tempfile.TemporaryDirectory(prefix="sparkle-demo-reports-") as reports_dir:
-        with running_children(options, steps, Path(reports_dir)) as children, live_display(title) as show:
-            wait_for_trainers(children, started + options.timeout, show)
+        with running_children(options, steps, Path(reports_dir)) as company, live_display(title) as show:
+            kill = 2 if options.ranks > 2 and not options.no_kill else None
+            wait_for_trainers(company, kill, started + options.timeout, show)
         written = [json.loads(path.read_text()) for path in Path(reports_dir).glob("*.json")]
     reports = sorted(written, key=lambda report: report["rank"])
     check(reports, options.ranks)
     summary = summarise(reports, time.monotonic() - started)
     summary_file.write_text(json.dumps(summary, indent=2) + "\n")
     draw(reports, picture)
+    victim = company.victim
+    if victim is not None:
+        print(
+            f"\n{victim.name} was killed, and the others went on: no step of theirs took longer than "
+            f"{summary['longest_step_seconds'] * 1000:.0f} ms"
+        )
     print(
         f"\n{summary['ranks']} ranks trained {summary['steps']} steps in {summary['training_seconds']:.1f} s "
         f"({summary['seconds']:.1f} s with starting and finding each other), {summary['bytes'] / 1e6:.0f} MB reduced\n"
@@ -309,8 +367,9 @@ def run(options: argparse.Namespace) -> None:
 
 def parse_options() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description="One node and four trainers find each other and train one model.")
+    parser = argparse.ArgumentParser(description="Trainers find each other, train one model, and lose one of them.")
     parser.add_argument("--short", action="store_true", help=f"{STEPS_SHORT} steps instead of {STEPS}")
+    parser.add_argument("--no-kill", action="store_true", help="let all of them live")
     parser.add_argument("--ranks", type=int, default=4, help="training processes (%(default)s)")
     parser.add_argument("--steps", type=int, help="training steps")
     parser.add_argument("--seed", type=int, default=0, help="seed of the training (%(default)s)")

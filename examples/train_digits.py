@@ -7,9 +7,11 @@ same ``--min-peers``; nobody needs to be told an address on one LAN:
 
 Machines that no multicast reaches are given a key and an invite: ``--key-file FILE --join INVITE`` (see the README).
 
-All that is distributed about it are the four lines marked ``# mesh``. Every rank holds a share of the data and the
-same weights; at each step it computes gradients on its share, averages them with everyone's, and so takes the
-same step as everyone else. The hash printed at the end is the same on every rank.
+All that is distributed about it are the lines marked ``# mesh``. Every rank holds a share of the data and the same
+weights; at each step it computes gradients on its share, averages them with everyone's, and so takes the same step as
+everyone else. The hash printed at the end is the same on every rank.
+
+Kill one of them at any time: the others go on. Start one more: it gets their weights, and a share of the data.
 """
 
 from __future__ import annotations
@@ -136,27 +138,40 @@ class Progress:
 def train(mesh: Any, options: argparse.Namespace) -> dict[str, Any]:
     """Train over ``mesh`` for the steps asked for; return what the report holds."""
     train_images, train_labels, test_images, test_labels = load_data(options.seed)
-    images, labels = train_images[mesh.rank :: mesh.size], train_labels[mesh.rank :: mesh.size]  # mesh: my share
-    steps = options.steps or options.epochs * -(-len(train_labels) // (options.batch * mesh.size))
+    steps = options.steps or options.epochs * -(-len(train_labels) // (options.batch * options.min_peers))
     random = np.random.default_rng([options.seed, mesh.rank])
 
     weights = initial_weights(random)
-    mesh.broadcast(weights, root=0)  # mesh: everyone starts from rank 0's weights
     velocity = {name: np.zeros_like(value) for name, value in weights.items()}
+    state = weights | {f"velocity of {name}": value for name, value in velocity.items()}
 
+    algorithm = ""
     losses: list[float] = []
     accuracies: list[tuple[int, float]] = []
     progress = Progress(mesh, steps, options.json)
-    started = time.perf_counter()
-    for step in range(1, steps + 1):
+    started = last = time.perf_counter()
+    pauses: list[float] = []
+    step, first = 0, None
+    while step < steps:
+        step = mesh.synchronize(state, step).step  # mesh: whoever is new gets the weights of the others
+        if step == steps:
+            break
+        images, labels = train_images[mesh.rank :: mesh.size], train_labels[mesh.rank :: mesh.size]  # mesh: my share
+        first, step = step if first is None else first, step + 1
         batch = random.choice(len(labels), size=min(options.batch, len(labels)), replace=False)
         loss, gradients = loss_and_gradients(weights, images[batch], labels[batch])
         mesh.all_reduce(gradients, op="mean")  # mesh: my gradients become everyone's mean
         progress.reduced_bytes += mesh.last_outcome.bytes
+        algorithm = mesh.last_outcome.algorithm
         for name, gradient in gradients.items():
-            velocity[name] = MOMENTUM * velocity[name] - LEARNING_RATE * gradient
+            # In place: these very arrays are the state that a newcomer gets.
+            velocity[name] *= MOMENTUM
+            velocity[name] -= LEARNING_RATE * gradient
             weights[name] += velocity[name]
         losses.append(loss)
+        time.sleep(max(options.step_ms / 1000 - (time.perf_counter() - last), 0.0))
+        pauses.append(time.perf_counter() - last)
+        last += pauses[-1]
         if step % options.show_every == 0 or step == steps:
             accuracies.append((step, accuracy(weights, test_images, test_labels)))
             progress.show(step, loss, accuracies[-1][1])
@@ -164,12 +179,14 @@ def train(mesh: Any, options: argparse.Namespace) -> dict[str, Any]:
         "rank": mesh.rank,
         "size": mesh.size,
         "steps": steps,
+        "first_step": first or 0,
+        "longest_step_s": max(pauses[1:], default=0.0),
         "seconds": time.perf_counter() - started,
         "losses": losses,
         "accuracies": accuracies,
-        "accuracy": accuracies[-1][1],
+        "accuracy": accuracy(weights, test_images, test_labels),
         "weights_sha256": hash_weights(weights),
-        "algorithm": mesh.last_outcome.algorithm,
+        "algorithm": algorithm,
         "bytes_reduced": progress.reduced_bytes,
         "bytes_sent": mesh.stats.bytes_sent,
         "bytes_received": mesh.stats.bytes_received,
@@ -195,6 +212,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--steps", type=positive, help="steps to train; default: what --epochs asks for")
     parser.add_argument("--epochs", type=positive, default=30, help="passes over the data (%(default)s)")
     parser.add_argument("--batch", type=positive, default=32, help="images per rank and step (%(default)s)")
+    parser.add_argument("--step-ms", type=float, default=0.0, help="let a step take as long, as of a larger model")
     parser.add_argument("--seed", type=int, default=0, help="split, initial weights and batches (%(default)s)")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write this rank's results as JSON")
     parser.add_argument("--show-every", type=positive, default=10, help="steps between progress lines (%(default)s)")

@@ -1,8 +1,8 @@
 """Real trainers under real faults: ``python -m simulations.chaos --minutes 10``.
 
-Processes of this host train one model together while a random one is killed or stopped every second or two and new ones
-join. Every trainer checks every sum against what its contributors put in; at the end all must hold the same weights, and
-the loss must be that of a training without faults.
+Processes of this host train one model together while a random one is killed or stopped every second or two, and new
+ones join. Every trainer checks every sum against what its contributors put in; at the end all must hold the same
+weights, and the loss must be that of a training without faults.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ class Chaos:
     # --- What came of it -------------------------------------------------------------------------
 
     def problems(self) -> list[str]:
-        """Return what trainers told that should not have been: all but that the others went on without a stopped one."""
+        """Return what should not have been: all errors, but of the stopped that the others went on without them."""
         excused = {id(fault.victim) for fault in self.faults if fault.kind != "kill"}
         return [
             f"{trainer.peer}: {trainer.problem}"

@@ -41,14 +41,14 @@ class AsyncCollectives(ABC):
         on_failure: str = "retry",
         min_contributors: int | None = None,
     ) -> D:
-        """Reduce arrays over all ranks, in place; every rank ends with the same bits.
+        """Reduce arrays over all ranks, in place; every rank ends with the same bits. Returns ``data``.
 
         Parameters
         ----------
         data
-            A NumPy array of any shape, or a list, tuple or dict of arrays. Every rank gives the same shapes,
-            dtypes and keys. The arrays hold the result when this returns, and are untouched when it raises, but for
-            OutcomeUnknownError: what arrays of :meth:`allocate` hold is undefined then.
+            A NumPy array of any shape, or a list, tuple or dict of arrays; the same shapes, dtypes and keys on every
+            rank. They hold the result when this returns, and are untouched when it raises; only after
+            OutcomeUnknownError it is undefined what arrays of :meth:`allocate` hold.
         op
             ``"sum"``, ``"mean"`` (not of integers), ``"min"``, ``"max"`` or ``"prod"``. float16 and bfloat16 are added
             up in float32.
@@ -65,21 +65,15 @@ class AsyncCollectives(ABC):
         timeout_s
             Deadline in seconds, waiting for slow ranks included; ``limits.COLLECTIVE_TIMEOUT_S`` if None.
         tag
-            Keeps calls apart that ranks may make in different orders, from several threads for example: calls with the
-            same tag are matched with each other, in their order, and calls without one likewise.
+            Keeps calls apart that ranks may make in different orders, from several threads for example: those with the
+            same tag are matched with each other, in their order.
         on_failure
-            What happens when members are lost before the result is there. ``"retry"``: those left agree on a view of
-            their own and make the call again, from arrays that nobody has touched; ``last_outcome.contributors`` says
-            whose data are in the result. ``"raise"``: PeerLostError on all of them, and the next call is among those
-            left.
+            What happens when members are lost before the result is there. ``"retry"``: those left agree on a view and
+            make the call again, from untouched arrays; ``last_outcome.contributors`` says whose data are in the result.
+            ``"raise"``: PeerLostError on all of them; the next call is among those left.
         min_contributors
-            The least number of ranks whose data must be in the result; with fewer members left, PeerLostError on every
-            rank. Members that are late are waited for all the same, until ``timeout_s``: slow is not dead.
-
-        Returns
-        -------
-        data
-            What was given.
+            The least number of ranks whose data must be in the result; with fewer left, PeerLostError on every rank.
+            Members that are late are waited for all the same, until ``timeout_s``: slow is not dead.
 
         Raises
         ------
@@ -91,8 +85,7 @@ class AsyncCollectives(ABC):
         PeerLostError
             If a member died or left and the call is not made again; the next one is among those left.
         QuorumLostError, ExcludedError
-            If so many are lost that those left cannot decide, or the others went on without this process: the mesh is
-            of no more use here; join again.
+            If too few are left to decide, or the others went on without this process: join again.
         CollectiveTimeoutError
             If the deadline passed; the message names the absent ranks.
         OutcomeUnknownError

@@ -284,8 +284,8 @@ COLLECTIVE_IN_FLIGHT_MAX_COUNT = 32
 COLLECTIVE_UNORDERED_MAX_COUNT = 1024
 # Tags, and pairs of ranks that send to each other with each of them.
 COLLECTIVE_STREAMS_MAX_COUNT = 4096
-# Numbers of streams of operations are checksums of fewer bits than this one, which is set where two ranks take part.
-COLLECTIVE_ROUTED_STREAM_BIT = 2**30
+# Streams of operations have numbers below this; where only two ranks take part, so much above.
+COLLECTIVE_STREAM_NUMBERS_COUNT = 2**30
 # Control messages waiting for a peer that takes none; then it counts as lost.
 COLLECTIVE_OUTBOX_MAX_COUNT = 4096
 COLLECTIVE_ARRAYS_MAX_COUNT = 65536

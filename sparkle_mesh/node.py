@@ -24,18 +24,12 @@ from sparkle_mesh.fabric.identity import Identity
 from sparkle_mesh.fabric.interface import Fabric, PeerId
 from sparkle_mesh.fabric.libp2p_fabric import open_libp2p_fabric
 from sparkle_mesh.membership.channel import PeerChannel
+from sparkle_mesh.membership.events import MembershipEvent, PeerAdmitted, PeerGone, PeerRefused, ViewChanged
 from sparkle_mesh.membership.invite import Invite, is_invite
 from sparkle_mesh.membership.keys import MeshKey, MeshSecrets
 from sparkle_mesh.membership.messages import Role
 from sparkle_mesh.membership.presence import PresenceService
-from sparkle_mesh.membership.service import (
-    MembershipEvent,
-    MembershipService,
-    PeerAdmitted,
-    PeerGone,
-    PeerRefused,
-    ViewChanged,
-)
+from sparkle_mesh.membership.service import MembershipService
 from sparkle_mesh.membership.view import View
 from sparkle_mesh.nurseries import bare_errors
 from sparkle_mesh.status import NodeStatus, PeerStatus, ViewStatus

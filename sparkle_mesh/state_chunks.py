@@ -91,7 +91,7 @@ class StateChunks:
         for row, chunk in enumerate(wanted):
             digest = blake2b(digest_size=DIGEST_BYTES)
             for piece in self._chunks[chunk]:
-                digest.update(memoryview(self._bytes[piece.array][piece.start : piece.stop]))
+                digest.update(self._bytes[piece.array][piece.start : piece.stop].data)
             out[row] = np.frombuffer(digest.digest(), np.uint8)
         return out
 

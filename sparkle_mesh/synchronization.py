@@ -219,7 +219,7 @@ class _Run:
     async def _take(self, chunk: int, source: int, right: Array, *, writes: bool) -> None:
         data = np.empty(self._chunks.chunk_bytes(chunk), np.uint8)
         await self._mesh._group.receive(data, source, tag=_TAG, epoch=self._epoch)
-        if blake2b(memoryview(data), digest_size=DIGEST_BYTES).digest() != right.tobytes():
+        if blake2b(data.data, digest_size=DIGEST_BYTES).digest() != right.tobytes():
             logger.warning("chunk %d of the state, as rank %d sent it, is not what its digest says", chunk, source)
             self._damaged += 1
             return

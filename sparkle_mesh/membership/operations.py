@@ -26,7 +26,7 @@ SEQUENCE_MASK: Final = 2**SEQUENCE_BITS - 1
 
 def is_routed(stream: int) -> bool:
     """Whether the operations of ``stream`` are between two members."""
-    return bool(stream & limits.COLLECTIVE_ROUTED_STREAM_BIT)
+    return stream >= limits.COLLECTIVE_STREAM_NUMBERS_COUNT
 
 
 @dataclass(frozen=True, slots=True)

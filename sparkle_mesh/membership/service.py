@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any
 
 import trio
 
 from sparkle_mesh import limits
-from sparkle_mesh.broadcast import Broadcast
 from sparkle_mesh.clock import SYSTEM_ENTROPY, Entropy
 from sparkle_mesh.errors import (
     ClosedError,
-    MeshClosedError,
     ProtocolError,
     SparkleError,
     UnreachableError,
@@ -31,15 +28,15 @@ from sparkle_mesh.errors import (
 )
 from sparkle_mesh.fabric.framing import receive_message, send_message
 from sparkle_mesh.fabric.interface import Address, Fabric, FabricStream, PeerConnected, PeerId
-from sparkle_mesh.membership import formation
 from sparkle_mesh.membership.channel import PeerChannel
-from sparkle_mesh.membership.formation import Candidate, Formation
+from sparkle_mesh.membership.events import PeerAdmitted, PeerGone, PeerRefused, ViewChanged
+from sparkle_mesh.membership.formation import Candidate
+from sparkle_mesh.membership.heartbeat import Heartbeat
 from sparkle_mesh.membership.keys import MeshSecrets
 from sparkle_mesh.membership.messages import (
     PROTOCOL,
     Accept,
     Accepted,
-    Agreement,
     Chosen,
     Declined,
     Greeting,
@@ -55,53 +52,16 @@ from sparkle_mesh.membership.messages import (
     Refused,
     Role,
 )
-from sparkle_mesh.membership.operations import OpenOperations
 from sparkle_mesh.membership.proof import AnswererProof, Fail, Instruction, OpenerProof, Proven, Say
-from sparkle_mesh.membership.succession import Change, Succession, joins, patience_s
 from sparkle_mesh.membership.view import Member, View
-from sparkle_mesh.membership.view_change import Entered
+from sparkle_mesh.membership.views import MembershipViews
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class PeerAdmitted:
-    """A peer proved the key and introduced itself."""
-
-    peer_id: PeerId
-    introduction: Introduction
+__all__ = ["MembershipService", "PeerAdmitted", "PeerGone", "PeerRefused", "ViewChanged"]
 
 
-@dataclass(frozen=True, slots=True)
-class PeerGone:
-    """An admitted peer left (``graceful``), died, or fell silent."""
-
-    peer_id: PeerId
-    reason: str
-    graceful: bool
-
-
-@dataclass(frozen=True, slots=True)
-class PeerRefused:
-    """A peer is not of this mesh; ``wrong_key`` when it does not hold the key (or means another mesh)."""
-
-    peer_id: PeerId
-    reason: str
-    wrong_key: bool
-
-
-@dataclass(frozen=True, slots=True)
-class ViewChanged:
-    """A view was agreed; ``mine`` tells whether this process is a member of it."""
-
-    view: View
-    mine: bool
-
-
-MembershipEvent: TypeAlias = PeerAdmitted | PeerGone | PeerRefused | ViewChanged
-
-
-class MembershipService:
+class MembershipService(MembershipViews):
     """Knows who is in the mesh.
 
     Parameters
@@ -130,30 +90,18 @@ class MembershipService:
         heard: Callable[[PeerId, Sequence[Address], str], None],
         entropy: Entropy = SYSTEM_ENTROPY,
     ) -> None:
+        member = Member(peer_id=fabric.peer_id, incarnation=incarnation)
+        candidate = Candidate(member, host_id, min_peers) if role == "trainer" else None
+        super().__init__(secrets.mesh_id, member, candidate)
         self._fabric = fabric
         self._secrets = secrets
-        self._role: Role = role
-        self._member = Member(peer_id=fabric.peer_id, incarnation=incarnation)
         self._host_id, self._min_peers, self._software = host_id, min_peers, software
         self._open_to_all = public or secrets.keyed
         self._heard = heard
         self._entropy = entropy
-        self._channels: dict[PeerId, PeerChannel] = {}
         self._opening: set[PeerId] = set()
-        self._events: Broadcast[MembershipEvent] = Broadcast(limits.NODE_EVENTS_MAX_COUNT)
-        self._wake = trio.Event()
-        self._lost_before: dict[Member, str] = {}
-        #: Whether a data link to a member stands, and what waits until none does; the mesh knows.
-        self.has_link: Callable[[Member], bool] = lambda member: False
-        self.until_link_lost: Callable[[Member], Awaitable[None]] = _never
-        self._nursery: trio.Nursery | None = None
         self._leaving = False
-        me = Candidate(self._member, host_id, min_peers) if role == "trainer" else None
-        self._formation = Formation(secrets.mesh_id, me, now=trio.current_time())
-        self._succession: Succession | None = None
-        #: Where this process stands with collectives; frozen and read when its view ends.
-        self.operations = OpenOperations()
-        self._tell_change, self._changes = trio.open_memory_channel[Change](limits.VIEW_CHANGES_MAX_COUNT)
+        self._heartbeat = Heartbeat(self._channels, entropy, suspected=self.suspect, trusted=self.trust)
 
     # --- What it knows --------------------------------------------------------------------------
 
@@ -173,28 +121,6 @@ class MembershipService:
     def channels(self) -> dict[PeerId, PeerChannel]:
         """The admitted peers."""
         return self._channels
-
-    @property
-    def changes(self) -> trio.MemoryReceiveChannel[Change]:
-        """The views of this process in their order, beginning with the first; for one reader."""
-        return self._changes
-
-    @property
-    def succession(self) -> Succession:
-        """How the views of this process follow each other. Raises MeshClosedError if it is in none yet."""
-        if self._succession is None:
-            raise MeshClosedError("this process is in no view yet")
-        return self._succession
-
-    def member_of(self, peer_id: PeerId) -> Member | None:
-        """Return the member or candidate that ``peer_id`` is, if it is connected and computes."""
-        channel = self._channels.get(peer_id)
-        return channel.introduction.member if channel is not None and channel.introduction.role == "trainer" else None
-
-    async def probe(self, peer_id: PeerId, timeout_s: float) -> bool:
-        """Ask ``peer_id`` whether it is there; return whether it has answered within ``timeout_s``."""
-        channel = self._channels.get(peer_id)
-        return channel is not None and await channel.answers(timeout_s) and self._channels.get(peer_id) is channel
 
     def is_admitted(self, peer_id: PeerId) -> bool:
         """Whether ``peer_id`` has proven the key and is connected."""
@@ -217,7 +143,7 @@ class MembershipService:
                 self._nursery = nursery
                 self._fabric.handle(PROTOCOL, self._serve)
                 nursery.start_soon(self._keep_time)
-                nursery.start_soon(self._keep_pinging)
+                nursery.start_soon(self._heartbeat.run)
                 task_status.started()
                 async for event in connections:
                     if isinstance(event, PeerConnected) and self._fabric.peer_id < event.peer_id:
@@ -242,15 +168,6 @@ class MembershipService:
                 for channel in list(self._channels.values()):
                     nursery.start_soon(self._farewell, channel, reason)
 
-    async def _leave_view(self, succession: Succession) -> None:
-        for channel in self._channels.values():
-            channel.send(Leaving())
-        succession.leaves(self._member)
-        self._wake.set()
-        with trio.move_on_after(limits.LEAVE_TIMEOUT_S):
-            while not succession.can_leave:
-                await succession.changed.wait()
-
     async def _farewell(self, channel: PeerChannel, reason: str) -> None:
         channel.send(Leave(reason=reason))
         await channel.finish()
@@ -267,62 +184,6 @@ class MembershipService:
             self._carry_out(self._formation.tick(now=trio.current_time()))
             if self._succession is not None:
                 self._succession.tick()
-
-    async def _keep_pinging(self) -> None:
-        probe = 0
-        before, ping_at = trio.current_time(), 0.0
-        while True:
-            await trio.sleep(limits.SUSPICION_LOOK_INTERVAL_S * self._entropy.uniform(0.9, 1.1))
-            now = trio.current_time()
-            held_up = now - before > 4 * limits.SUSPICION_LOOK_INTERVAL_S
-            before = now
-            for channel in list(self._channels.values()):
-                if held_up:
-                    # This process did not run (a stop, a suspended laptop, the interpreter held by somebody's C code):
-                    # what the others said meanwhile is not read yet.
-                    channel.last_heard = now
-                self._look_at(channel, now)
-            if now >= ping_at:
-                ping_at = now + limits.PING_INTERVAL_S
-                probe += 1
-                for channel in list(self._channels.values()):
-                    channel.ping(probe, now=now)
-
-    def _look_at(self, channel: PeerChannel, now: float) -> None:
-        silence = now - channel.last_heard
-        if silence > limits.SILENCE_TIMEOUT_S:
-            channel.drop(f"it was silent for {silence:.1f} s")
-        elif silence > patience_s(channel.silences) and not channel.suspected:
-            channel.suspected = True
-            self._suspect(channel.introduction.member, f"it was silent for {silence:.1f} s")
-
-    def _heard_from(self, channel: PeerChannel) -> None:
-        channel.hear(now=trio.current_time())
-        if channel.suspected:
-            channel.suspected = False
-            if self._succession is not None:
-                self._succession.trust(channel.introduction.member)
-
-    def _suspect(self, member: Member, reason: str) -> None:
-        if self._succession is not None:
-            self._succession.suspect(member, reason)
-            self._wake.set()
-
-    def suspect(self, member: Member, reason: str) -> None:
-        """``member`` is of no more use to this process, whatever its connection looks like."""
-        self._suspect(member, reason)
-
-    def renew(self) -> None:
-        """Another view is needed, because two members have lost their link."""
-        if self._succession is not None:
-            self._succession.renew()
-            self._wake.set()
-
-    def admit(self, candidates: bool) -> None:
-        """Take those who wait in with the next view, or no longer."""
-        if self._succession is not None:
-            self._succession.admit(candidates)
-            self._wake.set()
 
     # --- Streams --------------------------------------------------------------------------------
 
@@ -458,19 +319,6 @@ class MembershipService:
             self._nursery.start_soon(self._miss, channel.introduction.member, reason, channel.graceful)
         self._events.send(PeerGone(channel.peer_id, reason, channel.graceful))
 
-    async def _miss(self, member: Member, reason: str, graceful: bool) -> None:
-        """The connection to ``member`` is gone; it counts as gone, too, unless it shows that it is there."""
-        if self._succession is None:
-            # It may be in a view that this process is about to enter.
-            self._lost_before[member] = reason
-        elif graceful or not self.has_link(member):
-            self._suspect(member, reason)
-        else:
-            with trio.move_on_after(limits.RECONNECT_GRACE_S):
-                await self.until_link_lost(member)
-            if self.member_of(member.peer_id) != member:
-                self._suspect(member, reason)
-
     def _welcome(self, channel: PeerChannel) -> None:
         introduction, now = channel.introduction, trio.current_time()
         others = [
@@ -508,7 +356,7 @@ class MembershipService:
                 logger.warning("peer %s broke the protocol: %s", channel.peer_id, error)
                 channel.gone_reason = f"it broke the protocol: {error}"
                 return
-            self._heard_from(channel)
+            self._heartbeat.heard(channel)
             match message:
                 case Leave(reason=reason):
                     channel.graceful = True
@@ -530,79 +378,6 @@ class MembershipService:
                 case _:
                     channel.gone_reason = f"it broke the protocol: {type(message).__name__} out of place"
                     return
-
-    def _agree(self, channel: PeerChannel, message: Agreement) -> None:
-        """Give ``message`` to the machine that it is for: of first views, or of those that follow."""
-        member = channel.introduction.member
-        if _epoch(message) == 0:
-            self._carry_out(self._formation.receive(channel.peer_id, message, now=channel.last_heard))
-        elif self._succession is not None:
-            self._succession.receive(member, message)
-            self._wake.set()
-        elif self._role == "trainer" and (entered := joins(message, member, self._member, self._secrets.mesh_id)):
-            self._formation.follow(entered.view)
-            self.operations.join(entered.streams)
-            self._begin(entered)
-        elif isinstance(message, Chosen):
-            self._carry_out(self._formation.receive(channel.peer_id, message, now=channel.last_heard))
-
-    def _begin(self, first: Entered) -> None:
-        """This process is in a view."""
-        self._succession = Succession(
-            self._member, first, self.operations, send=self._send_to, tell=self._tell_of_change
-        )
-        for channel in list(self._channels.values()):
-            if channel.introduction.role == "trainer":
-                self._succession.came(channel.introduction.member)
-        for member in first.view.members:
-            if member != self._member and self.member_of(member.peer_id) != member:
-                self._nursery_start(self._await_or_suspect, member)
-
-    def _nursery_start(self, function: Callable[..., Awaitable[None]], *arguments: object) -> None:
-        if self._nursery is not None:
-            self._nursery.start_soon(function, *arguments)
-
-    async def _await_or_suspect(self, member: Member) -> None:
-        """A member of this process's first view is not connected (yet)."""
-        if member not in self._lost_before:
-            await trio.sleep(limits.RECONNECT_GRACE_S)
-        if self.member_of(member.peer_id) != member:
-            self._suspect(member, self._lost_before.get(member, "it was never connected"))
-
-    def _send_to(self, peer_id: PeerId, message: Agreement) -> None:
-        channel = self._channels.get(peer_id)
-        if channel is not None:
-            channel.send(message)
-
-    def _tell_of_change(self, change: Change) -> None:
-        if isinstance(change, Entered):
-            self._formation.follow(change.view)
-            members = {member.peer_id for member in change.view.members}
-            for channel in self._channels.values():
-                if channel.peer_id not in members:
-                    channel.send(Chosen(view=change.view))
-            self._events.send(ViewChanged(change.view, mine=True))
-        self._tell_change.send_nowait(change)
-
-    def _carry_out(self, instructions: list[formation.Instruction]) -> None:
-        for instruction in instructions:
-            match instruction:
-                case formation.SendTo(peer_id, message):
-                    self._send_to(peer_id, message)
-                case formation.ViewAgreed(view):
-                    logger.info("view of %d members agreed", view.size)
-                    self._begin(Entered(view, ()))
-                case formation.ViewElsewhere(view):
-                    self._events.send(ViewChanged(view, mine=False))
-        self._wake.set()
-
-
-async def _never(member: Member) -> None:
-    await trio.sleep_forever()
-
-
-def _epoch(message: Agreement) -> int:
-    return message.view.epoch if isinstance(message, Accept | Chosen) else message.epoch
 
 
 def is_local_address(address: Address | None) -> bool:

@@ -11,7 +11,6 @@ from typing import TypeAlias
 
 import trio
 
-from sparkle_mesh import limits
 from sparkle_mesh.fabric.interface import PeerId
 from sparkle_mesh.membership.messages import Agreement, Chosen
 from sparkle_mesh.membership.operations import OpenOperations
@@ -171,9 +170,3 @@ def joins(message: Agreement, sender: Member, me: Member, mesh_id: bytes) -> Ent
     if view.mesh_id != mesh_id or not view.is_sound() or me not in view.members or sender not in view.members:
         return None
     return Entered(view, message.outcomes, message.streams)
-
-
-def patience_s(gaps: Iterable[float]) -> float:
-    """Return for how long a peer may be silent that was heard with these ``gaps`` of late, in seconds."""
-    longest = max(gaps, default=0.0)
-    return min(max(limits.SUSPICION_FLOOR_S, 2 * longest), limits.SUSPICION_CEILING_S)

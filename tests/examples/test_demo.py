@@ -20,6 +20,8 @@ def report(rank: int, size: int = 2, **changes):
         "size": size,
         "steps": 20,
         "seconds": 1.5 + rank,
+        "first_step": 0,
+        "longest_step_s": 0.1,
         "losses": [2.0 / (1 + step) for step in range(20)],
         "accuracies": [(10, 0.9), (20, 0.97)],
         "accuracy": 0.97,
@@ -54,7 +56,14 @@ def test_short_demo_leaves_picture_and_summary(processes, tmp_path):
     assert set(summary["weights_sha256"]) == {"0", "1", "2"}
     assert len(set(summary["weights_sha256"].values())) == 1
     assert summary["steps"] == 150
-    assert summary["bytes"] == 3 * 150 * 4 * 7210
+    # Two were there all the time, and the third has come when one of them was killed.
+    first_steps = sorted(rank["first_step"] for rank in summary["per_rank"])
+    assert first_steps[:2] == [0, 0]
+    assert 50 < first_steps[2] < 150
+    assert summary["bytes"] == (3 * 150 - first_steps[2]) * 4 * 7210
+    assert "trainer 2 is killed" in ended.out
+    assert "trainer 4 is in" in ended.out
+    assert summary["longest_step_seconds"] < 3.0
     assert {rank["algorithm"] for rank in summary["per_rank"]} <= {"shared", "direct", "ring", "tree"}
     assert 0 < summary["training_seconds"] < summary["seconds"]
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -22,7 +22,7 @@ from sparkle_mesh.membership.view_change import (
     is_quorum,
 )
 
-BETWEEN_TWO = (limits.COLLECTIVE_ROUTED_STREAM_BIT | 9) << 32
+BETWEEN_TWO = (limits.COLLECTIVE_STREAM_NUMBERS_COUNT + 9) << 32
 MEMBERS = [Member(peer_id=f"peer-{number}", incarnation=bytes([number]) * 16) for number in range(6)]
 
 

@@ -60,7 +60,17 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "sparkle_mesh.status": (*LEAVES, "sparkle_mesh.devices"),
     "sparkle_mesh.node": BELOW_THE_NODE,
     "sparkle_mesh.async_collectives": (*BELOW_THE_NODE, "sparkle_mesh.uneven"),
-    "sparkle_mesh.async_mesh": (*BELOW_THE_NODE, "sparkle_mesh.node", "sparkle_mesh.async_collectives"),
+    # The collectives of a process through its views.
+    "sparkle_mesh.view_follower": BELOW_THE_NODE,
+    "sparkle_mesh.state_chunks": (*LEAVES, "sparkle_mesh.collectives"),
+    "sparkle_mesh.synchronization": (*BELOW_THE_NODE, "sparkle_mesh.async_mesh", "sparkle_mesh.state_chunks"),
+    "sparkle_mesh.async_mesh": (
+        *BELOW_THE_NODE,
+        "sparkle_mesh.node",
+        "sparkle_mesh.async_collectives",
+        "sparkle_mesh.synchronization",
+        "sparkle_mesh.view_follower",
+    ),
     "sparkle_mesh.uneven": (*LEAVES, "sparkle_mesh.async_collectives"),
     "sparkle_mesh.mesh_collectives": (*BELOW_THE_NODE, "sparkle_mesh.async_mesh", "sparkle_mesh.uneven"),
     "sparkle_mesh.mesh": (
@@ -68,6 +78,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "sparkle_mesh.node",
         "sparkle_mesh.async_mesh",
         "sparkle_mesh.mesh_collectives",
+        "sparkle_mesh.synchronization",
     ),
     "sparkle_mesh.cli": (*BELOW_THE_NODE, "sparkle_mesh.node", "sparkle_mesh.mesh"),
 }

@@ -1,0 +1,205 @@
+"""The views of one process: from the first one on, and what its connections mean for them.
+
+This gives the machines of :mod:`.formation` and :mod:`.view_change` what peers say and what happens to their
+connections, and carries out what they answer. :class:`.service.MembershipService` adds the connections themselves.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from sparkle_mesh import limits
+from sparkle_mesh.broadcast import Broadcast
+from sparkle_mesh.errors import MeshClosedError
+from sparkle_mesh.fabric.interface import PeerId
+from sparkle_mesh.membership import formation
+from sparkle_mesh.membership.channel import PeerChannel
+from sparkle_mesh.membership.events import MembershipEvent, ViewChanged
+from sparkle_mesh.membership.formation import Candidate, Formation
+from sparkle_mesh.membership.messages import Accept, Agreement, Chosen, Leaving, Role
+from sparkle_mesh.membership.operations import OpenOperations
+from sparkle_mesh.membership.succession import Change, Succession, joins
+from sparkle_mesh.membership.view import Member
+from sparkle_mesh.membership.view_change import Entered
+
+logger = logging.getLogger(__name__)
+
+
+async def _never(member: Member) -> None:
+    await trio.sleep_forever()
+
+
+class MembershipViews:
+    """What one process knows of views.
+
+    Parameters
+    ----------
+    mesh_id
+        32 bytes.
+    member
+        This process.
+    candidate
+        What it is to others if it wants to compute; None if it only watches.
+
+    Attributes
+    ----------
+    operations
+        Where this process stands with collectives; frozen and read when its view ends.
+    has_link, until_link_lost
+        Whether a data link to a member stands, and what waits until none does; the mesh knows.
+    """
+
+    def __init__(self, mesh_id: bytes, member: Member, candidate: Candidate | None) -> None:
+        self._mesh_id, self._member = mesh_id, member
+        self._role: Role = "node" if candidate is None else "trainer"
+        self._channels: dict[PeerId, PeerChannel] = {}
+        self._events: Broadcast[MembershipEvent] = Broadcast(limits.NODE_EVENTS_MAX_COUNT)
+        self._wake = trio.Event()
+        self._lost_before: dict[Member, str] = {}
+        self._nursery: trio.Nursery | None = None
+        self._formation = Formation(mesh_id, candidate, now=trio.current_time())
+        self._succession: Succession | None = None
+        self._tell_change, self._changes = trio.open_memory_channel[Change](limits.VIEW_CHANGES_MAX_COUNT)
+        self.operations = OpenOperations()
+        self.has_link: Callable[[Member], bool] = lambda member: False
+        self.until_link_lost: Callable[[Member], Awaitable[None]] = _never
+
+    @property
+    def changes(self) -> trio.MemoryReceiveChannel[Change]:
+        """The views of this process in their order, beginning with the first; for one reader."""
+        return self._changes
+
+    @property
+    def succession(self) -> Succession:
+        """How the views of this process follow each other. Raises MeshClosedError if it is in none yet."""
+        if self._succession is None:
+            raise MeshClosedError("this process is in no view yet")
+        return self._succession
+
+    def member_of(self, peer_id: PeerId) -> Member | None:
+        """Return the member or candidate that ``peer_id`` is, if it is connected and computes."""
+        channel = self._channels.get(peer_id)
+        return channel.introduction.member if channel is not None and channel.introduction.role == "trainer" else None
+
+    async def probe(self, peer_id: PeerId, timeout_s: float) -> bool:
+        """Ask ``peer_id`` whether it is there; return whether it has answered within ``timeout_s``."""
+        channel = self._channels.get(peer_id)
+        return channel is not None and await channel.answers(timeout_s) and self._channels.get(peer_id) is channel
+
+    def trust(self, member: Member) -> None:
+        """``member`` has shown that it is there."""
+        if self._succession is not None:
+            self._succession.trust(member)
+            self._wake.set()
+
+    def renew(self) -> None:
+        """Another view is needed, because two members have lost their link."""
+        if self._succession is not None:
+            self._succession.renew()
+            self._wake.set()
+
+    def admit(self, candidates: bool) -> None:
+        """Take those who wait in with the next view, or no longer."""
+        if self._succession is not None:
+            self._succession.admit(candidates)
+            self._wake.set()
+
+    def suspect(self, member: Member, reason: str) -> None:
+        """``member`` is of no more use to this process, whatever its connection looks like."""
+        if self._succession is not None:
+            self._succession.suspect(member, reason)
+            self._wake.set()
+
+    async def _leave_view(self, succession: Succession) -> None:
+        for channel in self._channels.values():
+            channel.send(Leaving())
+        succession.leaves(self._member)
+        self._wake.set()
+        with trio.move_on_after(limits.LEAVE_TIMEOUT_S):
+            while not succession.can_leave:
+                await succession.changed.wait()
+
+    async def _miss(self, member: Member, reason: str, graceful: bool) -> None:
+        """The connection to ``member`` is gone; it counts as gone, too, unless it shows that it is there."""
+        if self._succession is None:
+            # It may be in a view that this process is about to enter.
+            self._lost_before[member] = reason
+        elif graceful or not self.has_link(member):
+            self.suspect(member, reason)
+        else:
+            with trio.move_on_after(limits.RECONNECT_GRACE_S):
+                await self.until_link_lost(member)
+            if self.member_of(member.peer_id) != member:
+                self.suspect(member, reason)
+
+    def _agree(self, channel: PeerChannel, message: Agreement) -> None:
+        """Give ``message`` to the machine that it is for: of first views, or of those that follow."""
+        member = channel.introduction.member
+        if _epoch(message) == 0:
+            self._carry_out(self._formation.receive(channel.peer_id, message, now=channel.last_heard))
+        elif self._succession is not None:
+            self._succession.receive(member, message)
+            self._wake.set()
+        elif self._role == "trainer" and (entered := joins(message, member, self._member, self._mesh_id)):
+            self._formation.follow(entered.view)
+            self.operations.join(entered.streams)
+            self._begin(entered)
+        elif isinstance(message, Chosen):
+            self._carry_out(self._formation.receive(channel.peer_id, message, now=channel.last_heard))
+
+    def _begin(self, first: Entered) -> None:
+        """This process is in a view."""
+        self._succession = Succession(
+            self._member, first, self.operations, send=self._send_to, tell=self._tell_of_change
+        )
+        for channel in list(self._channels.values()):
+            if channel.introduction.role == "trainer":
+                self._succession.came(channel.introduction.member)
+        for member in first.view.members:
+            if member != self._member and self.member_of(member.peer_id) != member:
+                self._nursery_start(self._await_or_suspect, member)
+
+    def _nursery_start(self, function: Callable[..., Awaitable[None]], *arguments: object) -> None:
+        if self._nursery is not None:
+            self._nursery.start_soon(function, *arguments)
+
+    async def _await_or_suspect(self, member: Member) -> None:
+        """A member of this process's first view is not connected (yet)."""
+        if member not in self._lost_before:
+            await trio.sleep(limits.RECONNECT_GRACE_S)
+        if self.member_of(member.peer_id) != member:
+            self.suspect(member, self._lost_before.get(member, "it was never connected"))
+
+    def _send_to(self, peer_id: PeerId, message: Agreement) -> None:
+        channel = self._channels.get(peer_id)
+        if channel is not None:
+            channel.send(message)
+
+    def _tell_of_change(self, change: Change) -> None:
+        if isinstance(change, Entered):
+            self._formation.follow(change.view)
+            members = {member.peer_id for member in change.view.members}
+            for channel in self._channels.values():
+                if channel.peer_id not in members:
+                    channel.send(Chosen(view=change.view))
+            self._events.send(ViewChanged(change.view, mine=True))
+        self._tell_change.send_nowait(change)
+
+    def _carry_out(self, instructions: list[formation.Instruction]) -> None:
+        for instruction in instructions:
+            match instruction:
+                case formation.SendTo(peer_id, message):
+                    self._send_to(peer_id, message)
+                case formation.ViewAgreed(view):
+                    logger.info("view of %d members agreed", view.size)
+                    self._begin(Entered(view, ()))
+                case formation.ViewElsewhere(view):
+                    self._events.send(ViewChanged(view, mine=False))
+        self._wake.set()
+
+
+def _epoch(message: Agreement) -> int:
+    return message.view.epoch if isinstance(message, Accept | Chosen) else message.epoch
