@@ -368,9 +368,12 @@ class CollectiveGroup(GroupViews):
                     self.serve(exchange, exchange.read)
                     self.serve(exchange, exchange.write)
                 task_status.started()
-                await trio.sleep_forever()
+                try:
+                    await trio.sleep_forever()
+                finally:
+                    # It takes no more tasks.
+                    self._nursery = None
         finally:
-            self._nursery = None
             if self._host is not None:
                 self._host.close()
             self._end(MeshClosedError("the mesh was left while the collective was in flight"))

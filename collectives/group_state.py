@@ -462,6 +462,9 @@ class GroupState:
             self._broke_protocol(exchange, error)
 
     def _broke_protocol(self, exchange: Exchange, error: ProtocolError) -> None:
+        if self._exchanges.get(exchange.rank) is not exchange:
+            # It is of a view that has ended, and so is its link.
+            return
         self.protocol_errors += 1
         _log.warning("closing the link to %s: %s", self._describe(exchange.rank), error)
         self.exchange_ended(exchange, f"it broke the protocol: {error}")

@@ -8,10 +8,10 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any
 
-from simulations import formation, succession
+from simulations import formation, nodes, succession
 from simulations.network import InvariantBroken
 
-WORLDS: dict[str, Any] = {"formation": formation, "succession": succession}
+WORLDS: dict[str, Any] = {"formation": formation, "succession": succession, "nodes": nodes}
 
 
 def run_seed(name: str, seed: int) -> tuple[int, str | None, Any]:
@@ -28,7 +28,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse ``arguments``, run the seeds, print a summary; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m simulations", description=__doc__)
     parser.add_argument(
-        "--world", choices=WORLDS, default="succession", help="first views, or views that follow (default %(default)s)"
+        "--world",
+        choices=WORLDS,
+        default="succession",
+        help="what is simulated: first views, views that follow, or nodes as a whole (default %(default)s)",
     )
     parser.add_argument("--seeds", type=int, default=1000, help="how many seeds to run (default %(default)s)")
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them (default %(default)s)")

@@ -145,7 +145,10 @@ class _Run:
         self._check_layouts(rows)
         if (steps == steps[0]).all() and not fresh.any() and not self._check:
             return Synchronized(int(steps[0]), self._newcomers, tuple(range(len(rows))), 0, 0.0)
-        mine = await trio.to_thread.run_sync(self._chunks.digests)
+        if self._chunks.nbytes > limits.STATE_CHUNK_BYTES:
+            mine = await trio.to_thread.run_sync(self._chunks.digests)
+        else:
+            mine = self._chunks.digests()
         rows = await self._tell(new, blake2b(mine.tobytes(), digest_size=DIGEST_BYTES).digest())
         reference, sources = _choose_reference(rows)
         self._step = int(rows[reference, 0])

@@ -103,7 +103,7 @@ class MemoryFabricNetwork:
     def _deliver(self, source: PeerId, target: PeerId, delivery: Delivery) -> None:
         """Have ``delivery`` called at ``target``, in the order and after the delay of the path."""
         fabric = self._fabrics.get(target)
-        if fabric is None:
+        if fabric is None or fabric._ended:
             return
         key = (source, target)
         path = self._paths.get(key)
@@ -120,7 +120,8 @@ class MemoryFabricNetwork:
             await trio.sleep_until(path[0][0])
             await self._passable(*key)
             path.popleft()[1]()
-        del self._paths[key]
+        if self._paths.get(key) is path:
+            del self._paths[key]
 
     def _forget(self, peer_id: PeerId) -> None:
         """Remove a fabric; what was on its way to it has nowhere to go."""
@@ -291,13 +292,16 @@ class MemoryFabric:
         self._handlers: dict[str, StreamHandler] = {}
         self._seen: OrderedDict[tuple[PeerId, int], None] = OrderedDict()
         self._published_count = 0
-        self._dead = False
+        self._dead = self._ended = False
 
     async def _run(self) -> None:
         # Handlers run in a nursery of their own, so that a kill ends them and not the caller's block.
         async with trio.open_nursery() as self._nursery:
             self._started.set()
-            await trio.sleep_forever()
+            try:
+                await trio.sleep_forever()
+            finally:
+                self._ended = True
 
     @property
     def peer_id(self) -> PeerId:

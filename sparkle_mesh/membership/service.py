@@ -145,12 +145,15 @@ class MembershipService(MembershipViews):
                 nursery.start_soon(self._keep_time)
                 nursery.start_soon(self._heartbeat.run)
                 task_status.started()
-                async for event in connections:
-                    if isinstance(event, PeerConnected) and self._fabric.peer_id < event.peer_id:
-                        nursery.start_soon(self._open, event.peer_id)
+                try:
+                    async for event in connections:
+                        if isinstance(event, PeerConnected) and self._fabric.peer_id < event.peer_id:
+                            nursery.start_soon(self._open, event.peer_id)
+                finally:
+                    # It takes no more tasks.
+                    self._nursery = None
                 raise ClosedError("the fabric closed, or its events came faster than membership took them")
         finally:
-            self._nursery = None
             self._events.close()
 
     async def leave(self, reason: str = "", *, hurry: bool = False) -> None:

@@ -131,7 +131,10 @@ class Succession:
 
     def receive(self, sender: Member, message: Agreement) -> None:
         """``sender`` has said ``message``."""
-        self._carry_out(self._machine.receive(sender, message, now=trio.current_time()))
+        now = trio.current_time()
+        if isinstance(message, Chosen) and message.view.lineage != self.view.lineage:
+            self._carry_out(self._machine.settled_elsewhere(sender, now=now))
+        self._carry_out(self._machine.receive(sender, message, now=now))
 
     # --- What follows ----------------------------------------------------------------------------
 

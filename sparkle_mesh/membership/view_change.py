@@ -196,6 +196,12 @@ class ViewChange(BallotMachine[Member, Instruction]):
             self._joiners[member] = None
         return []
 
+    def settled_elsewhere(self, member: Member, *, now: float) -> list[Instruction]:
+        """A process that wanted to be a member is one of another mesh of this name."""
+        if self._joiners.pop(member, member) is None:
+            self._note(now, f"{member.peer_id} is in another lineage")
+        return []
+
     def wants_to_leave(self, member: Member, *, now: float) -> list[Instruction]:
         """``member`` leaves of its own will; until the next view it still takes part."""
         if member in self.view.members:

@@ -139,6 +139,8 @@ class MembershipViews:
         """Give ``message`` to the machine that it is for: of first views, or of those that follow."""
         member = channel.introduction.member
         if _epoch(message) == 0:
+            if self._succession is not None:
+                self._succession.receive(member, message)
             self._carry_out(self._formation.receive(channel.peer_id, message, now=channel.last_heard))
         elif self._succession is not None:
             self._succession.receive(member, message)

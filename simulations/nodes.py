@@ -1,0 +1,428 @@
+"""A deterministic world of whole nodes: membership, views, links and collectives as in production, in virtual time.
+
+One seed runs N nodes in one trio run whose clock jumps from event to event: every node's production
+:class:`~sparkle_mesh.membership.service.MembershipService`, :class:`~sparkle_mesh.view_follower.ViewFollower` with its
+group of collectives, and :class:`~sparkle_mesh.synchronization.Synchronizer`, over a simulated control plane and
+simulated links with delay and rate. Nodes train; they crash, lose links, are cut off, leave, give calls up, and come
+back as new ones. After every collective its sum is checked against what its contributors put in, and against what
+others have of the same operation; then faults stop, and all must make progress together.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from hashlib import blake2b
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import trio
+import trio.testing
+
+from simulations.network import Counts, InvariantBroken
+from sparkle_mesh import limits
+from sparkle_mesh.collectives.group import CollectiveGroup
+from sparkle_mesh.errors import (
+    ClosedError,
+    CollectiveAbortedError,
+    CollectiveTimeoutError,
+    LinkClosedError,
+    OutcomeUnknownError,
+    PeerLostError,
+    UnreachableError,
+)
+from sparkle_mesh.fabric.memory import MemoryFabric, MemoryFabricNetwork
+from sparkle_mesh.membership.keys import MeshSecrets
+from sparkle_mesh.membership.service import MembershipService
+from sparkle_mesh.membership.view import Member
+from sparkle_mesh.nurseries import bare_errors
+from sparkle_mesh.synchronization import Synchronizer
+from sparkle_mesh.transport.link import Link
+from sparkle_mesh.transport.memory import MemoryLink, memory_link_pair
+from sparkle_mesh.view_follower import ViewFollower
+
+FAULTS_UNTIL_S = 60.0
+ENDS_AT_S = 400.0
+#: What all that are left must do together after the last fault.
+STEPS_AFTER_COUNT = 10
+ELEMENTS = 3_000
+#: Newcomers do not form a mesh of their own: they wait for that of the others.
+NEVER = 1_000
+
+
+@dataclass(slots=True)
+class Exercised(Counts):
+    """How often a run met each situation."""
+
+    crashes: int = 0
+    link_losses: int = 0
+    partitions: int = 0
+    joins: int = 0
+    leaves: int = 0
+    cancels: int = 0
+    views: int = 0
+    reductions: int = 0
+    lost_calls: int = 0
+    excluded: int = 0
+    synchronized: int = 0
+
+
+class SeededEntropy:
+    """Random bytes and fractions that follow from the seed."""
+
+    def __init__(self, source: random.Random) -> None:
+        self._random = source
+
+    def token(self, nbytes: int) -> bytes:
+        """Return ``nbytes`` bytes."""
+        return self._random.randbytes(nbytes)
+
+    def uniform(self, low: float, high: float) -> float:
+        """Return a number in ``[low, high)``."""
+        return self._random.uniform(low, high)
+
+
+@dataclass(slots=True)
+class Node:
+    """One life of one simulated process."""
+
+    name: str
+    fabric: MemoryFabric
+    service: MembershipService
+    scope: trio.CancelScope
+    follower: ViewFollower | None = None
+    links: list[MemoryLink] = field(default_factory=list)
+    alive: bool = True
+    leaving: bool = False
+    steps_after: int = 0
+
+    @property
+    def group(self) -> CollectiveGroup:
+        assert self.follower is not None
+        assert self.follower.group is not None
+        return self.follower.group
+
+
+@dataclass(slots=True)
+class _Wanted:
+    """A link that one end waits for."""
+
+    link: MemoryLink | None = None
+    made: trio.Event = field(default_factory=trio.Event)
+
+
+class World:
+    """The world of one seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.random = random.Random(seed)
+        self.exercised = Exercised()
+        self.trace: list[str] = []
+        draw = self.random.choice
+        self.count = draw([2, 3, 3, 4, 5, 6])
+        self._delay_s = draw([0.0005, 0.005, 0.05])
+        self._rate = draw([None, 1e6, 1e8])
+        self._compute_s = draw([0.05, 0.3])
+        self._rates = {
+            name: draw([0.0, 0.3, 1.0]) for name in ("crash", "drop", "partition", "join", "leave", "cancel")
+        }
+        self._nodes: list[Node] = []
+        self._lives = 0
+        self._wanted: dict[tuple[str, str], _Wanted] = {}
+        #: By operation: what came of it, and who contributed.
+        self._results: dict[tuple[bytes, int], tuple[bytes, tuple[Member, ...]]] = {}
+        self._failure: InvariantBroken | None = None
+        self._quiet = False
+
+    # --- Running ---------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Run to the end; raise InvariantBroken if a check fails."""
+        with deterministic_scheduling(self.seed):
+            trio.run(self._main, clock=trio.testing.MockClock(autojump_threshold=0))
+        if self._failure is not None:
+            raise self._failure
+
+    async def _main(self) -> None:
+        self._network = MemoryFabricNetwork(delay_s=self._delay_s)
+        self._stepped = trio.Event()
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            for _ in range(self.count):
+                await self._start(self.count)
+            nursery.start_soon(self._do_damage)
+            with trio.move_on_at(trio.current_time() + ENDS_AT_S):
+                await self._until_all_is_well()
+                nursery.cancel_scope.cancel()
+            if not nursery.cancel_scope.cancel_called:
+                self._break(f"after {ENDS_AT_S:g} s {self._what_is_missing()}")
+            nursery.cancel_scope.cancel()
+
+    async def _until_all_is_well(self) -> None:
+        while self._failure is None and not (self._quiet and self._what_is_missing() is None):
+            await self._stepped.wait()
+
+    def _what_is_missing(self) -> str | None:
+        alive = [node for node in self._nodes if node.alive]
+        if any(node.follower is None or node.follower.group is None for node in alive):
+            return f"{[node.name for node in alive]} are not all in a view"
+        late = [node.name for node in alive if node.steps_after < STEPS_AFTER_COUNT]
+        if late:
+            return f"{late} have not made {STEPS_AFTER_COUNT} steps"
+        views = {node.group.members for node in alive}
+        return None if len(views) == 1 else "there are several views"
+
+    def note(self, text: str) -> None:
+        """Add a line to the trace."""
+        self.trace.append(f"{trio.current_time():9.4f} {text}")
+
+    def _break(self, what: str) -> None:
+        self.note(what)
+        if self._failure is None:
+            self._failure = InvariantBroken(f"seed {self.seed}: {what}")
+        self._stepped.set()
+
+    # --- Nodes -----------------------------------------------------------------------------------
+
+    async def _start(self, min_peers: int) -> Node:
+        self._lives += 1
+        node: Node = await self._nursery.start(self._live, f"node-{self._lives:03}", min_peers)
+        return node
+
+    async def _live(self, name: str, min_peers: int, *, task_status: trio.TaskStatus[Node]) -> None:
+        entropy = SeededEntropy(random.Random(self.random.random()))
+        with trio.CancelScope() as scope, suppress(ClosedError), bare_errors():
+            async with self._network.open(name) as fabric, trio.open_nursery() as nursery:
+                service = MembershipService(
+                    fabric,
+                    MeshSecrets("world", None),
+                    role="trainer",
+                    host_id=bytes(16),
+                    incarnation=entropy.token(16),
+                    min_peers=min_peers,
+                    public=True,
+                    heard=lambda peer_id, addresses, source: None,
+                    entropy=entropy,
+                )
+                node = Node(name, fabric, service, scope)
+                self._nodes.append(node)
+                await nursery.start(service.run)
+                node.follower = ViewFollower(service, partial(self._connect, node), None)
+                await nursery.start(node.follower.run)
+                nursery.start_soon(self._meet, node)
+                nursery.start_soon(self._train, node)
+                task_status.started(node)
+                await trio.sleep_forever()
+        # A crash closes the control plane under it.
+        node.alive = False
+
+    async def _meet(self, node: Node) -> None:
+        """Stay connected to all others that live, as discovery sees to."""
+        while True:
+            for other in list(self._nodes):
+                if other.alive and other.name > node.name and other.name not in node.fabric.connected_peers():
+                    try:
+                        await node.fabric.connect(other.name, other.fabric.addresses, timeout_s=5)
+                    except (UnreachableError, LinkClosedError, ClosedError):
+                        continue
+            await trio.sleep(0.5)
+
+    async def _connect(self, node: Node, peer_id: str) -> Link:
+        """Return a link to ``peer_id``, once that wants one as well."""
+        pair = cast(tuple[str, str], tuple(sorted((node.name, peer_id))))
+        waiting = self._wanted.pop(pair, None)
+        if waiting is None:
+            mine = self._wanted[pair] = _Wanted()
+            try:
+                with trio.fail_after(limits.LINK_HANDSHAKE_TIMEOUT_S):
+                    await mine.made.wait()
+            except trio.TooSlowError:
+                raise UnreachableError(f"{peer_id} does not want a link") from None
+            finally:
+                if self._wanted.get(pair) is mine:
+                    del self._wanted[pair]
+            assert mine.link is not None
+            link = mine.link
+        else:
+            link, waiting.link = memory_link_pair(
+                node.name, peer_id, delay_s=self._delay_s, rate_bytes_per_s=self._rate
+            )
+            waiting.made.set()
+        node.links.append(link)
+        await trio.lowlevel.checkpoint()
+        return link
+
+    async def _train(self, node: Node) -> None:
+        assert node.follower is not None
+        await node.follower.entered.wait()
+        synchronizer = Synchronizer(cast(Any, _MeshOf(node)))
+        weights, step = np.zeros(ELEMENTS), 0
+        try:
+            while True:
+                done = await synchronizer.run(weights, step, on_drift="raise", check=False, timeout_s=200)
+                self.exercised.synchronized += done.bytes_received > 0
+                step = done.step
+                if node.leaving:
+                    self.note(f"{node.name} leaves")
+                    node.group.close()
+                    await node.service.leave()
+                    node.scope.cancel()
+                    return
+                if await self._reduce(node, weights, step):
+                    step += 1
+                    node.steps_after += self._quiet
+                    stepped, self._stepped = self._stepped, trio.Event()
+                    stepped.set()
+                await trio.sleep(self._compute_s * self.random.uniform(0.5, 1.5))
+        except (ClosedError, OutcomeUnknownError, CollectiveTimeoutError) as error:
+            self.note(f"{node.name} is out: {type(error).__name__}: {error}")
+            if isinstance(error, CollectiveTimeoutError):
+                self._break(f"{node.name} has waited in vain: {error}")
+            self.exercised.excluded += 1
+            self._end(node)
+
+    async def _reduce(self, node: Node, weights: np.ndarray, step: int) -> bool:
+        """One step; whether it went well."""
+        data = np.full(ELEMENTS, share(node.service.member, step), np.int64)
+        group = node.group
+        gives_up = not self._quiet and self.random.random() < self._rates["cancel"] * 0.02
+        try:
+            await group.all_reduce(data, timeout_s=self.random.uniform(0.001, 0.1) if gives_up else 150)
+        except (PeerLostError, CollectiveAbortedError, CollectiveTimeoutError) as error:
+            if isinstance(error, CollectiveTimeoutError) and not gives_up:
+                raise
+            self.exercised.cancels += gives_up
+            self.exercised.lost_calls += 1
+            if data.min() != data.max() or data[0] != share(node.service.member, step):
+                self._break(f"{node.name} raised {type(error).__name__}, and its array was written to")
+            return False
+        outcome = group.last_outcome
+        assert outcome is not None
+        members = group.shown[1]
+        contributors = tuple(cast(Member, members[rank]) for rank in outcome.contributors)
+        self._check(node, outcome.operation, data, contributors, step)
+        weights += 1
+        return True
+
+    def _check(self, node: Node, operation: int, data: np.ndarray, contributors: Sequence[Member], step: int) -> None:
+        self.exercised.reductions += 1
+        expected = sum(share(member, step) for member in contributors)
+        self.note(f"{node.name} step {step} operation {operation}: {data[0]} of {len(contributors)}")
+        if data.min() != data.max() or data[0] != expected:
+            self._break(f"{node.name} got {data.min()} to {data.max()} in operation {operation}, not {expected}")
+        result = (data.tobytes(), tuple(contributors))
+        if self._results.setdefault((node.group.lineage, operation), result) != result:
+            self._break(f"operation {operation} has ended differently on {node.name}")
+
+    # --- Faults ----------------------------------------------------------------------------------
+
+    async def _do_damage(self) -> None:
+        await trio.sleep(3.0)
+        deadline = trio.current_time() + FAULTS_UNTIL_S
+        while trio.current_time() < deadline:
+            await trio.sleep(self.random.uniform(0.2, 2.0))
+            await self._begin_anew_if_over()
+            alive = [node for node in self._nodes if node.alive]
+            for name, damage in (("crash", self._crash), ("drop", self._drop_link), ("leave", self._leave)):
+                if self.random.random() < self._rates[name] * 0.15:
+                    damage(self.random.choice(alive))
+            if self.random.random() < self._rates["partition"] * 0.1:
+                await self._partition(alive)
+            room = len([node for node in self._nodes if node.alive]) < self.count + 2
+            if room and self.random.random() < self._rates["join"] * 0.3:
+                self.exercised.joins += 1
+                await self._start(NEVER)
+        self._network.heal()
+        for node in self._nodes:
+            for link in node.links:
+                link.heal()
+        self._quiet = True
+        self.note("faults stop")
+        await self._begin_anew_if_over()
+
+    async def _begin_anew_if_over(self) -> None:
+        """Where no member is left, those who wait to be taken in give up, and a new mesh begins."""
+        alive = [node for node in self._nodes if node.alive]
+        if any(node.follower is not None and node.follower.group is not None for node in alive):
+            return
+        self.note("the mesh is over; another one begins")
+        for node in alive:
+            self._end(node)
+        for _ in range(self.count):
+            await self._start(self.count)
+
+    def _end(self, node: Node) -> None:
+        node.alive = False
+        for link in node.links:
+            link.drop()
+        node.scope.cancel()
+
+    def _crash(self, node: Node) -> None:
+        self.note(f"{node.name} crashes")
+        self.exercised.crashes += 1
+        self._network.kill(node.name)
+        self._end(node)
+
+    def _drop_link(self, node: Node) -> None:
+        standing = [link for link in node.links if not link.closed]
+        if standing:
+            link = self.random.choice(standing)
+            self.note(f"{node.name} loses its link to {link.peer_id}")
+            self.exercised.link_losses += 1
+            link.drop()
+
+    def _leave(self, node: Node) -> None:
+        node.leaving = True
+        self.exercised.leaves += 1
+
+    async def _partition(self, alive: Sequence[Node]) -> None:
+        side = {node.name for node in alive if self.random.random() < 0.4}
+        rest = {node.name for node in alive} - side
+        if not side or not rest:
+            return
+        self.note(f"{sorted(side)} are cut off")
+        self.exercised.partitions += 1
+        self._network.partition(side, rest)
+        cut = [link for node in alive for link in node.links if (node.name in side) != (link.peer_id in side)]
+        for link in cut:
+            link.partition()
+        await trio.sleep(self.random.choice([0.5, 3.0, 20.0]))
+        self._network.heal()
+        for link in cut:
+            link.heal()
+        self.note("and are there again")
+
+
+class _MeshOf:
+    """What a synchroniser needs of a mesh."""
+
+    def __init__(self, node: Node) -> None:
+        self._follower = node.follower
+        self._node = SimpleNamespace(membership=node.service)
+        self._group = node.group
+
+
+def share(member: Member, step: int) -> int:
+    """Return what a member puts into the sum of a step."""
+    return int.from_bytes(blake2b(member.incarnation + step.to_bytes(8, "big"), digest_size=4).digest(), "big")
+
+
+class deterministic_scheduling:
+    """Let trio run tasks in an order that follows from ``seed``, within the block."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def __enter__(self) -> None:
+        run = trio._core._run
+        self._before = run._ALLOW_DETERMINISTIC_SCHEDULING
+        run._ALLOW_DETERMINISTIC_SCHEDULING = True
+        run._r.seed(self._seed)
+
+    def __exit__(self, *_: object) -> None:
+        trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = self._before
