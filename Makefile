@@ -29,7 +29,9 @@ check: setup  ## everything that a reviewer would ask for: format, lint, types, 
 
 simulate: setup  ## run simulated worlds under faults: fixed seeds, and some that nobody has run
 	@$(BIN)/python -m simulations --seeds 1500
+	@$(BIN)/python -m simulations --world nodes --seeds 40
 	@$(BIN)/python -m simulations --seeds 200 --first-seed $$(date +%s)
+	@$(BIN)/python -m simulations --world nodes --seeds 20 --first-seed $$(date +%s)
 
 format: setup  ## format the code, and repair what lint can repair
 	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format .

@@ -136,6 +136,8 @@ class World:
         self._wanted: dict[tuple[str, str], _Wanted] = {}
         #: By operation: what came of it, and who contributed.
         self._results: dict[tuple[bytes, int], tuple[bytes, tuple[Member, ...]]] = {}
+        self._states: dict[tuple[bytes, int], bytes] = {}
+        self._views: set[tuple[bytes, int]] = set()
         self._failure: InvariantBroken | None = None
         self._quiet = False
 
@@ -175,7 +177,7 @@ class World:
         if late:
             return f"{late} have not made {STEPS_AFTER_COUNT} steps"
         views = {node.group.members for node in alive}
-        return None if len(views) == 1 else "there are several views"
+        return None if len(views) == 1 else f"there are {len(views)} views"
 
     def note(self, text: str) -> None:
         """Add a line to the trace."""
@@ -306,11 +308,20 @@ class World:
         members = group.shown[1]
         contributors = tuple(cast(Member, members[rank]) for rank in outcome.contributors)
         self._check(node, outcome.operation, data, contributors, step)
-        weights += 1
+        weights += data
+        self._compare_states(node, outcome.operation, weights)
         return True
+
+    def _compare_states(self, node: Node, operation: int, weights: np.ndarray) -> None:
+        """Whoever takes part in an operation has the state of all others after it."""
+        state = weights.tobytes()
+        if self._states.setdefault((node.group.lineage, operation), state) != state:
+            self._break(f"{node.name} has another state than others after operation {operation}")
 
     def _check(self, node: Node, operation: int, data: np.ndarray, contributors: Sequence[Member], step: int) -> None:
         self.exercised.reductions += 1
+        self._views.add((node.group.lineage, node.group.shown[0]))
+        self.exercised.views = len(self._views)
         expected = sum(share(member, step) for member in contributors)
         self.note(f"{node.name} step {step} operation {operation}: {data[0]} of {len(contributors)}")
         if data.min() != data.max() or data[0] != expected:
@@ -343,7 +354,10 @@ class World:
                 link.heal()
         self._quiet = True
         self.note("faults stop")
-        await self._begin_anew_if_over()
+        while True:
+            # The last fault may have left too few.
+            await self._begin_anew_if_over()
+            await trio.sleep(10.0)
 
     async def _begin_anew_if_over(self) -> None:
         """Where no member is left, those who wait to be taken in give up, and a new mesh begins."""
@@ -419,10 +433,11 @@ class deterministic_scheduling:
         self._seed = seed
 
     def __enter__(self) -> None:
-        run = trio._core._run
+        run: Any = trio._core._run
         self._before = run._ALLOW_DETERMINISTIC_SCHEDULING
         run._ALLOW_DETERMINISTIC_SCHEDULING = True
         run._r.seed(self._seed)
 
     def __exit__(self, *_: object) -> None:
-        trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING = self._before
+        run: Any = trio._core._run
+        run._ALLOW_DETERMINISTIC_SCHEDULING = self._before

@@ -86,6 +86,12 @@ class ViewFollower:
         link = self.links.get(member)
         return link is not None and not link.closed
 
+    def _drop(self, link: Link) -> None:
+        """Close ``link``, which is of no more use."""
+        self.links = {member: other for member, other in self.links.items() if other is not link}
+        if self._nursery is not None:
+            self._nursery.start_soon(link.aclose)
+
     async def _until_link_lost(self, member: Member) -> None:
         while self.has_link(member):
             await self._changed.wait()
@@ -158,11 +164,7 @@ class ViewFollower:
                 match change:
                     case Entered(view, _, _):
                         await self._settle(change)
-                        self.views[view.epoch] = view
-                        for epoch in [
-                            old for old in self.views if old < view.epoch - limits.VIEWS_REMEMBERED_MAX_COUNT
-                        ]:
-                            del self.views[epoch]
+                        self._remember(view)
                         entering = trio.CancelScope()
                         nursery.start_soon(self._enter, view, entering)
                     case Excluded(view, outcomes):
@@ -217,9 +219,7 @@ class ViewFollower:
         gone = [rank for rank, member in enumerate(self.group.members) if member not in change.view.members]
         await self.group.settle(outcomes, gone, between_two)
         for member in [member for member in self.links if member not in change.view.members]:
-            link = self.links.pop(member)
-            if self._nursery is not None:
-                self._nursery.start_soon(link.aclose)
+            self._drop(self.links[member])
 
     async def _leave_behind(self, view: View, outcomes: Any) -> None:
         """The others have gone on without this process."""
@@ -268,6 +268,11 @@ class ViewFollower:
         except ProtocolError as error:
             logger.warning("lines could not be measured: %s", error)
             return
+        except trio.Cancelled:
+            # Halfway, what comes over these links is not what a group expects.
+            for link in links.values():
+                self._drop(link)
+            raise
         for rank, member in enumerate(view.members):
             self._measured[member] = (float(measured[0, rank]), float(measured[1, rank]))
 

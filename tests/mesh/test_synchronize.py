@@ -1,0 +1,163 @@
+"""Members are brought to one state, and newcomers are taken in."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import trio
+
+import sparkle_mesh as sparkle
+from sparkle_mesh import limits
+from sparkle_mesh.async_mesh import AsyncMesh
+from sparkle_mesh.errors import CollectiveTimeoutError, DivergenceError, MismatchError, UsageError
+from sparkle_mesh.state_chunks import StateChunks
+
+Program = Callable[[AsyncMesh], Awaitable[Any]]
+
+
+def options(tmp_path: Path, min_peers: int) -> dict[str, Any]:
+    return {
+        "timeout_s": 30,
+        "lan": False,
+        "listen": ["/ip4/127.0.0.1/tcp/0"],
+        "data_dir": tmp_path,
+        "min_peers": min_peers,
+        "links": ["tcp"],
+    }
+
+
+async def run_members(tmp_path: Path, count: int, program: Program) -> list[Any]:
+    """Run ``program`` on ``count`` members; return what they return, by rank."""
+    results: dict[int, Any] = {}
+
+    async def member() -> None:
+        async with sparkle.open_mesh("run", **options(tmp_path, count)) as mesh:
+            rank = mesh.rank
+            results[rank] = await program(mesh)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(count):
+            nursery.start_soon(member)
+    return [results[rank] for rank in range(count)]
+
+
+async def test_the_first_time_all_get_the_state_of_the_first(tmp_path: Path) -> None:
+    async def program(mesh: AsyncMesh) -> Any:
+        state = {"w": np.full(1000, float(mesh.rank)), "b": np.zeros(0)}
+        done = await mesh.synchronize(state, 5 + mesh.rank)
+        again = await mesh.synchronize(state, done.step)
+        return done, again, state["w"].max()
+
+    for rank, (done, again, largest) in enumerate(await run_members(tmp_path, 3, program)):
+        assert (done.step, done.sources, largest) == (5, (0,), 0.0)
+        assert done.bytes_received == (8000 if rank else 0)
+        # Where all are alike it is one round.
+        assert (again.sources, again.bytes_received, again.largest_difference) == ((0, 1, 2), 0, 0.0)
+
+
+async def test_drift_is_found_where_it_is_looked_for(tmp_path: Path) -> None:
+    async def program(mesh: AsyncMesh) -> Any:
+        state = np.zeros(100)
+        await mesh.synchronize(state, 0)
+        state[50] += 0.25 * (mesh.rank == 0)
+        unseen = await mesh.synchronize(state, 1)
+        with pytest.raises(DivergenceError, match=r"rank 0 by 0\.25"):
+            await mesh.synchronize(state, 1, check=True, on_drift="raise")
+        kept = state[50]
+        repaired = await mesh.synchronize(state, 1, check=True)
+        return unseen, kept, repaired, state[50]
+
+    results = await run_members(tmp_path, 3, program)
+    assert [kept for _, kept, _, _ in results] == [0.25, 0, 0]
+    # The majority is right, even against the first.
+    assert [last for *_, last in results] == [0, 0, 0]
+    assert [repaired.largest_difference for _, _, repaired, _ in results] == [0.25, 0, 0]
+    assert results[0][2].sources == (1, 2)
+
+
+async def test_what_cannot_be_synchronised_is_refused(tmp_path: Path) -> None:
+    done = trio.Event()
+
+    async def program(mesh: AsyncMesh) -> None:
+        with pytest.raises(UsageError, match="step"):
+            await mesh.synchronize(None, -1)
+        with pytest.raises(UsageError, match="on_drift"):
+            await mesh.synchronize(None, 0, on_drift="ignore")
+        with pytest.raises(MismatchError, match=r"float64\[3\]" if mesh.rank == 0 else r"float64\[4\]"):
+            await mesh.synchronize(np.zeros(3 + mesh.rank), 0)
+        if mesh.rank == 0:
+            with pytest.raises(CollectiveTimeoutError, match="can be called again"):
+                await mesh.synchronize(None, 0, timeout_s=0.2)
+            done.set()
+        await done.wait()
+
+    await run_members(tmp_path, 2, program)
+
+
+async def test_a_chunk_that_comes_damaged_is_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = StateChunks.read
+    damaged: list[int] = []
+
+    def read_wrongly(self: StateChunks, chunk: int) -> Any:
+        data = read(self, chunk)
+        if chunk == 1 and len(damaged) < 2:
+            damaged.append(chunk)
+            data[0] ^= 1
+        return data
+
+    monkeypatch.setattr(limits, "STATE_CHUNK_BYTES", 128)
+    monkeypatch.setattr(StateChunks, "read", read_wrongly)
+
+    async def program(mesh: AsyncMesh) -> Any:
+        state = np.full(100, 1.0 + mesh.rank)
+        await mesh.synchronize(state, 0)
+        again = np.full(100, 1.0 + mesh.rank)
+        monkeypatch.setattr(limits, "STATE_ATTEMPTS_MAX_COUNT", 1)
+        await mesh.barrier()
+        damaged.clear()
+        if mesh.rank:
+            again += 1
+        with pytest.raises(DivergenceError, match="digests"):
+            await mesh.synchronize(again, 0, check=True)
+        return state.max()
+
+    assert await run_members(tmp_path, 2, program) == [1.0, 1.0]
+
+
+@pytest.mark.timeout(90)
+def test_a_newcomer_comes_in_at_a_step_boundary_and_gets_the_state(tmp_path: Path) -> None:
+    """And a program for threads hears how far it is, and of the new view in its own thread."""
+    told: dict[str, list[Any]] = {"old": [], "new": []}
+    views: list[tuple[int, bool]] = []
+    first_step = threading.Event()
+
+    def member(name: str, min_peers: int) -> None:
+        with sparkle.join("run", **options(tmp_path, min_peers)) as mesh:
+            here = threading.current_thread()
+            if name == "old":
+                mesh.on_view_change(lambda view: views.append((view.size, threading.current_thread() is here)))
+            state, step = np.zeros(2_000_000), 0
+            while mesh.size < 2 or step < 3:
+                done = mesh.synchronize({"w": state}, step, on_progress=told[name].append)
+                step = done.step
+                state += mesh.all_reduce(np.ones(1), op="mean")[0]
+                step += 1
+                first_step.set()
+            assert state[0] == state[-1] == step
+            mesh.barrier()
+
+    threads = [threading.Thread(target=member, args=("old", 1))]
+    threads[0].start()
+    assert first_step.wait(40)
+    threads.append(threading.Thread(target=member, args=("new", 2)))
+    threads[1].start()
+    for thread in threads:
+        thread.join(60)
+    assert views[0] == (2, True)
+    assert told["new"]
+    assert max(told["new"]) == 1.0

@@ -1,0 +1,142 @@
+"""Whole nodes in virtual time: a fixed set of worlds, and deliberate bugs that they must catch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simulations import nodes
+from simulations.network import InvariantBroken
+from simulations.nodes import World
+from sparkle_mesh.collectives.agreement import Agreement
+from sparkle_mesh.collectives.exchange import Exchange
+from sparkle_mesh.collectives.group_state import GroupState
+from sparkle_mesh.collectives.group_views import GroupViews
+from sparkle_mesh.state_chunks import StateChunks
+from sparkle_mesh.view_follower import ViewFollower
+
+SEEDS = range(16)
+
+
+def run(seed: int) -> World:
+    world = World(seed)
+    world.run()
+    return world
+
+
+def run_all() -> None:
+    for seed in SEEDS:
+        run(seed)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("part", range(4))
+def test_fixed_seeds_hold_the_invariants(part: int) -> None:
+    exercised = [run(seed).exercised for seed in SEEDS[part::4]]
+    for name in ("crashes", "link_losses", "partitions", "joins", "views", "reductions", "synchronized"):
+        assert sum(getattr(one, name) for one in exercised) > 0, name
+
+
+@pytest.mark.timeout(120)
+def test_one_seed_is_one_trace_in_any_process() -> None:
+    program = "from simulations.nodes import World; w = World(5); w.run(); print(*w.trace, sep=chr(10))"
+    root = Path(nodes.__file__).parents[1]
+    traces = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=root,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert traces == {"\n".join(run(5).trace) + "\n"}
+
+
+# --- Deliberate bugs, one at a time ------------------------------------------------------------------
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+BUGS: dict[str, Plant] = {}
+
+
+def bug(plant: Plant) -> Plant:
+    BUGS[plant.__name__] = plant
+    return plant
+
+
+@bug
+def one_prepared_rank_is_enough(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Agreement, "settled", property(lambda self: self.rank in self.prepared))
+
+
+@bug
+def arrays_are_written_before_all_have_prepared(patch: pytest.MonkeyPatch) -> None:
+    def progress(self: GroupState, operation: Any) -> None:
+        original(self, operation)
+        if operation.sent_prepared and not operation.finished.is_set():
+            operation.commit()
+
+    original = GroupState.progress
+    patch.setattr(GroupState, "progress", progress)
+
+
+@bug
+def what_is_held_shares_one_buffer(patch: pytest.MonkeyPatch) -> None:
+    buffer = bytearray(1 << 20)
+
+    async def receive_whole(self: Exchange, nbytes: int) -> Any:
+        view = memoryview(buffer)[:nbytes]
+        if nbytes:
+            await self.link.receive_into((view,))
+        return view
+
+    patch.setattr(Exchange, "_receive_whole", receive_whole)
+
+
+@bug
+def some_ranks_repeat_what_others_commit(patch: pytest.MonkeyPatch) -> None:
+    async def settle(self: GroupViews, outcomes: Any, *arguments: Any, **options: Any) -> None:
+        if self.rank % 2:
+            outcomes = {number: "repeat" if ends == "committed" else ends for number, ends in outcomes.items()}
+        await original(self, outcomes, *arguments, **options)
+
+    original = GroupViews.settle
+    patch.setattr(GroupViews, "settle", settle)
+
+
+@bug
+def newcomers_count_from_the_beginning(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(GroupViews, "join_at", lambda self, streams, outcomes: None)
+
+
+@bug
+def what_is_repeated_waits_for_nobody(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(GroupViews, "_note_repeats", lambda self, operations: None)
+
+
+@bug
+def newcomers_keep_their_own_state(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(StateChunks, "write", lambda self, chunk, data: None)
+
+
+@bug
+def a_lost_link_is_not_made_again(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(ViewFollower, "_link_lost", lambda self, rank, reason: None)
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("name", BUGS)
+def test_a_planted_bug_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    BUGS[name](monkeypatch)
+    # Some bugs end in an error of the program.
+    with pytest.raises((InvariantBroken, BaseExceptionGroup, KeyError, ValueError)):
+        run_all()
