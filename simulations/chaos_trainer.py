@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 from hashlib import blake2b
 from pathlib import Path
 
@@ -80,7 +81,8 @@ def main() -> None:
         try:
             train(mesh, stop)
         except SparkleError as error:
-            say("error", type(error).__name__, str(error)[:200])
+            say("error", type(error).__name__, str(error)[:200].replace("\n", " "))
+            traceback.print_exception(error)
             sys.exit(4)
 
 

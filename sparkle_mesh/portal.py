@@ -88,8 +88,10 @@ class Portal:
             with bare_errors(), scope:
                 try:
                     future.set_result(await function(*args))
-                except trio.Cancelled:
-                    future.set_exception(MeshClosedError("the mesh was closed, or the call given up, while it ran"))
+                except trio.Cancelled as cancelled:
+                    closed = MeshClosedError("the mesh was closed, or the call given up, while it ran")
+                    closed.__context__ = cancelled
+                    future.set_exception(closed)
                     raise
                 except BaseException as error:
                     future.set_exception(error)
@@ -107,9 +109,16 @@ class Portal:
                 on_look()
             _wait(future)
             return future.result()
-        except BaseException as error:
+        except MeshClosedError as error:
+            # Where the whole run ends with an error, that is what its caller must know.
+            if isinstance(error.__context__, trio.Cancelled):
+                _wait(self._finished, limits.CLOSE_TIMEOUT_S)
+            if self._failure is not None:
+                raise self._closed_error() from self._failure
+            raise
+        except BaseException:
             # Interrupted here, not failed there, nor never begun because it is closed.
-            if not future.done() and not isinstance(error, MeshClosedError):
+            if not future.done():
                 self._soon(scope.cancel, quietly=True)
                 _wait(future, limits.CLOSE_TIMEOUT_S)
             raise
