@@ -13,6 +13,7 @@ from sparkle_mesh import limits
 from sparkle_mesh.errors import ClosedError, LinkClosedError
 from sparkle_mesh.fabric.framing import receive_message, send_message
 from sparkle_mesh.fabric.memory import MemoryFabric, MemoryFabricNetwork
+from sparkle_mesh.membership.events import MembershipEvent
 from sparkle_mesh.membership.keys import MeshKey, MeshSecrets
 from sparkle_mesh.membership.messages import (
     PROTOCOL,
@@ -27,7 +28,6 @@ from sparkle_mesh.membership.messages import (
 from sparkle_mesh.membership.presence import PresenceService
 from sparkle_mesh.membership.proof import OpenerProof, Say
 from sparkle_mesh.membership.service import (
-    MembershipEvent,
     MembershipService,
     PeerAdmitted,
     PeerGone,
