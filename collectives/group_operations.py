@@ -292,7 +292,7 @@ class GroupOperations(GroupState):
         execution = Execution(lanes, self.epoch, number)
         agreement = Agreement(stream.ranks(self.size), self.rank, begin)
         operation = Operation(begin, agreement, execution, buckets, lanes, one_sided=host is not None)
-        operation.ledger, operation.members, operation.repeats = ledger, self.members, call.repeats
+        operation.ledger, operation.members = ledger, self.members
         if isinstance(call, Call) and call.compression is not None:
             operation.feedback = call.compression.feedback
         # A thread may be interrupted anywhere here: who finds what is hosted does the rest again.

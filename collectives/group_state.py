@@ -128,8 +128,8 @@ class GroupState:
         self._settled: dict[int, SparkleError | None] = {}
         #: Set, and replaced, when what operations wait for to begin may have changed.
         self._changed = trio.Event()
-        #: The epoch of the last operation that has ended here, and its ranks.
-        self.shown: tuple[int, Sequence[Hashable]] = (epoch, self.members)
+        #: The epoch of the last operation that has ended here, and its ranks; -1 before the first view is opened.
+        self.shown: tuple[int, Sequence[Hashable]] = (-1 if self.supervised else epoch, self.members)
         self.shown_changed: Callable[[], None] = lambda: None
         self.last_outcome: Outcome | None = None
         self.protocol_errors = 0

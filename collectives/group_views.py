@@ -12,12 +12,13 @@ Another view is agreed on elsewhere; this is what it means for the operations of
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Final
 
 import numpy as np
 import trio
 
+from sparkle_mesh import limits
 from sparkle_mesh.collectives.exchange import Exchange
 from sparkle_mesh.collectives.group_threads import GroupThreads
 from sparkle_mesh.collectives.ledger import OneView
@@ -41,8 +42,6 @@ _ENTRY: Final = Stream("\0the members of a view meet")
 class GroupViews(GroupThreads):
     """A rank's operations, over one view after the other."""
 
-    _opened_before = False
-
     # --- The end of a view -----------------------------------------------------------------------
 
     def freeze(self) -> None:
@@ -63,7 +62,6 @@ class GroupViews(GroupThreads):
         self,
         outcomes: Mapping[int, str],
         gone: Iterable[int],
-        between_two: Collection[int] = (),
         *,
         excluded: bool = False,
     ) -> None:
@@ -76,8 +74,6 @@ class GroupViews(GroupThreads):
             committed here.
         gone
             The ranks of this view that are not in the next.
-        between_two
-            Which numbers are of operations between two ranks: those are counted anew in the next view.
         excluded
             Whether this rank is not in the next view: then only what has ended for the others ends here.
         """
@@ -104,12 +100,17 @@ class GroupViews(GroupThreads):
         self._note_repeats(repeats)
         waiting = {number for numbers in self._repeats.values() for number in numbers}
         for number, ends in outcomes.items():
-            ahead = self._streams.get(number >> 32, 0) < number & SEQUENCE_MASK
-            if (ahead or number in waiting) and number not in between_two and ends in ("aborted", "lost"):
+            if (self._lies_ahead(number) or number in waiting) and ends in ("aborted", "lost"):
                 before = f"call number {number & SEQUENCE_MASK} had ended on other ranks before this rank made it"
                 self._settled[number] = lost if ends == "lost" else CollectiveAbortedError(f"{before}: it was given up")
         if not excluded:
             await self._until_nothing_is_hosted(hosted)
+
+    def _lies_ahead(self, number: int) -> bool:
+        """Whether this rank has not come to ``number``. What is between two ranks is counted anew in every view."""
+        stream = number >> 32
+        routed = stream >= limits.COLLECTIVE_STREAM_NUMBERS_COUNT
+        return not routed and self._streams.get(stream, 0) < number & SEQUENCE_MASK
 
     def _settle(self, operation: Operation, ends: str | None, lost: PeerLostError) -> None:
         what = f"{operation.begin.description}, call number {operation.sequence},"
@@ -141,9 +142,9 @@ class GroupViews(GroupThreads):
                 await operation.finished.wait()
                 await trio.lowlevel.checkpoint()
             else:
-                # A thread has it.
-                await self.gate.enter()
-                self.gate.leave()
+                # A thread has it, and is in until it has ended.
+                await self._enter()
+                self._leave()
 
     # --- The next view ---------------------------------------------------------------------------
 
@@ -156,22 +157,20 @@ class GroupViews(GroupThreads):
             To all other ranks, by their new ones. Those that stand already go on; others end.
         """
         standing = {id(exchange.link): exchange for old, exchange in self._exchanges.items() if old not in self.lost}
-        before = list(self._exchanges.values())
         self.rank, self.size, self.epoch, self.members = rank, len(members), epoch, tuple(members)
         self.topology = Topology(self.size)
         self.lost, self.is_over = {}, False
         self._exchanges = {}
         for other, link in links.items():
-            exchange = standing.get(id(link))
+            exchange = standing.pop(id(link), None)
             if exchange is None:
-                self._exchanges[other] = exchange = Exchange(other, link, self)
+                exchange = Exchange(other, link, self)
                 self.serve(exchange, exchange.read)
                 self.serve(exchange, exchange.write)
             self._exchanges[other] = exchange
             exchange.enter(other)
-        kept = set(map(id, self._exchanges.values()))
-        for exchange in before:
-            if id(exchange) not in kept and self._nursery is not None:
+        for exchange in standing.values():
+            if self._nursery is not None:
                 self._nursery.start_soon(exchange.link.aclose)
         for stream in [stream for stream in self._queues if stream.route is not None]:
             del self._queues[stream]
@@ -185,7 +184,7 @@ class GroupViews(GroupThreads):
         """Begin where the others are: after so many operations of each stream, and not with what has ended."""
         self._streams.update(streams)
         for number, ends in outcomes.items():
-            if ends != "repeat" and self._streams.get(number >> 32, 0) < number & SEQUENCE_MASK:
+            if ends != "repeat" and self._lies_ahead(number):
                 self._settled[number] = None
 
     async def meet(self, row: Array) -> Array:
@@ -224,8 +223,10 @@ class GroupViews(GroupThreads):
         if self._host is not None:
             self._host.close(last=False)
         self._host = self._host_path(self._memory, {rank: one.link for rank, one in self._exchanges.items()})
+        if self.shown[0] < 0:
+            # The caller begins with the view that is opened first.
+            self.shown = (self.epoch, self.members)
         # It may be about to end already.
-        self._opened_before = self._opened_before or self._show_first()
         self.freezing = self.ledger.frozen
         self.is_open = not self.freezing
         self.notify()
@@ -240,11 +241,6 @@ class GroupViews(GroupThreads):
                         "result on the other ranks, which went on without this one: join again and synchronise"
                     )
                 )
-
-    def _show_first(self) -> bool:
-        """The caller begins with the view that is opened first."""
-        self.shown = (self.epoch, self.members)
-        return True
 
     def end(self, error: SparkleError) -> None:
         """There is no next view for this rank: what is open and all later calls raise ``error``."""

@@ -81,8 +81,6 @@ class Operation:
     hint: SparkleError | None = None
     #: Whether its caller has stopped waiting while the view ended.
     given_up: bool = False
-    #: Whether it begins again if its view ends before it does.
-    repeats: bool = True
     #: How long it took, where that is known before its caller is told.
     seconds: float = 0.0
     #: Who the ranks are.

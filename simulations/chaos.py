@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -155,9 +156,9 @@ class Chaos:
         if alive < self.count:
             self.start(2)
 
-    def _until(self, done: object, timeout_s: float, what: str) -> None:
+    def _until(self, done: Callable[[], bool], timeout_s: float, what: str) -> None:
         deadline = time.monotonic() + timeout_s
-        while not done():  # type: ignore[operator]
+        while not done():
             if time.monotonic() > deadline:
                 raise SystemExit(f"{what} did not come in {timeout_s:g} s: {self.problems() or 'no error was told'}")
             time.sleep(0.05)

@@ -11,8 +11,8 @@ others have of the same operation; then faults stop, and all must make progress 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
@@ -426,18 +426,14 @@ def share(member: Member, step: int) -> int:
     return int.from_bytes(blake2b(member.incarnation + step.to_bytes(8, "big"), digest_size=4).digest(), "big")
 
 
-class deterministic_scheduling:
+@contextmanager
+def deterministic_scheduling(seed: int) -> Iterator[None]:
     """Let trio run tasks in an order that follows from ``seed``, within the block."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-
-    def __enter__(self) -> None:
-        run: Any = trio._core._run
-        self._before = run._ALLOW_DETERMINISTIC_SCHEDULING
-        run._ALLOW_DETERMINISTIC_SCHEDULING = True
-        run._r.seed(self._seed)
-
-    def __exit__(self, *_: object) -> None:
-        run: Any = trio._core._run
-        run._ALLOW_DETERMINISTIC_SCHEDULING = self._before
+    run: Any = trio._core._run
+    before = run._ALLOW_DETERMINISTIC_SCHEDULING
+    run._ALLOW_DETERMINISTIC_SCHEDULING = True
+    run._r.seed(seed)
+    try:
+        yield
+    finally:
+        run._ALLOW_DETERMINISTIC_SCHEDULING = before

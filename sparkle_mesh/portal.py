@@ -83,15 +83,16 @@ class Portal:
         """
         future: Future[T] = Future()
         scope = trio.CancelScope()
+        torn_down = False
 
         async def task() -> None:
+            nonlocal torn_down
             with bare_errors(), scope:
                 try:
                     future.set_result(await function(*args))
-                except trio.Cancelled as cancelled:
-                    closed = MeshClosedError("the mesh was closed, or the call given up, while it ran")
-                    closed.__context__ = cancelled
-                    future.set_exception(closed)
+                except trio.Cancelled:
+                    torn_down = not (scope.cancel_called or self._stop.is_set() or self._scope.cancel_called)
+                    future.set_exception(MeshClosedError("the mesh was closed, or the call given up, while it ran"))
                     raise
                 except BaseException as error:
                     future.set_exception(error)
@@ -109,11 +110,10 @@ class Portal:
                 on_look()
             _wait(future)
             return future.result()
-        except MeshClosedError as error:
-            # Where the whole run ends with an error, that is what its caller must know.
-            if isinstance(error.__context__, trio.Cancelled):
+        except MeshClosedError:
+            if torn_down:
+                # The whole run ends with an error: that is what the caller must know.
                 _wait(self._finished, limits.CLOSE_TIMEOUT_S)
-            if self._failure is not None:
                 raise self._closed_error() from self._failure
             raise
         except BaseException:

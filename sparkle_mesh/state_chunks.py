@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from hashlib import blake2b
 from typing import Any, Final
 
 import numpy as np
 
 from sparkle_mesh import limits
-from sparkle_mesh.collectives.arrays import NO_ARRAYS, Arrays, check_arrays
+from sparkle_mesh.collectives.arrays import NO_ARRAYS, Arrays, ArraysLook, check_arrays
 from sparkle_mesh.errors import UsageError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -42,10 +43,21 @@ class StateChunks:
 
     def __init__(self, state: object) -> None:
         self._arrays: Arrays = NO_ARRAYS if state is None else check_arrays(state, _check_dtype)
-        # Arrays that are no plain memory are copied, and written back chunk by chunk.
-        self._flat = [np.ascontiguousarray(array).reshape(-1) for array in self._arrays.values]
-        self._bytes = [flat.view(np.uint8) for flat in self._flat]
-        self._chunks = list(self._cut())
+
+    # Nothing of this is needed where all members are alike, at every step.
+
+    @cached_property
+    def _flat(self) -> list[Array]:
+        """Arrays that are no plain memory are copied, and written back chunk by chunk."""
+        return [np.ascontiguousarray(array).reshape(-1) for array in self._arrays.values]
+
+    @cached_property
+    def _bytes(self) -> list[Array]:
+        return [flat.view(np.uint8) for flat in self._flat]
+
+    @cached_property
+    def _chunks(self) -> list[list[_Piece]]:
+        return list(self._cut())
 
     def _cut(self) -> Iterator[list[_Piece]]:
         chunk: list[_Piece] = []
@@ -69,12 +81,12 @@ class StateChunks:
     @property
     def nbytes(self) -> int:
         """Of all arrays together."""
-        return sum(data.size for data in self._bytes)
+        return self._arrays.look.nbytes
 
     @property
     def layout(self) -> bytes:
         """A digest of names, dtypes and shapes: what all ranks must have in common."""
-        return blake2b(repr(self._arrays.look.signature()).encode(), digest_size=DIGEST_BYTES).digest()
+        return _layout(self._arrays.look)
 
     def describe(self) -> str:
         """Return names, dtypes and shapes for people."""
@@ -126,6 +138,12 @@ class StateChunks:
             given = self._arrays.values[piece.array]
             if not np.may_share_memory(given, self._flat[piece.array]):
                 given[...] = self._flat[piece.array].reshape(given.shape)
+
+
+@lru_cache(maxsize=4)
+def _layout(look: ArraysLook) -> bytes:
+    # Training synchronises the same arrays over and over.
+    return blake2b(repr(look.signature()).encode(), digest_size=DIGEST_BYTES).digest()
 
 
 def _largest_difference(mine: Array, theirs: Array) -> float:

@@ -16,10 +16,8 @@ import trio
 from sparkle_mesh import limits
 from sparkle_mesh.collectives.calibration import describe_ways, make_topology, measure_lines
 from sparkle_mesh.collectives.group import CollectiveGroup
-from sparkle_mesh.collectives.operation import SupersededError
 from sparkle_mesh.environment import network_host_id
 from sparkle_mesh.errors import (
-    CollectiveAbortedError,
     ExcludedError,
     LinkClosedError,
     ProtocolError,
@@ -198,7 +196,6 @@ class ViewFollower:
     async def _settle(self, change: Entered) -> None:
         """End what was open in the view before."""
         outcomes = {one.number: one.state for one in change.outcomes}
-        between_two = {one.number for one in change.outcomes if one.route}
         if self.group is None:
             self.group = CollectiveGroup(
                 rank=0,
@@ -217,15 +214,14 @@ class ViewFollower:
             self.group.join_at(change.streams, outcomes)
             return
         gone = [rank for rank, member in enumerate(self.group.members) if member not in change.view.members]
-        await self.group.settle(outcomes, gone, between_two)
+        await self.group.settle(outcomes, gone)
         for member in [member for member in self.links if member not in change.view.members]:
             self._drop(self.links[member])
 
     async def _leave_behind(self, view: View, outcomes: Any) -> None:
         """The others have gone on without this process."""
         if self.group is not None and outcomes is not None:
-            ended = {one.number: one.state for one in outcomes}
-            await self.group.settle(ended, [], {one.number for one in outcomes if one.route}, excluded=True)
+            await self.group.settle({one.number: one.state for one in outcomes}, (), excluded=True)
         if self.group is not None:
             self.group.leave_in_doubt()
         self._fail(
@@ -246,13 +242,21 @@ class ViewFollower:
             async with trio.open_nursery() as connecting:
                 for member in others.values():
                     connecting.start_soon(self._link_to, member)
-            links = {rank: self.links[member] for rank, member in others.items()}
-            if first:
+            links = {rank: self.links[member] for rank, member in others.items() if self.has_link(member)}
+            if first and len(links) == len(others):
                 await self._measure(me, view, links)
+            lost = [member for member in others.values() if not self.has_link(member)]
+            if lost:
+                # While others were made. Nobody reads these links yet, so that nobody else would notice.
+                async with trio.open_nursery() as nursery:
+                    for member in lost:
+                        nursery.start_soon(self._look_after, member, "its link ended before the view was entered")
+                return
             group.enter(me, view.epoch, view.members, links)
             try:
                 rows = await group.meet(self._row(view, links))
-            except (SupersededError, CollectiveAbortedError) as error:
+            except SparkleError as error:
+                # Another view follows, or this process has come to its end, which its calls are told.
                 logger.debug("view %d was not entered: %s", view.epoch, error)
                 return
             group.open(make_topology(rows))

@@ -52,6 +52,8 @@ class OpenOperations:
         self.frozen = False
         self.on_freeze: Callable[[], None] = lambda: None
         self._states: dict[int, OperationState] = {}
+        #: Those of them that are aborted.
+        self._aborted: set[int] = set()
         self._begun: dict[int, int] = {}
 
     def begin(self, number: int, *, tag: str = "", route: Route = (), once: bool = False) -> bool:
@@ -79,8 +81,9 @@ class OpenOperations:
         stream = number >> SEQUENCE_BITS
         # All had begun this one, and nobody has more than so many in flight: nobody can be at one before.
         oldest = (number & SEQUENCE_MASK) - limits.COLLECTIVE_UNORDERED_MAX_COUNT
-        for other in [one for one, state in self._states.items() if state.state == "aborted"]:
-            if other >> SEQUENCE_BITS == stream and other & SEQUENCE_MASK <= oldest:
+        for other in [one for one in self._aborted if one >> SEQUENCE_BITS == stream]:
+            if other & SEQUENCE_MASK <= oldest:
+                self._aborted.discard(other)
                 del self._states[other]
         return True
 
@@ -92,7 +95,10 @@ class OpenOperations:
         state = self._states.get(number)
         if state is None or state.state == "aborted" or (state.state == "prepared" and not told):
             return False
-        return self._change(number, "aborted", b"")
+        if not self._change(number, "aborted", b""):
+            return False
+        self._aborted.add(number)
+        return True
 
     def state(self, number: int) -> OperationState | None:
         """Return where this member stands with one of them; None if it does not name it."""
@@ -129,6 +135,7 @@ class OpenOperations:
             for number, state in self._states.items()
             if number in again
         }
+        self._aborted = set()
         # Those between two members begin anew, because ranks do.
         self._begun = {stream: count for stream, count in self._begun.items() if not is_routed(stream)}
         self.frozen = False

@@ -318,8 +318,8 @@ class MembershipService(MembershipViews):
         logger.info("peer %s is gone: %s", channel.peer_id, reason)
         now = trio.current_time()
         self._carry_out(self._formation.candidate_went(channel.peer_id, now=now))
-        if self._nursery is not None and not self._leaving:
-            self._nursery.start_soon(self._miss, channel.introduction.member, reason, channel.graceful)
+        if not self._leaving:
+            self._start_soon(self._miss, channel.introduction.member, reason, channel.graceful)
         self._events.send(PeerGone(channel.peer_id, reason, channel.graceful))
 
     def _welcome(self, channel: PeerChannel) -> None:

@@ -60,9 +60,8 @@ class Succession:
         self._send, self._tell = send, tell
         self._machine = ViewChange(first.view, member, operations, now=trio.current_time())
         self._machine.admits = False
-        self._leaving: set[Member] = set()
         self.ended = False
-        #: Set, and replaced, with every change of what :attr:`all_leave` depends on.
+        #: Set, and replaced, with every change of what :attr:`can_leave` depends on.
         self.changed = trio.Event()
         tell(first)
 
@@ -80,7 +79,7 @@ class Succession:
     def can_leave(self) -> bool:
         """Whether nobody is left who would need to be told that this process leaves."""
         staying = [member for member in self._machine.trusted if member != self._member]
-        return self.ended or all(member in self._leaving for member in staying)
+        return self.ended or self._machine.leaving.issuperset(staying)
 
     # --- Events ----------------------------------------------------------------------------------
 
@@ -111,7 +110,6 @@ class Succession:
 
     def leaves(self, member: Member) -> None:
         """``member``, or this process, wants to be in no further view."""
-        self._leaving.add(member)
         self._carry_out(self._machine.wants_to_leave(member, now=trio.current_time()))
         self._notify()
 
@@ -119,10 +117,9 @@ class Succession:
         """Another view is needed, because two members have lost their link."""
         self._carry_out(self._machine.renew(now=trio.current_time()))
 
-    def admit(self, candidates: bool = True) -> None:
-        """Take ``candidates`` in with the next view, or no longer."""
-        self._machine.admits = candidates
-        self._carry_out([])
+    def admit(self, admits: bool) -> None:
+        """Take those who wait in with the next view, or no longer."""
+        self._machine.admits = admits
 
     @property
     def candidates(self) -> int:

@@ -144,7 +144,8 @@ class ViewChange(BallotMachine[Member, Instruction]):
         self.admits = True
         self._me = me
         self._suspected: dict[Member, None] = {}
-        self._leaving: set[Member] = set()
+        #: Who wants to be in no further view.
+        self.leaving: set[Member] = set()
         self._joiners: dict[Member, None] = {}
         self._chosen: deque[Chosen] = deque(maxlen=limits.VIEWS_REMEMBERED_MAX_COUNT)
         self._begin_epoch(now)
@@ -206,7 +207,7 @@ class ViewChange(BallotMachine[Member, Instruction]):
         """``member`` leaves of its own will; until the next view it still takes part."""
         if member in self.view.members:
             self._note(now, f"{member.peer_id} leaves")
-            self._leaving.add(member)
+            self.leaving.add(member)
         return []
 
     def receive(self, sender: Member, message: Agreement, *, now: float) -> list[Instruction]:
@@ -259,7 +260,7 @@ class ViewChange(BallotMachine[Member, Instruction]):
         """Whether there is a reason for another view, or one was begun and must be brought to its end."""
         trusted = self.trusted
         # Where all leave, nobody need be told.
-        leaving = self._leaving and any(member not in self._leaving for member in trusted)
+        leaving = self.leaving and any(member not in self.leaving for member in trusted)
         joining = self.admits and self._joiners
         begun = self._promised is not None
         return bool(len(trusted) < self.view.size or leaving or joining or self._renewal_wanted or begun)
@@ -345,7 +346,7 @@ class ViewChange(BallotMachine[Member, Instruction]):
         if accepted:
             return max(accepted, key=lambda pair: pair[0])[1]
         heard = [member for member in self.view.members if member in promises and member not in self._suspected]
-        staying = [member for member in heard if member not in self._leaving] or heard
+        staying = [member for member in heard if member not in self.leaving] or heard
         peers = {member.peer_id for member in staying}
         joining = [member for member in self._joiners if member.peer_id not in peers] if self.admits else []
         members = (*staying, *sorted(joining))[: limits.MESH_MEMBERS_MAX_COUNT]
@@ -466,7 +467,7 @@ class ViewChange(BallotMachine[Member, Instruction]):
         if self._me not in chosen.view.members:
             self.excluded = True
             return [*out, Excluded(chosen.view, chosen.outcomes)]
-        self._leaving &= set(chosen.view.members)
+        self.leaving &= set(chosen.view.members)
         for member in chosen.view.members:
             self._joiners.pop(member, None)
         self._begin_epoch(now)

@@ -101,10 +101,10 @@ class MembershipViews:
             self._succession.renew()
             self._wake.set()
 
-    def admit(self, candidates: bool) -> None:
+    def admit(self, admits: bool) -> None:
         """Take those who wait in with the next view, or no longer."""
         if self._succession is not None:
-            self._succession.admit(candidates)
+            self._succession.admit(admits)
             self._wake.set()
 
     def suspect(self, member: Member, reason: str) -> None:
@@ -139,7 +139,8 @@ class MembershipViews:
         """Give ``message`` to the machine that it is for: of first views, or of those that follow."""
         member = channel.introduction.member
         if _epoch(message) == 0:
-            if self._succession is not None:
+            if self._succession is not None and isinstance(message, Chosen):
+                # It may be of another mesh of this name.
                 self._succession.receive(member, message)
             self._carry_out(self._formation.receive(channel.peer_id, message, now=channel.last_heard))
         elif self._succession is not None:
@@ -162,9 +163,9 @@ class MembershipViews:
                 self._succession.came(channel.introduction.member)
         for member in first.view.members:
             if member != self._member and self.member_of(member.peer_id) != member:
-                self._nursery_start(self._await_or_suspect, member)
+                self._start_soon(self._await_or_suspect, member)
 
-    def _nursery_start(self, function: Callable[..., Awaitable[None]], *arguments: object) -> None:
+    def _start_soon(self, function: Callable[..., Awaitable[None]], *arguments: object) -> None:
         if self._nursery is not None:
             self._nursery.start_soon(function, *arguments)
 

@@ -86,6 +86,14 @@ def test_of_two_the_first_goes_on_alone_and_the_second_knows_that_it_may_not(sta
         ranks[victim].destroy()
 
 
+@pytest.mark.timeout(60)
+def test_who_holds_the_interpreter_for_eight_seconds_is_waited_for(start_worker: Start) -> None:
+    workers = [start_worker("holds_the_interpreter", "3", "8") for _ in range(3)]
+    assert {worker.wait_for("started") for worker in workers} == {"0", "1", "2"}
+    assert {worker.wait_for("ended") for worker in workers} == {"3 3 0"}
+    assert [worker.end() for worker in workers] == [0, 0, 0]
+
+
 def test_ctrl_c_in_a_collective_ends_it_everywhere(start_worker: Start) -> None:
     workers = [start_worker("interrupted", "3") for _ in range(3)]
     ranks = {worker.wait_for("waiting"): worker for worker in workers}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import time
@@ -101,6 +102,19 @@ def goes_on(mesh: str, size: str, rounds: str, memory: str = "ordinary") -> None
             m.barrier()
         except SparkleError as error:
             say("error", type(error).__name__, error)
+
+
+@scenario
+def holds_the_interpreter(mesh: str, size: str, seconds: str) -> None:
+    """Rank 1 runs C code that lets no other thread of it run, while the others wait for it in a collective."""
+    with join(mesh, size) as m:
+        m.barrier()
+        say("started", m.rank)
+        if m.rank == 1:
+            ctypes.PyDLL(None).sleep(int(seconds))
+        data = m.all_reduce(np.ones(3), timeout_s=60)
+        say("ended", int(data[0]), m.size, m.view.epoch)
+        m.barrier()
 
 
 @scenario

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from simulations import nodes
 from simulations.network import InvariantBroken
@@ -140,3 +141,22 @@ def test_a_planted_bug_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     # Some bugs end in an error of the program.
     with pytest.raises((InvariantBroken, BaseExceptionGroup, KeyError, ValueError)):
         run_all()
+
+
+class LinksLostAmidEntry(World):
+    """Whenever a node makes a link, it loses another one: so a view is entered while links of its members end."""
+
+    async def _connect(self, node: nodes.Node, peer_id: str) -> nodes.Link:
+        link = await super()._connect(node, peer_id)
+        others = [other for other in node.links if other is not link and not other.closed]
+        if others and not self._quiet and self.random.random() < 0.5:
+            self.random.choice(others).drop()
+            for _ in range(20):
+                await trio.lowlevel.checkpoint()
+        return link
+
+
+@pytest.mark.timeout(120)
+def test_links_that_are_lost_while_a_view_is_entered_lead_to_another_view() -> None:
+    for seed in range(12):
+        LinksLostAmidEntry(seed).run()
