@@ -371,12 +371,12 @@ class CollectiveGroup(GroupViews):
                 try:
                     await trio.sleep_forever()
                 finally:
-                    # It takes no more tasks.
+                    # It takes no more tasks, and those that it has yet to begin are told why.
                     self._nursery = None
+                    self._end(MeshClosedError("the mesh was left while the collective was in flight"))
         finally:
             if self._host is not None:
                 self._host.close()
-            self._end(MeshClosedError("the mesh was left while the collective was in flight"))
 
     def close(self) -> None:
         """Let the operation in flight and all later calls raise MeshClosedError; the links are their owner's."""
