@@ -100,7 +100,9 @@ class GroupViews(GroupThreads):
         self._note_repeats(repeats)
         waiting = {number for numbers in self._repeats.values() for number in numbers}
         for number, ends in outcomes.items():
-            if (self._lies_ahead(number) or number in waiting) and ends in ("aborted", "lost"):
+            if number in self._settled or ends not in ("aborted", "lost"):
+                continue
+            if self._lies_ahead(number) or number in waiting:
                 before = f"call number {number & SEQUENCE_MASK} had ended on other ranks before this rank made it"
                 self._settled[number] = lost if ends == "lost" else CollectiveAbortedError(f"{before}: it was given up")
         if not excluded:

@@ -205,7 +205,6 @@ class SharedReduction:
         """Take what is reduced, reduce what is not; cancelling it loses nothing."""
         chunks = self._plan.chunks
         while self._taken < len(chunks):
-            self._check_not_left_behind()
             ready = self._boards.least(Word.REDUCED, self._number)
             if ready > self._taken:
                 await self._take(chunks[self._taken : ready])
@@ -214,6 +213,7 @@ class SharedReduction:
             elif self._may_reduce():
                 await self._reduce(chunks[self._reduced])
             else:
+                self._check_not_left_behind()
                 await self._wait()
         self._check_not_left_behind()
 

@@ -288,7 +288,7 @@ class World(SmallCollectives):
         elif isinstance(message, Chosen) and receiver in message.view.members:
             self.note(f"{receiver.peer_id} joins epoch {message.view.epoch}")
             self._check_view(process, message.view, message.outcomes)
-            process.operations.join(message.streams)
+            process.operations.join(message.streams, message.outcomes)
             process.number = process.operations.begun(0)
             self._keep_settled(process, message.outcomes, message.view)
             self._enter_first(process, message.view)
@@ -324,7 +324,7 @@ class World(SmallCollectives):
                 if ended is not None and (stays or ended.how == "committed"):
                     raise self.broken(f"{process.member.peer_id} is to repeat operation {number}, which it has ended")
             elif ended is not None:
-                if (ended.how, ended.digest) == (outcome.state, outcome.digest):
+                if ended.how == outcome.state and outcome.digest in (ended.digest, b""):
                     continue
                 if ended.how == "aborted" and not stays:
                     continue  # it gave up by itself, and does not go on

@@ -6,12 +6,13 @@ prepared it with the same digest. Before it has prepared it may *abort* it by it
 Operations are numbered for as long as the lineage lasts: the number of the :data:`stream <.messages.StreamCount>` in
 the upper half, and which of its operations it is in the lower. A member begins those of a stream in their order, so
 that how many it has begun says much: what it has begun and does not name as open, it has committed. What it has aborted
-it goes on to name until nobody can have it in flight any more.
+it goes on to name until nobody can have it in flight any more; and what has ended without a result before it came to
+it, until it does: whoever joins meanwhile must not begin with that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -136,13 +137,24 @@ class OpenOperations:
             if number in again
         }
         self._aborted = set()
+        self._note_ended(outcomes)
         # Those between two members begin anew, because ranks do.
         self._begun = {stream: count for stream, count in self._begun.items() if not is_routed(stream)}
         self.frozen = False
 
-    def join(self, streams: StreamCounts) -> None:
+    def join(self, streams: StreamCounts, outcomes: OperationList = ()) -> None:
         """This member begins where the others are."""
         self._begun = dict(streams)
+        self._note_ended(outcomes)
+
+    def _note_ended(self, outcomes: OperationList) -> None:
+        """Name what has ended without a result and lies ahead of this member."""
+        for outcome in outcomes:
+            stream = outcome.number >> SEQUENCE_BITS
+            ahead = self.begun(stream) < outcome.number & SEQUENCE_MASK and not is_routed(stream)
+            if ahead and outcome.state in ("aborted", "lost"):
+                self._states[outcome.number] = msgspec.structs.replace(outcome, state="aborted", digest=b"")
+                self._aborted.add(outcome.number)
 
     def standing(self) -> Standing:
         """Return where each stands, for a promise."""
@@ -160,8 +172,8 @@ def decide(standings: Mapping[int, Standing]) -> tuple[OperationList, StreamCoun
     Returns
     -------
     outcomes
-        ``committed`` if nobody that takes part is known to lack the result, or somebody has committed; ``aborted`` if a
-        member has given it up, or results differ; ``repeat`` else, because nobody can have committed it, or ``lost``
+        ``aborted`` if a member has given it up, or results differ; ``committed`` if all that take part have the
+        result, or somebody has committed; ``repeat`` else, because nobody can have committed it, or ``lost``
         if it is not to be repeated.
     streams
         For each stream the number of the last operation that is settled, and all before it.
@@ -176,15 +188,29 @@ def decide(standings: Mapping[int, Standing]) -> tuple[OperationList, StreamCoun
         states = [_state(number, tables[rank], begun[rank]) for rank in part]
         digests = {tables[rank][number].digest for rank in part if number in tables[rank]} - {b""}
         stage: Stage = "repeat"
-        if "committed" in states or (all(state == "prepared" for state in states) and len(digests) == 1):
-            stage = "committed"
-        elif "aborted" in states or len(digests) > 1:
+        if "aborted" in states or len(digests) > 1:
+            # Who has come to it and gone on does not name it for as long as others may.
             stage = "aborted"
+        elif "committed" in states or all(state == "prepared" for state in states):
+            stage = "committed"
         elif named[number].once:
             stage = "lost"
         digest = min(digests) if stage == "committed" and digests else b""
         outcomes.append(msgspec.structs.replace(named[number], state=stage, digest=digest))
-    return tuple(outcomes), _settled(outcomes, begun.values())
+    streams = _settled(outcomes, begun.values())
+    return (*outcomes, *_committed_since(streams, named, begun.values())), streams
+
+
+def _committed_since(
+    streams: StreamCounts, named: Collection[int], begun: Iterable[Mapping[int, int]]
+) -> Iterator[OperationState]:
+    """What members that join would come to, and that is committed: it began after something that is repeated."""
+    latest = [dict(counts) for counts in begun]
+    for stream, settled in streams:
+        for sequence in range(settled + 1, max(counts.get(stream, 0) for counts in latest) + 1):
+            number = stream << SEQUENCE_BITS | sequence
+            if number not in named:
+                yield OperationState(number=number, tag="", state="committed", digest=b"")
 
 
 def _state(number: int, table: Mapping[int, OperationState], begun: Mapping[int, int]) -> Stage | None:

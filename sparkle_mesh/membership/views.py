@@ -148,7 +148,7 @@ class MembershipViews:
             self._wake.set()
         elif self._role == "trainer" and (entered := joins(message, member, self._member, self._mesh_id)):
             self._formation.follow(entered.view)
-            self.operations.join(entered.streams)
+            self.operations.join(entered.streams, entered.outcomes)
             self._begin(entered)
         elif isinstance(message, Chosen):
             self._carry_out(self._formation.receive(channel.peer_id, message, now=channel.last_heard))

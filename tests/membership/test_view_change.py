@@ -298,11 +298,51 @@ def test_what_is_to_be_repeated_is_begun_in_the_next_epoch_by_who_had_begun_it()
     one.begin_epoch(outcomes)
     other.begin_epoch(outcomes)
     assert [state.state for state in one.standing().operations] == ["begun", "begun"]
-    assert [state.number for state in other.standing().operations] == [1]
+    # What was lost before this one came to it stays named until it does.
+    assert [(state.number, state.state) for state in other.standing().operations] == [(1, "begun"), (3, "aborted")]
     assert one.standing().streams == ((0, 3),)
     newcomer = OpenOperations()
     newcomer.join(streams)
     assert newcomer.begun(0) == 0
+
+
+def test_who_joins_does_not_begin_with_what_has_ended_before_the_others_came_to_it() -> None:
+    one, other = OpenOperations(), OpenOperations()
+    one.begin(1)
+    one.abort(1)
+    outcomes, streams = decide({0: one.standing(), 1: other.standing()})
+    assert ([outcome.state for outcome in outcomes], streams) == (["aborted"], ((0, 1),))
+    other.begin_epoch(outcomes)
+    # The one that gave it up is gone; a member that joins now is told as well, and tells the next one.
+    for _ in range(2):
+        outcomes, streams = decide({0: other.standing()})
+        assert [(outcome.number, outcome.state) for outcome in outcomes] == [(1, "aborted")]
+        newcomer = OpenOperations()
+        newcomer.join(streams, outcomes)
+        assert newcomer.standing().operations == other.standing().operations
+        other = newcomer
+    other.begin(2)
+    other.begin_epoch(decide({0: other.standing()})[0])
+    assert [state.number for state in other.standing().operations] == [2]
+
+
+def test_who_joins_is_told_what_is_committed_after_what_is_repeated() -> None:
+    one = OpenOperations()
+    for number in (1, 2, 3):
+        one.begin(number)
+        one.prepare(number, b"x" * 16)
+    one.commit(1)
+    one.commit(3)
+    late = OpenOperations()
+    for number in (1, 2, 3):
+        late.begin(number)
+    late.prepare(1, b"x" * 16)
+    late.commit(1)
+    late.prepare(3, b"x" * 16)
+    late.commit(3)
+    outcomes, streams = decide({0: one.standing(), 1: late.standing()})
+    assert [(outcome.number, outcome.state) for outcome in outcomes] == [(2, "repeat"), (3, "committed")]
+    assert streams == ((0, 1),)
 
 
 @pytest.mark.parametrize(

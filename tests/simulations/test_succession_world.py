@@ -46,6 +46,11 @@ def test_fixed_seeds_hold_the_invariants(part: int) -> None:
     assert sum(one.quorum_losses for one in exercised) > 0
 
 
+def test_what_one_gave_up_before_the_others_came_to_it_is_not_what_a_newcomer_begins_with() -> None:
+    """Whoever gave it up has to be gone before others come in: one seed in ten thousand."""
+    run(3569)
+
+
 def test_one_seed_is_one_trace_in_any_process() -> None:
     program = "from simulations.succession import World; w = World(12); w.run(); print(*w.trace, sep=chr(10))"
     root = Path(succession.__file__).parents[1]
