@@ -9,8 +9,9 @@ Where ranks share memory nothing is measured: only processors limit them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import logging
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Final
 
 import numpy as np
@@ -23,6 +24,8 @@ from sparkle_mesh.errors import LinkClosedError, ProtocolError
 from sparkle_mesh.transport.link import Link
 from sparkle_mesh.transport.shared_memory import SharedMemoryLink
 
+logger = logging.getLogger(__name__)
+
 _READY: Final = b"ready"
 _PROBE: Final = b"probe"
 _LAST_PROBE: Final = b"last probe"
@@ -31,7 +34,8 @@ _LAST_PROBE: Final = b"last probe"
 async def measure_lines(rank: int, size: int, links: Mapping[int, Link]) -> Array:
     """Measure how fast others can send to ``rank``.
 
-    All ranks do this at the same time, before anything else is sent over ``links``.
+    All ranks do this at the same time, before anything else is sent over ``links``. A link over which something else
+    comes is closed: its other end does not measure. Cancelled, this closes links in the middle of what is sent.
 
     Returns
     -------
@@ -49,9 +53,8 @@ async def measure_lines(rank: int, size: int, links: Mapping[int, Link]) -> Arra
         async with trio.open_nursery() as nursery:
             if not _shares_memory(links[following]):
                 nursery.start_soon(_send_probes, links[following])
-            # Whoever uses a link next that has ended learns of it.
-            with suppress(LinkClosedError):
-                if not _shares_memory(links[before]):
+            if not _shares_memory(links[before]):
+                async with _closed_if_unfit(links[before]):
                     rates[before] = await _receive_probes(links[before])
     return measured
 
@@ -60,11 +63,23 @@ def _shares_memory(link: Link) -> bool:
     return isinstance(link, SharedMemoryLink)
 
 
+@asynccontextmanager
+async def _closed_if_unfit(link: Link) -> AsyncIterator[None]:
+    """Whoever uses next a link that has ended, or over which came what is no probe, learns of it."""
+    try:
+        yield
+    except LinkClosedError:
+        return
+    except ProtocolError as error:
+        logger.warning("closing the link to peer %s: %s", link.peer_id, error)
+        await link.aclose()
+
+
 async def _meet(links: Mapping[int, Link]) -> None:
-    """Wait until all ranks are here; those whose links have ended are not waited for. Raises ProtocolError."""
+    """Wait until all ranks are here; those whose links have ended are not waited for."""
 
     async def hear(link: Link) -> None:
-        with suppress(LinkClosedError):
+        async with _closed_if_unfit(link):
             header, nbytes = await link.receive_header()
             if bytes(header) != _READY or nbytes:
                 raise ProtocolError(f"{nbytes} bytes with header {bytes(header)[:16]!r} came before probes of lines")
@@ -81,14 +96,12 @@ async def _send_probes(link: Link) -> None:
     # TCP finds out what a line carries in so many round trips.
     seconds = 2 * (link.stats.latency_s or 0.0) * limits.CALIBRATION_ROUND_TRIPS_COUNT
     try:
-        with trio.move_on_after(min(max(seconds, limits.CALIBRATION_LINE_S), limits.CALIBRATION_LINE_MAX_S)) as scope:
-            for _ in range(limits.CALIBRATION_LINE_MAX_BYTES // limits.CALIBRATION_MESSAGE_BYTES):
-                # Cancelled within a message, a link would be closed.
-                with trio.CancelScope(shield=True):
-                    await link.send(_PROBE, (payload,))
-                await trio.lowlevel.checkpoint()
-                if scope.cancel_called:
-                    break
+        # Cancelled within a message, a link would be closed: time is looked at between them.
+        until = trio.current_time() + min(max(seconds, limits.CALIBRATION_LINE_S), limits.CALIBRATION_LINE_MAX_S)
+        for _ in range(limits.CALIBRATION_LINE_MAX_BYTES // limits.CALIBRATION_MESSAGE_BYTES):
+            await link.send(_PROBE, (payload,))
+            if trio.current_time() >= until:
+                break
         await link.send(_LAST_PROBE)
     except LinkClosedError:
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any
@@ -21,6 +22,9 @@ def run_seed(name: str, seed: int) -> tuple[int, str | None, Any]:
         world.run()
     except InvariantBroken as error:
         return seed, str(error), world.exercised
+    except Exception:
+        # Nothing else may come out of a world: a node that fails so would have ended its process.
+        return seed, f"seed {seed}: a node failed\n{traceback.format_exc()}", world.exercised
     return seed, None, world.exercised
 
 

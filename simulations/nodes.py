@@ -333,7 +333,7 @@ class World:
     # --- Faults ----------------------------------------------------------------------------------
 
     async def _do_damage(self) -> None:
-        await trio.sleep(3.0)
+        await trio.sleep(self.random.uniform(0.0, 3.0))
         deadline = trio.current_time() + FAULTS_UNTIL_S
         while trio.current_time() < deadline:
             await trio.sleep(self.random.uniform(0.2, 2.0))

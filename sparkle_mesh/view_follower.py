@@ -156,15 +156,18 @@ class ViewFollower:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             task_status.started()
-            entering = trio.CancelScope()
+            entering, left = trio.CancelScope(), trio.Event()
+            left.set()
             async for change in self._membership.changes:
                 entering.cancel()
+                # It may hold links that the next view would use.
+                await left.wait()
                 match change:
                     case Entered(view, _, _):
                         await self._settle(change)
                         self._remember(view)
-                        entering = trio.CancelScope()
-                        nursery.start_soon(self._enter, view, entering)
+                        entering, left = trio.CancelScope(), trio.Event()
+                        nursery.start_soon(self._enter, view, entering, left)
                     case Excluded(view, outcomes):
                         await self._leave_behind(view, outcomes)
                     case QuorumMissing(view, missing):
@@ -231,47 +234,50 @@ class ViewFollower:
             )
         )
 
-    async def _enter(self, view: View, scope: trio.CancelScope) -> None:
+    async def _enter(self, view: View, scope: trio.CancelScope, left: trio.Event) -> None:
+        try:
+            with scope:
+                await self._connect_and_meet(view)
+        finally:
+            left.set()
+
+    async def _connect_and_meet(self, view: View) -> None:
         me = view.rank_of(self._membership.member)
         group = self.group
         assert me is not None
         assert group is not None
         others = {rank: member for rank, member in enumerate(view.members) if rank != me}
-        with scope:
-            first = not self.links and view.epoch == 0
-            async with trio.open_nursery() as connecting:
-                for member in others.values():
-                    connecting.start_soon(self._link_to, member)
-            links = {rank: self.links[member] for rank, member in others.items() if self.has_link(member)}
-            if first and len(links) == len(others):
-                await self._measure(me, view, links)
-            lost = [member for member in others.values() if not self.has_link(member)]
-            if lost:
-                # While others were made. Nobody reads these links yet, so that nobody else would notice.
-                async with trio.open_nursery() as nursery:
-                    for member in lost:
-                        nursery.start_soon(self._look_after, member, "its link ended before the view was entered")
-                return
-            group.enter(me, view.epoch, view.members, links)
-            try:
-                rows = await group.meet(self._row(view, links))
-            except SparkleError as error:
-                # Another view follows, or this process has come to its end, which its calls are told.
-                logger.debug("view %d was not entered: %s", view.epoch, error)
-                return
-            group.open(make_topology(rows))
-            self.opened_epoch = view.epoch
-            self.entered.set()
-            self._notify()
+        first = not self.links and view.epoch == 0
+        async with trio.open_nursery() as connecting:
+            for member in others.values():
+                connecting.start_soon(self._link_to, member)
+        links = {rank: self.links[member] for rank, member in others.items() if self.has_link(member)}
+        if first and len(links) == len(others):
+            await self._measure(me, view, links)
+        lost = [member for member in others.values() if not self.has_link(member)]
+        if lost:
+            # While others were made. Nobody reads these links yet, so that nobody else would notice.
+            async with trio.open_nursery() as nursery:
+                for member in lost:
+                    nursery.start_soon(self._look_after, member, "its link ended before the view was entered")
+            return
+        group.enter(me, view.epoch, view.members, links)
+        try:
+            rows = await group.meet(self._row(view, links))
+        except SparkleError as error:
+            # Another view follows, or this process has come to its end, which its calls are told.
+            logger.debug("view %d was not entered: %s", view.epoch, error)
+            return
+        group.open(make_topology(rows))
+        self.opened_epoch = view.epoch
+        self.entered.set()
+        self._notify()
 
     # --- What is known of the ways ----------------------------------------------------------------
 
     async def _measure(self, me: int, view: View, links: dict[int, Link]) -> None:
         try:
             measured = await measure_lines(me, view.size, links)
-        except ProtocolError as error:
-            logger.warning("lines could not be measured: %s", error)
-            return
         except trio.Cancelled:
             # Halfway, what comes over these links is not what a group expects.
             for link in links.values():

@@ -17,7 +17,6 @@ from sparkle_mesh.collectives import calibration
 from sparkle_mesh.collectives.calibration import describe_ways, make_topology, measure_lines
 from sparkle_mesh.collectives.explanation import explain
 from sparkle_mesh.collectives.topology import Topology, shard_shares
-from sparkle_mesh.errors import ProtocolError
 from sparkle_mesh.transport.memory import memory_link_pair
 
 MB = 1e6
@@ -163,22 +162,30 @@ async def test_where_some_share_memory_the_others_are_measured(monkeypatch: pyte
     assert [list(rates > 0) for rates in measured] == [[False] * 3, [False, False, True], [False, True, False]]
 
 
-async def test_who_is_not_ready_before_probes_is_refused() -> None:
+@pytest.mark.parametrize(("header", "payload"), [(b"probe", b"early"), (b"else", b"")])
+async def test_the_link_to_who_is_not_ready_for_probes_is_closed(
+    caplog: pytest.LogCaptureFixture, header: bytes, payload: bytes
+) -> None:
     one, other = memory_link_pair("0", "1")
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(one.send, b"probe", (b"early",))
-        with pytest.raises(ExceptionGroup) as raised:
-            await measure_lines(0, 2, {1: other})
-    assert raised.group_contains(ProtocolError, match="came before probes of lines")
+    await one.send(header, (payload,))
+    assert (await measure_lines(0, 2, {1: other}))[0].tolist() == [0, 0]
+    assert other.closed
+    assert "came before probes of lines" in caplog.text
 
 
-async def test_what_is_no_probe_is_refused_and_a_link_that_ends_tells_nothing() -> None:
-    for header, payload in ((b"else", b""), (b"probe", b"short"), (b"last probe", b"x")):
-        one, other = memory_link_pair("0", "1")
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(one.send, header, (payload,))
-            with pytest.raises(ProtocolError, match="where probes of lines belong"):
-                await calibration._receive_probes(other)
+@pytest.mark.parametrize(("header", "payload"), [(b"else", b""), (b"probe", b"short"), (b"last probe", b"x")])
+async def test_the_link_over_which_something_else_comes_than_probes_is_closed(
+    caplog: pytest.LogCaptureFixture, header: bytes, payload: bytes
+) -> None:
+    one, other = memory_link_pair("0", "1")
+    await one.send(b"ready")
+    await one.send(header, (payload,))
+    assert (await measure_lines(0, 2, {1: other}))[0].tolist() == [0, 0]
+    assert other.closed
+    assert "where probes of lines belong" in caplog.text
+
+
+async def test_a_link_that_has_ended_tells_nothing_of_its_line() -> None:
     one, other = memory_link_pair("0", "1")
     await one.aclose()
     assert (await measure_lines(0, 2, {1: other}))[0].tolist() == [0, 0]

@@ -160,3 +160,28 @@ class LinksLostAmidEntry(World):
 def test_links_that_are_lost_while_a_view_is_entered_lead_to_another_view() -> None:
     for seed in range(12):
         LinksLostAmidEntry(seed).run()
+
+
+class ViewsAmidEntry(World):
+    """Links take long to make, and other views are called for meanwhile: members are in different ones."""
+
+    async def _connect(self, node: nodes.Node, peer_id: str) -> nodes.Link:
+        if not self._quiet:
+            await trio.sleep(self.random.choice([0, 0.3, 1.0]))
+        link = await super()._connect(node, peer_id)
+        if not self._quiet and self.random.random() < 0.3:
+            self._nursery.start_soon(self._renew, node)
+        return link
+
+    async def _renew(self, node: nodes.Node) -> None:
+        await trio.sleep(self.random.uniform(0, 0.5))
+        if node.alive and node.service.succession is not None:
+            node.service.renew()
+
+
+@pytest.mark.timeout(120)
+def test_views_that_end_before_all_have_entered_them_lead_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Seed 74 has a member that measures lines, over a link to one that is in the next view already.
+    monkeypatch.setattr(nodes, "FAULTS_UNTIL_S", 8.0)
+    for seed in range(70, 76):
+        ViewsAmidEntry(seed).run()
