@@ -201,7 +201,9 @@ class GroupState:
         if self._ended is not None or not self.supervised:
             return True
         repeats = self._repeats.get(stream)
-        return self.is_open and not self.lost and (not repeats or repeats[0] == again)
+        if not self.is_open or self.lost:
+            return False
+        return repeats[0] == again if repeats else not self.ledger.is_full
 
     async def until_may_begin(self, stream: Stream = ALL, again: int | None = None) -> None:
         """Wait until then; no checkpoint if that is now."""

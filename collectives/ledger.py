@@ -17,6 +17,11 @@ class Ledger(Protocol):
         """Whether the epoch ends."""
         ...
 
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing can begin until there is another view, which follows then."""
+        ...
+
     def begin(self, number: int, *, tag: str = "", route: tuple[int, ...] = (), once: bool = False) -> bool:
         """This rank begins it; among all ranks, or the two of ``route``.
 
@@ -41,6 +46,7 @@ class OneView:
     """The ledger of a group whose view is the only one: when a rank is lost, so is the group."""
 
     frozen = False
+    is_full = False
 
     def begin(self, number: int, *, tag: str = "", route: tuple[int, ...] = (), once: bool = False) -> bool:
         return True

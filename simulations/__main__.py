@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
 import sys
 import traceback
-from concurrent.futures import ProcessPoolExecutor
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from functools import partial
+from hashlib import sha256
 from typing import Any
 
 from simulations import formation, nodes, succession
@@ -39,17 +45,31 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--seeds", type=int, default=1000, help="how many seeds to run (default %(default)s)")
     parser.add_argument("--first-seed", type=int, default=0, help="the first of them (default %(default)s)")
+    parser.add_argument("--workers", type=int, help="how many processes run them (default: one for each processor)")
     parser.add_argument("--seed", type=int, help="run this one seed alone")
     parser.add_argument("--trace", action="store_true", help="with --seed: print every event")
+    parser.add_argument("--digest", action="store_true", help="with --seed: print the SHA-256 of its trace alone")
+    parser.add_argument(
+        "--repeat", type=int, metavar="N", help="with --seed: run it in N processes, and fail if their traces differ"
+    )
     options = parser.parse_args(arguments)
+    if options.seed is None and (options.trace or options.digest or options.repeat):
+        parser.error("--trace, --digest and --repeat are about one seed: say which with --seed")
+    if options.repeat:
+        return _repeat(options.world, options.seed, options.repeat)
+    if options.digest:
+        print(_digest(options.world, options.seed))
+        return 0
     if options.seed is not None:
         return _run_one(options.world, options.seed, trace=options.trace)
     total, failures = WORLDS[options.world].Exercised(), []
-    with ProcessPoolExecutor() as pool:
+    with ExitStack() as stack:
         seeds = range(options.first_seed, options.first_seed + options.seeds)
-        for done, (_, failure, exercised) in enumerate(
-            pool.map(partial(run_seed, options.world), seeds, chunksize=16), start=1
-        ):
+        run = partial(run_seed, options.world)
+        ran: Iterable[tuple[int, str | None, Any]] = map(run, seeds)
+        if options.workers != 1:
+            ran = stack.enter_context(ProcessPoolExecutor(options.workers)).map(run, seeds, chunksize=16)
+        for done, (_, failure, exercised) in enumerate(ran, start=1):
             total.add(exercised)
             if failure is not None:
                 failures.append(failure)
@@ -75,6 +95,30 @@ def _run_one(name: str, seed: int, *, trace: bool) -> int:
         print("\n".join(world.trace))
     print(failure or f"seed {seed}: passed; exercised {world.exercised}")
     return 1 if failure else 0
+
+
+def _digest(name: str, seed: int) -> str:
+    world = WORLDS[name].World(seed)
+    with suppress(InvariantBroken):
+        # What broke is the trace's last line.
+        world.run()
+    return sha256("\n".join(world.trace).encode()).hexdigest()
+
+
+def _repeat(name: str, seed: int, count: int) -> int:
+    """Run a seed in processes that hash differently, and so iterate over sets in different orders."""
+    command = [sys.executable, "-m", "simulations", "--world", name, "--seed", str(seed), "--digest"]
+
+    def digest(process: int) -> str:
+        environment = {**os.environ, "PYTHONHASHSEED": str(process)}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        digests = Counter(pool.map(digest, range(count)))
+    print(f"seed {seed} of {name} in {count} processes: how often its trace had which SHA-256")
+    for value, times in digests.most_common():
+        print(f"{times:5} {value}")
+    return 0 if len(digests) == 1 else 1
 
 
 if __name__ == "__main__":

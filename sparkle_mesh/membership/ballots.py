@@ -57,7 +57,7 @@ class BallotMachine(ABC, Generic[Sender, Instruction]):
                 return self._on_accepted(sender, message, now)
             case Declined():
                 return self._on_declined(sender, message, now)
-            case Chosen():
+            case _:
                 return self._on_chosen(sender, message, now)
 
     @abstractmethod

@@ -6,8 +6,8 @@ prepared it with the same digest. Before it has prepared it may *abort* it by it
 Operations are numbered for as long as the lineage lasts: the number of the :data:`stream <.messages.StreamCount>` in
 the upper half, and which of its operations it is in the lower. A member begins those of a stream in their order, so
 that how many it has begun says much: what it has begun and does not name as open, it has committed. What it has aborted
-it goes on to name until nobody can have it in flight any more; and what has ended without a result before it came to
-it, until it does: whoever joins meanwhile must not begin with that.
+it goes on to name until nobody can have it in flight any more; and what has ended before it came to it, until it does:
+whoever joins meanwhile must not begin with that.
 """
 
 from __future__ import annotations
@@ -53,8 +53,10 @@ class OpenOperations:
         self.frozen = False
         self.on_freeze: Callable[[], None] = lambda: None
         self._states: dict[int, OperationState] = {}
-        #: Those of them that are aborted.
-        self._aborted: set[int] = set()
+        #: Those of them that were begun here, and are given up; and the last of its stream that had begun by then.
+        self._aborted: dict[int, int] = {}
+        #: Those of them that have ended, while one before them is repeated to which this member has yet to come.
+        self._ahead: set[int] = set()
         self._begun: dict[int, int] = {}
 
     def begin(self, number: int, *, tag: str = "", route: Route = (), once: bool = False) -> bool:
@@ -64,11 +66,24 @@ class OpenOperations:
         repeated.
         """
         state = OperationState(number=number, tag=tag, state="begun", digest=b"", route=route, once=once or bool(route))
-        if not self._set(state):
+        if self.frozen:
             return False
         stream = number >> SEQUENCE_BITS
+        for other in [one for one in self._ahead if one >> SEQUENCE_BITS == stream and one <= number]:
+            self._ahead.discard(other)
+            del self._states[other]
+        if not self._set(state):
+            return False
         self._begun[stream] = max(self._begun.get(stream, 0), number & SEQUENCE_MASK)
         return True
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing can begin for lack of room: too much has been given up that others may yet come to.
+
+        Only another view makes room for certain.
+        """
+        return len(self._states) >= limits.OPERATIONS_PER_PROMISE_MAX_COUNT
 
     def prepare(self, number: int, digest: bytes) -> bool:
         """This member holds the result; False if it must not say so any more."""
@@ -79,14 +94,23 @@ class OpenOperations:
         if self.frozen or number not in self._states:
             return False
         del self._states[number]
-        stream = number >> SEQUENCE_BITS
-        # All had begun this one, and nobody has more than so many in flight: nobody can be at one before.
-        oldest = (number & SEQUENCE_MASK) - limits.COLLECTIVE_UNORDERED_MAX_COUNT
-        for other in [one for one in self._aborted if one >> SEQUENCE_BITS == stream]:
-            if other & SEQUENCE_MASK <= oldest:
-                self._aborted.discard(other)
-                del self._states[other]
+        if self._aborted:
+            self._forget_aborted(number)
         return True
+
+    def _forget_aborted(self, committed: int) -> None:
+        """Name no more what all know to be given up: they have taken part in one that began here after that.
+
+        What comes after one that is open goes on to be named: if that is repeated, who joins comes to both.
+        """
+        stream = committed >> SEQUENCE_BITS
+        aborted = {number for number in self._aborted if number >> SEQUENCE_BITS == stream}
+        first = min(
+            (number for number in self._states.keys() - aborted if number >> SEQUENCE_BITS == stream), default=None
+        )
+        for number in aborted:
+            if committed > self._aborted[number] and (first is None or number < first):
+                del self._aborted[number], self._states[number]
 
     def abort(self, number: int, *, told: bool = False) -> bool:
         """Give up; False if it is not this member's to give up any more: it has prepared, or the epoch ends.
@@ -94,11 +118,12 @@ class OpenOperations:
         ``told`` is that nobody can have committed: another member has given up, or digests differ.
         """
         state = self._states.get(number)
-        if state is None or state.state == "aborted" or (state.state == "prepared" and not told):
+        if state is None or state.state not in ("begun", "prepared") or (state.state == "prepared" and not told):
             return False
         if not self._change(number, "aborted", b""):
             return False
-        self._aborted.add(number)
+        stream = number >> SEQUENCE_BITS
+        self._aborted[number] = stream << SEQUENCE_BITS | self.begun(stream)
         return True
 
     def state(self, number: int) -> OperationState | None:
@@ -116,8 +141,7 @@ class OpenOperations:
         return self._set(msgspec.structs.replace(known, state=stage, digest=digest))
 
     def _set(self, state: OperationState) -> bool:
-        full = len(self._states) >= limits.OPERATIONS_PER_PROMISE_MAX_COUNT and state.number not in self._states
-        if self.frozen or full:
+        if self.frozen or (self.is_full and state.number not in self._states):
             return False
         self._states[state.number] = state
         return True
@@ -136,7 +160,7 @@ class OpenOperations:
             for number, state in self._states.items()
             if number in again
         }
-        self._aborted = set()
+        self._aborted, self._ahead = {}, set()
         self._note_ended(outcomes)
         # Those between two members begin anew, because ranks do.
         self._begun = {stream: count for stream, count in self._begun.items() if not is_routed(stream)}
@@ -148,13 +172,25 @@ class OpenOperations:
         self._note_ended(outcomes)
 
     def _note_ended(self, outcomes: OperationList) -> None:
-        """Name what has ended without a result and lies ahead of this member."""
+        """Pass over what has ended and would come next; name what has ended further ahead, of this member or others."""
+        repeated: dict[int, int] = {}
         for outcome in outcomes:
-            stream = outcome.number >> SEQUENCE_BITS
-            ahead = self.begun(stream) < outcome.number & SEQUENCE_MASK and not is_routed(stream)
-            if ahead and outcome.state in ("aborted", "lost"):
-                self._states[outcome.number] = msgspec.structs.replace(outcome, state="aborted", digest=b"")
-                self._aborted.add(outcome.number)
+            if outcome.state == "repeat":
+                stream = outcome.number >> SEQUENCE_BITS
+                repeated[stream] = min(repeated.get(stream, outcome.number), outcome.number)
+        for outcome in sorted(outcomes, key=lambda one: one.number):
+            stream, sequence = outcome.number >> SEQUENCE_BITS, outcome.number & SEQUENCE_MASK
+            if outcome.state == "repeat" or is_routed(stream):
+                continue
+            if sequence > self.begun(stream) + 1:
+                self._ahead.add(outcome.number)
+                self._states[outcome.number] = outcome
+                continue
+            self._begun[stream] = max(self.begun(stream), sequence)
+            if outcome.state != "committed" and outcome.number > repeated.get(stream, outcome.number):
+                # Who comes later begins with what is repeated, and comes to this one, too.
+                self._aborted[outcome.number] = outcome.number
+                self._states[outcome.number] = outcome
 
     def standing(self) -> Standing:
         """Return where each stands, for a promise."""
@@ -191,6 +227,9 @@ def decide(standings: Mapping[int, Standing]) -> tuple[OperationList, StreamCoun
         if "aborted" in states or len(digests) > 1:
             # Who has come to it and gone on does not name it for as long as others may.
             stage = "aborted"
+        elif "lost" in states:
+            # It was decided with an earlier view, and some have yet to come to it.
+            stage = "lost"
         elif "committed" in states or all(state == "prepared" for state in states):
             stage = "committed"
         elif named[number].once:

@@ -58,7 +58,8 @@ class Succession:
     ) -> None:
         self._member = member
         self._send, self._tell = send, tell
-        self._machine = ViewChange(first.view, member, operations, now=trio.current_time())
+        chosen = Chosen(first.view, first.outcomes, first.streams)
+        self._machine = ViewChange(first.view, member, operations, now=trio.current_time(), chosen=chosen)
         self._machine.admits = False
         self.ended = False
         #: Set, and replaced, with every change of what :attr:`can_leave` depends on.
@@ -159,14 +160,15 @@ class Succession:
         changed.set()
 
 
-def joins(message: Agreement, sender: Member, me: Member, mesh_id: bytes) -> Entered | None:
+def joins(message: Agreement, me: Member, mesh_id: bytes) -> Entered | None:
     """Return the view that ``message`` takes this process into, which is in none yet; None if it does not.
 
-    That the view was chosen rests on the word of a member of it, which has proven the key like all others.
+    That the view was chosen rests on the word of who says so, which has proven the key like all others. It need not be
+    in the view: it may have proposed it, and left with it.
     """
     if not isinstance(message, Chosen) or message.view.epoch == 0:
         return None
     view = message.view
-    if view.mesh_id != mesh_id or not view.is_sound() or me not in view.members or sender not in view.members:
+    if view.mesh_id != mesh_id or not view.is_sound() or me not in view.members:
         return None
     return Entered(view, message.outcomes, message.streams)

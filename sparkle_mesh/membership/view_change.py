@@ -132,9 +132,13 @@ class ViewChange(BallotMachine[Member, Instruction]):
         This process.
     operations
         What is open in the view; frozen and read by this machine, written by whoever runs collectives.
+    chosen
+        What was said of the view, if others agreed on it.
     """
 
-    def __init__(self, view: View, me: Member, operations: OpenOperations, *, now: float) -> None:
+    def __init__(
+        self, view: View, me: Member, operations: OpenOperations, *, now: float, chosen: Chosen | None = None
+    ) -> None:
         super().__init__()
         self.view = view
         self.operations = operations
@@ -147,7 +151,7 @@ class ViewChange(BallotMachine[Member, Instruction]):
         #: Who wants to be in no further view.
         self.leaving: set[Member] = set()
         self._joiners: dict[Member, None] = {}
-        self._chosen: deque[Chosen] = deque(maxlen=limits.VIEWS_REMEMBERED_MAX_COUNT)
+        self._chosen = deque([] if chosen is None else [chosen], maxlen=limits.VIEWS_REMEMBERED_MAX_COUNT)
         self._begin_epoch(now)
 
     def _begin_epoch(self, now: float) -> None:
@@ -262,8 +266,9 @@ class ViewChange(BallotMachine[Member, Instruction]):
         # Where all leave, nobody need be told.
         leaving = self.leaving and any(member not in self.leaving for member in trusted)
         joining = self.admits and self._joiners
+        renewing = self._renewal_wanted or self.operations.is_full
         begun = self._promised is not None
-        return bool(len(trusted) < self.view.size or leaving or joining or self._renewal_wanted or begun)
+        return bool(len(trusted) < self.view.size or leaving or joining or renewing or begun)
 
     def _propose_at(self, now: float) -> float | None:
         if self._proposal is not None or not self._change_is_wanted() or not is_quorum(self.view, self.trusted):
@@ -369,7 +374,12 @@ class ViewChange(BallotMachine[Member, Instruction]):
     def _on_declined(self, sender: Member, declined: Declined, now: float) -> list[Instruction]:
         if declined.epoch <= self.view.epoch:
             # It waits for a view that was chosen already.
-            return [SendTo(sender, chosen) for chosen in self._chosen if chosen.view.epoch == declined.epoch]
+            known = [chosen for chosen in self._chosen if chosen.view.epoch == declined.epoch]
+            if not known and sender in self.view.members:
+                # All that were heard for this view know it, and those who came with it begin with it: this one has come
+                # by an earlier view, and missed that it was left out since. What came between is not for it.
+                return self.suspect(sender, now=now)
+            return [SendTo(sender, chosen) for chosen in known]
         if declined.epoch > self.view.epoch + 1:
             return []
         if declined.promised is not None:

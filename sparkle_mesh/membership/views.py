@@ -146,7 +146,7 @@ class MembershipViews:
         elif self._succession is not None:
             self._succession.receive(member, message)
             self._wake.set()
-        elif self._role == "trainer" and (entered := joins(message, member, self._member, self._mesh_id)):
+        elif self._role == "trainer" and (entered := joins(message, self._member, self._mesh_id)):
             self._formation.follow(entered.view)
             self.operations.join(entered.streams, entered.outcomes)
             self._begin(entered)

@@ -250,8 +250,11 @@ def test_operations_go_one_way(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not operations.abort(2, told=True)
     assert operations.state(2) is None
     assert operations.begun(0) == 2
+    assert operations.begin(3)
+    assert operations.abort(3)
     monkeypatch.setattr(limits, "OPERATIONS_PER_PROMISE_MAX_COUNT", 1)
-    assert not operations.begin(3)
+    assert operations.is_full
+    assert not operations.begin(4)
     frozen = []
     operations.on_freeze = lambda: frozen.append(operations.frozen)
     operations.freeze()
@@ -260,22 +263,24 @@ def test_operations_go_one_way(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not operations.begin(1)
     assert len(operations.standing().operations) == 1
     operations.begin_epoch()
-    assert operations.begin(3)
+    assert operations.begin(4)
 
 
-def test_what_was_aborted_is_named_until_nobody_can_be_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "COLLECTIVE_UNORDERED_MAX_COUNT", 3)
+def test_what_was_aborted_is_named_until_all_know() -> None:
     operations = OpenOperations()
     other = 7 << 32
-    for number in (1, other | 1):
+    for number in (1, 2, 3, other | 1):
         operations.begin(number)
+    for number in (2, other | 1):
         operations.abort(number)
-    for number in (2, 3, 4):
+    operations.begin(4)
+    for number, named in ((3, True), (4, True), (1, True), (5, False)):
+        # Who takes part in the third may not have heard yet, but with the fourth all have. Yet the first is open: if it
+        # is repeated, who joins begins with it, and comes to the second.
         operations.begin(number)
         operations.prepare(number, b"")
-        assert operations.state(1) is not None
         operations.commit(number)
-    assert operations.state(1) is None
+        assert (operations.state(2) is not None) == named, number
     assert operations.state(other | 1) is not None
 
 
@@ -297,9 +302,10 @@ def test_what_is_to_be_repeated_is_begun_in_the_next_epoch_by_who_had_begun_it()
     assert streams == ((0, 0),)
     one.begin_epoch(outcomes)
     other.begin_epoch(outcomes)
-    assert [state.state for state in one.standing().operations] == ["begun", "begun"]
+    # The third is named for those who come later, and for the other, because there is one before it.
+    assert [state.state for state in one.standing().operations] == ["begun", "begun", "lost"]
     # What was lost before this one came to it stays named until it does.
-    assert [(state.number, state.state) for state in other.standing().operations] == [(1, "begun"), (3, "aborted")]
+    assert [(state.number, state.state) for state in other.standing().operations] == [(1, "begun"), (3, "lost")]
     assert one.standing().streams == ((0, 3),)
     newcomer = OpenOperations()
     newcomer.join(streams)
@@ -313,17 +319,37 @@ def test_who_joins_does_not_begin_with_what_has_ended_before_the_others_came_to_
     outcomes, streams = decide({0: one.standing(), 1: other.standing()})
     assert ([outcome.state for outcome in outcomes], streams) == (["aborted"], ((0, 1),))
     other.begin_epoch(outcomes)
-    # The one that gave it up is gone; a member that joins now is told as well, and tells the next one.
+    # The one that gave it up is gone; a member that joins now begins after it, and so does the next.
     for _ in range(2):
         outcomes, streams = decide({0: other.standing()})
-        assert [(outcome.number, outcome.state) for outcome in outcomes] == [(1, "aborted")]
+        assert (outcomes, streams) == ((), ((0, 1),))
         newcomer = OpenOperations()
         newcomer.join(streams, outcomes)
-        assert newcomer.standing().operations == other.standing().operations
         other = newcomer
-    other.begin(2)
-    other.begin_epoch(decide({0: other.standing()})[0])
-    assert [state.number for state in other.standing().operations] == [2]
+
+
+def test_what_has_ended_after_what_is_repeated_is_named_to_those_who_come_later() -> None:
+    one, other = OpenOperations(), OpenOperations()
+    for number in (1, 2, 3):
+        one.begin(number)
+    one.abort(2)
+    one.abort(3)
+    outcomes, streams = decide({0: one.standing(), 1: other.standing()})
+    assert [(outcome.number, outcome.state) for outcome in outcomes] == [(1, "repeat"), (2, "aborted"), (3, "aborted")]
+    other.begin_epoch(outcomes)
+    # The one that gave them up is gone. The first is repeated by nobody that is left: it is begun as if for the first
+    # time, and what is ahead of it is told to whoever joins, and by those in their turn.
+    for _ in range(2):
+        outcomes, streams = decide({0: other.standing()})
+        assert [(outcome.number, outcome.state) for outcome in outcomes] == [(2, "aborted"), (3, "aborted")]
+        newcomer = OpenOperations()
+        newcomer.join(streams, outcomes)
+        assert newcomer.standing().operations == other.standing().operations == outcomes
+        other = newcomer
+    other.begin(1)
+    assert [state.number for state in other.standing().operations] == [2, 3, 1]
+    other.begin(4)
+    assert [state.number for state in other.standing().operations] == [1, 4]
 
 
 def test_who_joins_is_told_what_is_committed_after_what_is_repeated() -> None:
