@@ -19,7 +19,7 @@ from sparkle_mesh.membership.view import Member, View
 from sparkle_mesh.membership.view_change import ViewChange
 
 STEPS_MAX_COUNT = 10**6
-#: Among all: this one's collectives are repeated after a loss, and the other's are not.
+#: Among all: this one's collectives are repeated after a loss, and some of the other's are not.
 REPEATED: Final = 0
 ONCE: Final = 1
 #: By epoch, where numbers begin anew in each (else -1), and number.
@@ -126,6 +126,11 @@ def route_of(number: int) -> tuple[int, ...]:
     return divmod(stream, limits.MESH_MEMBERS_MAX_COUNT) if stream >= 0 else ()
 
 
+def is_once(number: int) -> bool:
+    """Whether it is not repeated: two of three in one of the streams."""
+    return number >> SEQUENCE_BITS == ONCE and number % 3 != 0
+
+
 def members_in(view: View, number: int) -> tuple[Member, ...]:
     """Return who takes part."""
     route = route_of(number)
@@ -195,7 +200,7 @@ class SmallCollectives(Network):
             number += 1
         if key_of(number, epoch) in process.ended:
             return
-        if not process.operations.begin(number, route=route_of(number), once=stream == ONCE):
+        if not process.operations.begin(number, route=route_of(number), once=is_once(number)):
             if not process.operations.frozen:
                 self.exercised.refused_for_room += 1
                 self.schedule_tick(process)
@@ -274,7 +279,7 @@ class SmallCollectives(Network):
             process.inbox.append(partial(self._prepare, process, epoch, number))
             return
         state = process.operations.state(number)
-        if state is None or state.state != "begun":
+        if state is not None and state.state != "begun":
             return
         members = members_in(machine.view, number)
         digest = sha256(repr((epoch, number, members)).encode()).digest()[:16]

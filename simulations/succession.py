@@ -43,7 +43,7 @@ ENDS_AT_S = 300.0
 LOOK_INTERVAL_S = 10.0
 #: Where tables are small: room for all that is open, and little more.
 SMALL_LIMITS = {
-    "OPERATIONS_PER_PROMISE_MAX_COUNT": 10,
+    "OPERATIONS_OPEN_MAX_COUNT": 10,
     "MEMBERS_SUSPECTED_MAX_COUNT": 24,
 }
 
@@ -268,7 +268,8 @@ class World(SmallCollectives):
         others = [other for other in self.processes.values() if other is not process and other.runs]
         for other in others:
             self.after(1.0, partial(self._suspect_sleeper, other, process))
-        self.at(self.now + self.random.uniform(0.2, 6.0), partial(self._wake, process))
+        longest_s = self.random.choice([1.0, 6.0, 6.0, 15.0])
+        self.at(self.now + self.random.uniform(0.2, longest_s), partial(self._wake, process))
 
     def _suspect_sleeper(self, process: Process, other: Process) -> None:
         if other.asleep:
@@ -390,6 +391,8 @@ class World(SmallCollectives):
         self.exercised.views += 1
         self.note(f"{process.member.peer_id} enters epoch {view.epoch}: {[m.peer_id for m in view.members]}")
         self._settle(process, view, outcomes)
+        if len(process.operations.standing().operations) > limits.OPERATIONS_PER_PROMISE_MAX_COUNT:
+            raise self.broken(f"{process.member.peer_id} names ever more operations")
         self._suspect_the_dead(process, view)
         process.lost_quorum = False
         process.heard = {}
@@ -463,8 +466,8 @@ class World(SmallCollectives):
         left = [member for member in view.members if member in alive]
         if not is_quorum(view, left):
             return None
-        machines = {member: alive[member].machine for member in left}
-        late = [m.peer_id for m, machine in machines.items() if machine is None or machine.view.epoch != last]
+        machines = {member: machine for member in left if (machine := alive[member].machine) is not None}
+        late = [m.peer_id for m in left if m not in machines or machines[m].view.epoch != last]
         if late:
             return f"{late} have not come to epoch {last}"
         if len(left) != view.size:
@@ -472,6 +475,8 @@ class World(SmallCollectives):
         if set(alive) != set(view.members):
             return f"{sorted(m.peer_id for m in set(alive) - set(view.members))} are not taken in"
         for member in left:
+            if machines[member].candidate_count:
+                return f"{member.peer_id} waits for a candidate that is not there"
             idle = [stream for stream in self.streams if alive[member].worked_in.get(stream) != last]
             if idle:
                 return f"{member.peer_id} has done nothing in epoch {last} in stream {idle[0]}"

@@ -53,10 +53,10 @@ class OpenOperations:
         self.frozen = False
         self.on_freeze: Callable[[], None] = lambda: None
         self._states: dict[int, OperationState] = {}
-        #: Those of them that were begun here, and are given up; and the last of its stream that had begun by then.
+        #: Those of them that were given up in this epoch; and the last of its stream that had begun here by then.
         self._aborted: dict[int, int] = {}
-        #: Those of them that have ended, while one before them is repeated to which this member has yet to come.
-        self._ahead: set[int] = set()
+        #: Those of them that have ended with an earlier epoch, while one before them is repeated.
+        self._settled: set[int] = set()
         self._begun: dict[int, int] = {}
 
     def begin(self, number: int, *, tag: str = "", route: Route = (), once: bool = False) -> bool:
@@ -66,24 +66,16 @@ class OpenOperations:
         repeated.
         """
         state = OperationState(number=number, tag=tag, state="begun", digest=b"", route=route, once=once or bool(route))
-        if self.frozen:
-            return False
-        stream = number >> SEQUENCE_BITS
-        for other in [one for one in self._ahead if one >> SEQUENCE_BITS == stream and one <= number]:
-            self._ahead.discard(other)
-            del self._states[other]
         if not self._set(state):
             return False
+        stream = number >> SEQUENCE_BITS
         self._begun[stream] = max(self._begun.get(stream, 0), number & SEQUENCE_MASK)
         return True
 
     @property
     def is_full(self) -> bool:
-        """Whether nothing can begin for lack of room: too much has been given up that others may yet come to.
-
-        Only another view makes room for certain.
-        """
-        return len(self._states) >= limits.OPERATIONS_PER_PROMISE_MAX_COUNT
+        """Whether nothing more can begin: too much was given up that others may yet come to; a view makes room."""
+        return len(self._states) - len(self._settled) >= limits.OPERATIONS_OPEN_MAX_COUNT
 
     def prepare(self, number: int, digest: bytes) -> bool:
         """This member holds the result; False if it must not say so any more."""
@@ -94,23 +86,24 @@ class OpenOperations:
         if self.frozen or number not in self._states:
             return False
         del self._states[number]
-        if self._aborted:
-            self._forget_aborted(number)
+        if self._aborted or self._settled:
+            self._forget(number)
         return True
 
-    def _forget_aborted(self, committed: int) -> None:
-        """Name no more what all know to be given up: they have taken part in one that began here after that.
+    def _forget(self, committed: int) -> None:
+        """Name no more what has ended and all know of: they have taken part in one that began here after that.
 
         What comes after one that is open goes on to be named: if that is repeated, who joins comes to both.
         """
         stream = committed >> SEQUENCE_BITS
-        aborted = {number for number in self._aborted if number >> SEQUENCE_BITS == stream}
-        first = min(
-            (number for number in self._states.keys() - aborted if number >> SEQUENCE_BITS == stream), default=None
-        )
-        for number in aborted:
-            if committed > self._aborted[number] and (first is None or number < first):
-                del self._aborted[number], self._states[number]
+        named = sorted(number for number in self._states if number >> SEQUENCE_BITS == stream)
+        for number in named:
+            if number not in self._aborted and number not in self._settled:
+                break
+            if committed > self._aborted.get(number, number):
+                self._aborted.pop(number, None)
+                self._settled.discard(number)
+                del self._states[number]
 
     def abort(self, number: int, *, told: bool = False) -> bool:
         """Give up; False if it is not this member's to give up any more: it has prepared, or the epoch ends.
@@ -160,7 +153,7 @@ class OpenOperations:
             for number, state in self._states.items()
             if number in again
         }
-        self._aborted, self._ahead = {}, set()
+        self._aborted, self._settled = {}, set()
         self._note_ended(outcomes)
         # Those between two members begin anew, because ranks do.
         self._begun = {stream: count for stream, count in self._begun.items() if not is_routed(stream)}
@@ -178,19 +171,21 @@ class OpenOperations:
             if outcome.state == "repeat":
                 stream = outcome.number >> SEQUENCE_BITS
                 repeated[stream] = min(repeated.get(stream, outcome.number), outcome.number)
+        named = []
         for outcome in sorted(outcomes, key=lambda one: one.number):
             stream, sequence = outcome.number >> SEQUENCE_BITS, outcome.number & SEQUENCE_MASK
             if outcome.state == "repeat" or is_routed(stream):
                 continue
             if sequence > self.begun(stream) + 1:
-                self._ahead.add(outcome.number)
-                self._states[outcome.number] = outcome
+                named.append(outcome)
                 continue
             self._begun[stream] = max(self.begun(stream), sequence)
             if outcome.state != "committed" and outcome.number > repeated.get(stream, outcome.number):
                 # Who comes later begins with what is repeated, and comes to this one, too.
-                self._aborted[outcome.number] = outcome.number
-                self._states[outcome.number] = outcome
+                named.append(outcome)
+        for outcome in named[: limits.OPERATIONS_PER_PROMISE_MAX_COUNT - limits.OPERATIONS_OPEN_MAX_COUNT]:
+            self._settled.add(outcome.number)
+            self._states[outcome.number] = outcome
 
     def standing(self) -> Standing:
         """Return where each stands, for a promise."""

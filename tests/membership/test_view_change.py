@@ -252,7 +252,7 @@ def test_operations_go_one_way(monkeypatch: pytest.MonkeyPatch) -> None:
     assert operations.begun(0) == 2
     assert operations.begin(3)
     assert operations.abort(3)
-    monkeypatch.setattr(limits, "OPERATIONS_PER_PROMISE_MAX_COUNT", 1)
+    monkeypatch.setattr(limits, "OPERATIONS_OPEN_MAX_COUNT", 1)
     assert operations.is_full
     assert not operations.begin(4)
     frozen = []
@@ -349,7 +349,16 @@ def test_what_has_ended_after_what_is_repeated_is_named_to_those_who_come_later(
     other.begin(1)
     assert [state.number for state in other.standing().operations] == [2, 3, 1]
     other.begin(4)
-    assert [state.number for state in other.standing().operations] == [1, 4]
+    other.prepare(4, b"")
+    other.commit(4)
+    assert [state.number for state in other.standing().operations] == [2, 3, 1]
+    other.prepare(1, b"")
+    other.commit(1)
+    assert [state.number for state in other.standing().operations] == [2, 3]
+    other.begin(5)
+    other.prepare(5, b"")
+    other.commit(5)
+    assert other.standing().operations == ()
 
 
 def test_who_joins_is_told_what_is_committed_after_what_is_repeated() -> None:
