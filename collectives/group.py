@@ -141,7 +141,7 @@ class CollectiveGroup(GroupViews):
             raise UsageError("run() of the collective group must be running before its collectives are called")
         stream = Stream(check_tag(tag))
         ticket = self.take_turn(stream)
-        pending = AsyncPendingReduction(data, f"all_reduce {stream}".rstrip())
+        pending = AsyncPendingReduction(data, f"all_reduce {stream}".rstrip(), self.cancel)
         terms = (on_failure, min_contributors)
 
         async def call() -> Outcome | None:

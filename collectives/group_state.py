@@ -322,6 +322,14 @@ class GroupState:
 
     # --- Failure ---------------------------------------------------------------------------------
 
+    def cancel(self, operation: Operation) -> None:
+        """Give ``operation`` up on all ranks; if it has gone too far for that, let it go on."""
+        if operation.finished.is_set() or operation.sent_prepared:
+            return
+        if operation.one_sided and self._host is not None and not self._host.try_to_abort(operation):
+            return
+        self._give_up(operation, None)
+
     def _give_up(self, operation: Operation, timed_out: str | None) -> None:
         """The caller stops waiting: because it was cancelled, or because time ran out."""
         what = f"{operation.begin.description}, call number {operation.sequence},"

@@ -25,10 +25,12 @@ class AsyncPendingReduction(Generic[D]):
         How it went; None until it has succeeded.
     """
 
-    def __init__(self, data: D, description: str) -> None:
+    def __init__(self, data: D, description: str, give_up: Callable[[Operation], None]) -> None:
         self.outcome: Outcome | None = None
         self._data = data
         self._description = description
+        self._give_up = give_up
+        self._cancelled = False
         self._operation: Operation | None = None
         self._error: BaseException | None = None
         self._told = False
@@ -57,6 +59,16 @@ class AsyncPendingReduction(Generic[D]):
     def contributors(self) -> tuple[int, ...]:
         """The ranks whose data is in the result; empty until it has succeeded."""
         return () if self.outcome is None else self.outcome.contributors
+
+    def cancel(self) -> None:
+        """Give the reduction up, on all ranks, if it has not gone too far: :meth:`wait` tells how it has ended.
+
+        It raises CollectiveAbortedError on all of them, with their arrays as they were; or, where this rank had its
+        whole result already, returns that on all of them. One that has yet to begin is given up in its turn.
+        """
+        self._cancelled = True
+        if self._operation is not None:
+            self._give_up(self._operation)
 
     async def wait(self, timeout_s: float | None = None) -> D:
         """Return the data, which hold the result then.
@@ -90,6 +102,8 @@ class AsyncPendingReduction(Generic[D]):
     def begun(self, operation: Operation) -> None:
         """``operation`` carries it out."""
         self._operation = operation
+        if self._cancelled:
+            self._give_up(operation)
 
     async def run(self, call: Callable[[], Awaitable[Outcome | None]]) -> None:
         """Carry out ``call``; keep its outcome, or its error for whoever waits."""

@@ -45,10 +45,10 @@ from sparkle_mesh.transport.link import Link
 from sparkle_mesh.transport.memory import MemoryLink, memory_link_pair
 from sparkle_mesh.view_follower import ViewFollower
 
-FAULTS_UNTIL_S = 60.0
+FAULTS_UNTIL_S = 25.0
 ENDS_AT_S = 400.0
 #: What all that are left must do together after the last fault.
-STEPS_AFTER_COUNT = 10
+STEPS_AFTER_COUNT = 4
 ELEMENTS = 3_000
 #: Newcomers do not form a mesh of their own: they wait for that of the others.
 NEVER = 1_000
@@ -124,10 +124,10 @@ class World:
         self.exercised = Exercised()
         self.trace: list[str] = []
         draw = self.random.choice
-        self.count = draw([2, 3, 3, 4, 5, 6])
+        self.count = draw([2, 3, 3, 4, 4, 5, 6, 8, 12, 16])
         self._delay_s = draw([0.0005, 0.005, 0.05])
         self._rate = draw([None, 1e6, 1e8])
-        self._compute_s = draw([0.05, 0.3])
+        self._compute_s = draw([0.1, 0.5, 1.5])
         self._rates = {
             name: draw([0.0, 0.3, 1.0]) for name in ("crash", "drop", "partition", "join", "leave", "cancel")
         }
@@ -336,7 +336,7 @@ class World:
         await trio.sleep(self.random.uniform(0.0, 3.0))
         deadline = trio.current_time() + FAULTS_UNTIL_S
         while trio.current_time() < deadline:
-            await trio.sleep(self.random.uniform(0.2, 2.0))
+            await trio.sleep(self.random.uniform(0.1, 0.8))
             await self._begin_anew_if_over()
             alive = [node for node in self._nodes if node.alive]
             for name, damage in (("crash", self._crash), ("drop", self._drop_link), ("leave", self._leave)):
@@ -405,7 +405,7 @@ class World:
         cut = [link for node in alive for link in node.links if (node.name in side) != (link.peer_id in side)]
         for link in cut:
             link.partition()
-        await trio.sleep(self.random.choice([0.5, 3.0, 20.0]))
+        await trio.sleep(self.random.choice([0.2, 1.0, 3.0, 15.0]))
         self._network.heal()
         for link in cut:
             link.heal()

@@ -61,6 +61,18 @@ class PendingReduction(Generic[D]):
         """How it went; None until it has succeeded."""
         return self._pending.outcome
 
+    def cancel(self) -> None:
+        """Give the reduction up, on all ranks, if it has not gone too far: :meth:`wait` tells how it has ended.
+
+        It raises CollectiveAbortedError on all of them, with their arrays as they were; or, where this rank had its
+        whole result already, returns that on all of them. One that has yet to begin is given up in its turn.
+        """
+
+        async def cancel() -> None:
+            self._pending.cancel()
+
+        self._portal.call(cancel)
+
     def wait(self, timeout_s: float | None = None, *, on_progress: Callable[[float], object] | None = None) -> D:
         """Return the data, which hold the result then; raise what ended it otherwise.
 

@@ -132,6 +132,65 @@ async def test_a_lost_rank_ends_all_that_is_in_flight(make_world: Any) -> None:
                 await each.wait()
 
 
+async def test_what_is_cancelled_ends_in_the_same_way_everywhere(
+    make_world: Any, autojump_clock: trio.testing.MockClock
+) -> None:
+    """At any moment: before it begins, in the middle, when some have the result, and when it is over."""
+    ended = [await cancelled_at_any_time(make_world, random.Random(seed)) for seed in range(30)]
+    assert set(ended) == {"cancelled", "done"}
+
+
+async def cancelled_at_any_time(make_world: Any, random_: random.Random) -> str:
+    async with make_world(3, kind="memory", delay_s=0.01).running() as world:
+        data = [np.full(50_000, 1.0 + rank) for rank in range(3)]
+        pending: list[Any] = [None] * 3
+
+        async def one(rank: int, group: Any) -> str:
+            await trio.sleep(random_.uniform(0, 0.03))
+            pending[rank] = group.all_reduce_async(data[rank], timeout_s=20)
+            try:
+                await pending[rank].wait()
+            except CollectiveAbortedError:
+                return "cancelled"
+            return "done"
+
+        async def cancel() -> None:
+            await trio.sleep(random_.uniform(0, 0.1))
+            if pending[0] is None:
+                return
+            pending[0].cancel()
+            pending[0].cancel()
+
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(cancel)
+                ended = await world.each(one)
+        assert len(set(ended)) == 1
+        for rank in range(3):
+            assert (data[rank] == (6.0 if ended[0] == "done" else 1.0 + rank)).all()
+        # The next call is the same one on all.
+        after = [np.ones(3) for _ in range(3)]
+        await world.each(lambda rank, group: group.all_reduce(after[rank], timeout_s=20))
+        assert all((each == 3).all() for each in after)
+        return str(ended[0])
+
+
+async def test_what_is_cancelled_before_its_turn_is_given_up_in_it(make_world: Any) -> None:
+    async with make_world(2).running() as world:
+        one, other = world.groups
+        first = one.all_reduce_async(np.ones(3), timeout_s=20)
+        held = [one.all_reduce_async(np.ones(3), timeout_s=20) for _ in range(40)]
+        held[-1].cancel()
+        assert not held[-1].done()
+        theirs = [other.all_reduce_async(np.ones(3), timeout_s=20) for _ in range(41)]
+        with trio.fail_after(20):
+            for each in (first, *held[:-1], *theirs[:-1]):
+                assert (await each.wait() == 2).all()
+            for each in (held[-1], theirs[-1]):
+                with pytest.raises(CollectiveAbortedError, match="was cancelled"):
+                    await each.wait()
+
+
 async def test_waiting_may_end_sooner_and_begin_again(
     make_world: Any, autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:

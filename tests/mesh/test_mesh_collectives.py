@@ -107,6 +107,29 @@ def test_reductions_in_flight_and_their_progress(tmp_path: Path) -> None:
     assert all(0 <= each <= 1 for each in seen)
 
 
+@pytest.mark.parametrize("links", [["tcp"], ["shared_memory", "tcp"]])
+def test_what_is_cancelled_raises_on_all(tmp_path: Path, links: list[str]) -> None:
+    cancelled = threading.Barrier(2)
+
+    def call(mesh: sparkle.Mesh) -> str:
+        array = np.ones(100)
+        if mesh.rank == 0:
+            pending = mesh.all_reduce_async(array)
+            pending.cancel()
+            cancelled.wait(20)
+        else:
+            # It has not called yet: nobody can have the result.
+            cancelled.wait(20)
+            pending = mesh.all_reduce_async(array)
+        with pytest.raises(CollectiveAbortedError, match="cancelled"):
+            pending.wait(20)
+        assert (array == 1).all()
+        pending.cancel()
+        return str(mesh.all_reduce(np.ones(2)).tolist())
+
+    assert on_both(tmp_path, call, links=links) == ["[2.0, 2.0]"] * 2
+
+
 def test_ranks_with_more_batches_go_on_without_the_others(tmp_path: Path) -> None:
     def call(mesh: sparkle.Mesh) -> list[float]:
         means = []
