@@ -127,7 +127,8 @@ class World:
         self.count = draw([2, 3, 3, 4, 4, 5, 6, 8, 12, 16])
         self._delay_s = draw([0.0005, 0.005, 0.05])
         self._rate = draw([None, 1e6, 1e8])
-        self._compute_s = draw([0.1, 0.5, 1.5])
+        # Many nodes do less each.
+        self._compute_s = draw([0.1, 0.5, 1.5]) if self.count < 8 else 1.5
         self._rates = {
             name: draw([0.0, 0.3, 1.0]) for name in ("crash", "drop", "partition", "join", "leave", "cancel")
         }

@@ -273,7 +273,7 @@ class SmallCollectives(Network):
 
     def _prepare(self, process: Process, epoch: int, number: int) -> None:
         machine = process.machine
-        if not process.runs or machine is None or machine.view.epoch != epoch or number not in process.heard:
+        if not process.runs or machine is None or machine.view.epoch != epoch:
             return
         if process.asleep:
             process.inbox.append(partial(self._prepare, process, epoch, number))

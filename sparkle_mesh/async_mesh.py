@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -18,17 +18,16 @@ from sparkle_mesh import limits
 from sparkle_mesh.async_collectives import AsyncCollectives
 from sparkle_mesh.collectives.group import Outcome
 from sparkle_mesh.environment import resolve_data_dir
-from sparkle_mesh.errors import ForkedProcessError, JoinTimeoutError, UsageError
+from sparkle_mesh.errors import ForkedProcessError, UsageError
 from sparkle_mesh.fabric.identity import Identity
 from sparkle_mesh.membership.invite import Invite, is_invite
 from sparkle_mesh.membership.keys import KeyLike, MeshKey
-from sparkle_mesh.membership.service import PeerRefused
 from sparkle_mesh.membership.view import Member, View
-from sparkle_mesh.node import MeshNode, NodeConfig, open_node
+from sparkle_mesh.mesh_life import Life, live
+from sparkle_mesh.node import NodeConfig
 from sparkle_mesh.nurseries import bare_errors
 from sparkle_mesh.synchronization import Synchronized, Synchronizer
-from sparkle_mesh.transport.connector import LinkConnector, check_kinds
-from sparkle_mesh.view_follower import ViewFollower
+from sparkle_mesh.transport.connector import check_kinds
 
 if TYPE_CHECKING:
     from sparkle_mesh.status import PeerStatus
@@ -50,13 +49,18 @@ class AsyncMesh(AsyncCollectives):
     All methods are for the trio run that opened it.
     """
 
-    def __init__(self, node: MeshNode, connector: LinkConnector, follower: ViewFollower) -> None:
-        self._node, self._connector, self._follower = node, connector, follower
+    def __init__(self, life: Life, begin: Callable[[NodeConfig, float], Awaitable[Life]], timeout_s: float) -> None:
+        self._begin, self._timeout_s = begin, timeout_s
         self._process = os.getpid()
-        assert follower.group is not None
-        self._group = follower.group
-        self._group.shown_changed = self._view_shown
         self._callbacks: list[Callable[[View], object]] = []
+        self._rejoining = trio.Lock()
+        self._live(life)
+
+    def _live(self, life: Life) -> None:
+        self._life = life
+        self._node, self._connector, self._follower = life.node, life.connector, life.follower
+        self._group = life.group
+        self._group.shown_changed = self._view_shown
         self._synchronizer = Synchronizer(self)
 
     def __repr__(self) -> str:
@@ -94,9 +98,47 @@ class AsyncMesh(AsyncCollectives):
         for callback in self._callbacks:
             callback(self.view)
 
+    async def rejoin(self, *, min_peers: int | None = None, timeout_s: float | None = None) -> None:
+        """Become a member once more, as a new one: after an error that says so, or to begin afresh.
+
+        Whatever is in flight ends. This process is then a newcomer, of the mesh that there is, or of another that it
+        forms with others: :meth:`synchronize` gives it the state of that. Arrays that were allocated stay; they are
+        ordinary ones from now on.
+
+        Parameters
+        ----------
+        min_peers
+            The smallest acceptable view, this process included; as it was to begin with if None. After a
+            QuorumLostError, 1 makes those that are left a mesh of their own: if others go on elsewhere, there are two.
+        timeout_s
+            Seconds to wait for it; as to begin with if None.
+
+        Raises
+        ------
+        UsageError
+            For arguments that cannot be.
+        JoinTimeoutError
+            If no view formed in time; it can be called again.
+        """
+        self._check_process()
+        config = self._life.config
+        min_peers = config.min_peers if min_peers is None else min_peers
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        _check_terms(min_peers, timeout_s)
+        async with self._rejoining:
+            # Who is known now is who can be asked then.
+            known = [f"{address}/p2p/{peer.peer_id}" for peer in self._node.peers() for address in peer.addresses]
+            await self._life.end()
+            join = dict.fromkeys((*config.join, *known[: limits.REJOIN_ADDRESSES_MAX_COUNT]))
+            life = await self._begin(
+                replace(config, identity=Identity.generate(), min_peers=min_peers, join=tuple(join)), timeout_s
+            )
+            self._live(life)
+        self._view_shown()
+
     @property
     def peer_id(self) -> str:
-        """This process's peer id."""
+        """This process's peer id, until it joins again."""
         return self._node.peer_id
 
     @property
@@ -249,14 +291,9 @@ def open_mesh(
     links: Sequence[str] | None = None,
 ) -> AbstractAsyncContextManager[AsyncMesh]:
     """Join a mesh from a trio program; parameters and errors as :func:`join`."""
-    if not isinstance(min_peers, int) or not isinstance(timeout_s, (int, float)) or not isinstance(name, str):
-        raise UsageError(
-            f"name {name!r} must be text, min_peers {min_peers!r} a whole number and timeout_s {timeout_s!r} a number"
-        )
-    if not 1 <= min_peers <= limits.MESH_MEMBERS_MAX_COUNT:
-        raise UsageError(f"min_peers is {min_peers}; it must be from 1 to {limits.MESH_MEMBERS_MAX_COUNT}")
-    if not 0 < timeout_s <= limits.TIMEOUT_MAX_S:
-        raise UsageError(f"timeout_s is {timeout_s}; it must be positive and at most {limits.TIMEOUT_MAX_S:g}")
+    if not isinstance(name, str):
+        raise UsageError(f"name is {name!r}; it must be text")
+    _check_terms(min_peers, timeout_s)
     join, listen = _texts("join", join), _texts("listen", listen if listen is not None else _DEFAULT_LISTEN)
     if not listen:
         raise UsageError("listen is empty; give an address to listen on, or leave it out")
@@ -281,24 +318,27 @@ def open_mesh(
 @asynccontextmanager
 async def _open(config: NodeConfig, timeout_s: float, kinds: Sequence[str] | None) -> AsyncIterator[AsyncMesh]:
     with bare_errors():
-        async with open_node(config) as node:
-            deadline = trio.current_time() + timeout_s
-            connector = LinkConnector(
-                node.fabric, mesh_id=node.secrets.mesh_id, authorize=node.membership.is_admitted, kinds=kinds
-            )
-            async with connector, trio.open_nursery() as nursery:
-                follower = ViewFollower(node.membership, connector.connect, connector.memory)
-                await nursery.start(follower.run)
-                try:
-                    await _await_view(node, follower, deadline, timeout_s)
-                    mesh = AsyncMesh(node, connector, follower)
-                    _meshes.add(mesh)
-                    yield mesh
-                finally:
-                    if follower.group is not None:
-                        follower.group.close()
-                    await node.membership.leave()
-                    nursery.cancel_scope.cancel()
+        async with trio.open_nursery() as nursery:
+
+            async def begin(config: NodeConfig, timeout_s: float) -> Life:
+                life: Life = await nursery.start(live, config, timeout_s, kinds)
+                return life
+
+            mesh = AsyncMesh(await begin(config, timeout_s), begin, timeout_s)
+            _meshes.add(mesh)
+            try:
+                yield mesh
+            finally:
+                await mesh._life.end()
+
+
+def _check_terms(min_peers: object, timeout_s: object) -> None:
+    if not isinstance(min_peers, int) or not isinstance(timeout_s, (int, float)):
+        raise UsageError(f"min_peers is {min_peers!r} and timeout_s {timeout_s!r}; give a whole number and seconds")
+    if not 1 <= min_peers <= limits.MESH_MEMBERS_MAX_COUNT:
+        raise UsageError(f"min_peers is {min_peers}; it must be from 1 to {limits.MESH_MEMBERS_MAX_COUNT}")
+    if not 0 < timeout_s <= limits.TIMEOUT_MAX_S:
+        raise UsageError(f"timeout_s is {timeout_s}; it must be positive and at most {limits.TIMEOUT_MAX_S:g}")
 
 
 def _texts(what: str, given: object) -> Sequence[str]:
@@ -321,40 +361,6 @@ def _resolve_invites(name: str, key: MeshKey | None, join: Sequence[str]) -> tup
                 raise UsageError(f"the invite to {name!r} holds another key than the one given")
             key = key or invite.key
     return name, key, join
-
-
-async def _await_view(node: MeshNode, follower: ViewFollower, deadline: float, timeout_s: float) -> None:
-    """Wait until this process has entered a view. Raises JoinTimeoutError, or what has ended the first one."""
-    refusals: dict[str, str] = {}
-
-    async def note_refusals() -> None:
-        with node.membership.events() as events:
-            async for event in events:
-                if isinstance(event, PeerRefused) and event.wrong_key:
-                    refusals[event.peer_id] = event.reason
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(note_refusals)
-        with trio.move_on_at(deadline):
-            await follower.entered.wait()
-        nursery.cancel_scope.cancel()
-    if follower.failure is not None:
-        raise follower.failure
-    if follower.entered.is_set():
-        return
-    if follower.views:
-        view = follower.views[max(follower.views)]
-        raise JoinTimeoutError(
-            f"mesh {node.config.mesh!r} has a view of {view.size} members with this process, but not all of them were"
-            f" connected in {timeout_s:g} s; raise timeout_s"
-        )
-    lines = [
-        f"mesh {node.config.mesh!r} did not form in {timeout_s:g} s: {node.membership.state_of_play()}",
-        "start more processes, lower min_peers, or raise timeout_s",
-        *list(refusals.values())[:3],
-        *node.discovery.status(),
-    ]
-    raise JoinTimeoutError("; ".join(lines))
 
 
 def _close_in_child() -> None:

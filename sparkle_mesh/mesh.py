@@ -73,6 +73,25 @@ class Mesh(Collectives):
 
     leave = close
 
+    def rejoin(self, *, min_peers: int | None = None, timeout_s: float | None = None) -> None:
+        """Become a member once more, as a new one, and return when there is a view; see :meth:`AsyncMesh.rejoin`.
+
+        Examples
+        --------
+        >>> import numpy as np, sparkle_mesh as sparkle
+        >>> with sparkle.join("my-run", min_peers=1, lan=False) as mesh:
+        ...     mesh.rejoin()
+        ...     mesh.all_reduce(np.ones(2))
+        array([1., 1.])
+        """
+
+        async def rejoin() -> None:
+            await self._mesh.rejoin(min_peers=min_peers, timeout_s=timeout_s)
+            # Its callbacks are told, whatever number the view has.
+            self._told_epoch = -1
+
+        self._call(rejoin)
+
     @property
     def rank(self) -> int:
         """This process's position in the view, from 0."""
