@@ -22,7 +22,7 @@ from sparkle_mesh.collectives.group_views import GroupViews
 from sparkle_mesh.state_chunks import StateChunks
 from sparkle_mesh.view_follower import ViewFollower
 
-SEEDS = range(16)
+SEEDS = range(24)
 
 
 def run(seed: int) -> World:
@@ -46,7 +46,7 @@ def test_fixed_seeds_hold_the_invariants(part: int) -> None:
 
 @pytest.mark.timeout(120)
 def test_one_seed_is_one_trace_in_any_process() -> None:
-    program = "from simulations.nodes import World; w = World(5); w.run(); print(*w.trace, sep=chr(10))"
+    program = "from simulations.nodes import World; w = World(0); w.run(); print(*w.trace, sep=chr(10))"
     root = Path(nodes.__file__).parents[1]
     traces = {
         subprocess.run(
@@ -60,7 +60,7 @@ def test_one_seed_is_one_trace_in_any_process() -> None:
         ).stdout
         for seed in ("1", "2")
     }
-    assert traces == {"\n".join(run(5).trace) + "\n"}
+    assert traces == {"\n".join(run(0).trace) + "\n"}
 
 
 # --- Deliberate bugs, one at a time ------------------------------------------------------------------
@@ -158,7 +158,7 @@ class LinksLostAmidEntry(World):
 
 @pytest.mark.timeout(120)
 def test_links_that_are_lost_while_a_view_is_entered_lead_to_another_view() -> None:
-    for seed in range(12):
+    for seed in range(8):
         LinksLostAmidEntry(seed).run()
 
 
