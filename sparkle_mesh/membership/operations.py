@@ -96,7 +96,8 @@ class OpenOperations:
         What comes after one that is open goes on to be named: if that is repeated, who joins comes to both.
         """
         stream = committed >> SEQUENCE_BITS
-        named = sorted(number for number in self._states if number >> SEQUENCE_BITS == stream)
+        # A copy: threads that carry out collectives by themselves enter theirs here, too.
+        named = sorted(number for number in list(self._states) if number >> SEQUENCE_BITS == stream)
         for number in named:
             if number not in self._aborted and number not in self._settled:
                 break
