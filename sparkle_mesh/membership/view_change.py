@@ -147,7 +147,8 @@ class ViewChange(BallotMachine[Member, Instruction]):
         #: Whether candidates are taken in now.
         self.admits = True
         self._me = me
-        self._suspected: dict[Member, None] = {}
+        #: And whether it waited to be taken in when suspicion began.
+        self._suspected: dict[Member, bool] = {}
         #: Who wants to be in no further view.
         self.leaving: set[Member] = set()
         self._joiners: dict[Member, None] = {}
@@ -170,11 +171,11 @@ class ViewChange(BallotMachine[Member, Instruction]):
 
     def suspect(self, member: Member, *, now: float) -> list[Instruction]:
         """``member`` is believed to be gone; it may be one of a view that this process has not come to."""
-        self._joiners.pop(member, None)
+        waited = self._joiners.pop(member, member) is None
         if member == self._me or member in self._suspected:
             return []
         self._note(now, f"suspects {member.peer_id}")
-        self._suspected[member] = None
+        self._suspected[member] = waited
         while len(self._suspected) > limits.MEMBERS_SUSPECTED_MAX_COUNT:
             self._suspected.pop(next(old for old in self._suspected if old not in self.view.members))
         # A proposal may have waited for this one alone.
@@ -184,7 +185,9 @@ class ViewChange(BallotMachine[Member, Instruction]):
         """``member`` has shown that it is there."""
         if member in self._suspected:
             self._note(now, f"trusts {member.peer_id}")
-            del self._suspected[member]
+            if self._suspected.pop(member) and member not in self.view.members:
+                # It waits still.
+                self._joiners[member] = None
         # It may have missed what was chosen meanwhile.
         return [SendTo(member, chosen) for chosen in self._chosen]
 
