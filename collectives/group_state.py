@@ -324,30 +324,34 @@ class GroupState:
 
     def cancel(self, operation: Operation) -> None:
         """Give ``operation`` up on all ranks; if it has gone too far for that, let it go on."""
-        if operation.finished.is_set() or operation.sent_prepared:
-            return
-        if operation.one_sided and self._host is not None and not self._host.try_to_abort(operation):
-            return
-        self._give_up(operation, None)
+        if not operation.finished.is_set() and self._is_mine_to_abort(operation):
+            self._abort_for_caller(operation, None)
+
+    def _is_mine_to_abort(self, operation: Operation) -> bool:
+        """Whether no rank can have committed ``operation``; over shared memory none can from then on."""
+        if operation.sent_prepared:
+            return False
+        return not operation.one_sided or self._host is None or self._host.try_to_abort(operation)
 
     def _give_up(self, operation: Operation, timed_out: str | None) -> None:
         """The caller stops waiting: because it was cancelled, or because time ran out."""
-        what = f"{operation.begin.description}, call number {operation.sequence},"
-        one_sided = operation.one_sided and self._host is not None
-        if operation.sent_prepared or (self._host is not None and one_sided and not self._host.try_to_abort(operation)):
-            if one_sided:
-                text = (
-                    f"{what} was given up when all had begun to write its result: what its arrays hold is undefined "
-                    f"({self._who_is_missing(operation)})"
-                )
-            else:
-                text = (
-                    f"{what} was given up when this rank held the result and others may have returned with it already"
-                )
-            self._end(OutcomeUnknownError(f"{text}; this rank has left: join again and synchronise"))
-            for rank in self._exchanges:
-                self.peer_lost(rank, "this rank has left")
+        if self._is_mine_to_abort(operation):
+            self._abort_for_caller(operation, timed_out)
             return
+        what = f"{operation.begin.description}, call number {operation.sequence},"
+        if operation.one_sided and self._host is not None:
+            text = (
+                f"{what} was given up when all had begun to write its result: what its arrays hold is undefined "
+                f"({self._who_is_missing(operation)})"
+            )
+        else:
+            text = f"{what} was given up when this rank held the result and others may have returned with it already"
+        self._end(OutcomeUnknownError(f"{text}; this rank has left: join again and synchronise"))
+        for rank in self._exchanges:
+            self.peer_lost(rank, "this rank has left")
+
+    def _abort_for_caller(self, operation: Operation, timed_out: str | None) -> None:
+        what = f"{operation.begin.description}, call number {operation.sequence},"
         operation.given_up = not operation.ledger.abort(operation.number, told=True)
         if operation.given_up:
             # The view ends: the next one gets to hear of it, when this would have begun again.

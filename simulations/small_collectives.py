@@ -5,6 +5,7 @@ Each process has several streams of them: among all members, some of which may n
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,11 +15,10 @@ from typing import Final
 from simulations.network import Counts, Network
 from sparkle_mesh import limits
 from sparkle_mesh.membership.messages import OperationList, OperationState
-from sparkle_mesh.membership.operations import SEQUENCE_BITS, SEQUENCE_MASK, OpenOperations, is_routed
+from sparkle_mesh.membership.operations import SEQUENCE_BITS, OpenOperations, is_routed
 from sparkle_mesh.membership.view import Member, View
 from sparkle_mesh.membership.view_change import ViewChange
 
-STEPS_MAX_COUNT = 10**6
 #: Among all: this one's collectives are repeated after a loss, and some of the other's are not.
 REPEATED: Final = 0
 ONCE: Final = 1
@@ -137,7 +137,7 @@ def members_in(view: View, number: int) -> tuple[Member, ...]:
     return tuple(view.members[rank] for rank in route) if route else view.members
 
 
-class SmallCollectives(Network):
+class SmallCollectives(Network, ABC):
     """A world whose processes do one collective after the other in each stream, in whatever view they are."""
 
     def __init__(self, seed: int) -> None:
@@ -149,9 +149,9 @@ class SmallCollectives(Network):
         self.in_flight = self.random.choice([1, 1, 3])
         self.pairs = self.random.random() < 0.2
 
+    @abstractmethod
     def schedule_tick(self, process: Process) -> None:
         """Let the machine do what is due, when it is."""
-        raise NotImplementedError
 
     def begin_all(self, process: Process) -> None:
         """Begin again what is to be repeated, and with what comes next in every stream."""
@@ -192,7 +192,7 @@ class SmallCollectives(Network):
             process.inbox.append(partial(self.begin, process, epoch, number))
             return
         stream = number >> SEQUENCE_BITS
-        if number & SEQUENCE_MASK > STEPS_MAX_COUNT or number in process.heard:
+        if number in process.heard:
             return
         while number in process.settled:
             process.ended[key_of(number, epoch)] = process.settled.pop(number)

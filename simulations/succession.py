@@ -20,20 +20,12 @@ import msgspec
 from simulations.network import InvariantBroken
 from simulations.small_collectives import Ending, Exercised, Process, SmallCollectives, key_of
 from sparkle_mesh import limits
+from sparkle_mesh.membership.instructions import Entered, Excluded, Frozen, Instruction, QuorumMissing, SendTo
 from sparkle_mesh.membership.messages import Accept, Agreement, Chosen, Declined, OperationList, Prepare, Promise
 from sparkle_mesh.membership.operations import SEQUENCE_BITS, is_routed
 from sparkle_mesh.membership.succession import joins
 from sparkle_mesh.membership.view import Member, View, first_view
-from sparkle_mesh.membership.view_change import (
-    Entered,
-    Excluded,
-    Frozen,
-    Instruction,
-    QuorumMissing,
-    SendTo,
-    ViewChange,
-    is_quorum,
-)
+from sparkle_mesh.membership.view_change import ViewChange, is_quorum
 
 __all__ = ["Exercised", "InvariantBroken", "World"]
 
@@ -41,6 +33,8 @@ MESH_ID = b"views that follow views 32 bytes"
 FAULTS_UNTIL_S = 20.0
 ENDS_AT_S = 300.0
 LOOK_INTERVAL_S = 10.0
+#: Of operations that a member names when a view is entered: those in flight in three streams, and what ended amid them.
+NAMED_MAX_COUNT = 30
 #: Where tables are small: room for all that is open, and little more.
 SMALL_LIMITS = {
     "OPERATIONS_OPEN_MAX_COUNT": 10,
@@ -229,8 +223,6 @@ class World(SmallCollectives):
     def _trust(self, process: Process, other: Process) -> None:
         if other.runs and not other.asleep and (process.member, other.member) not in self.severed:
             self._tell(process, lambda machine: machine.trust(other.member, now=self.now_of(process)))
-            if other.machine is None:
-                self._introduce(process, other)
 
     def _cut(self, process: Process) -> None:
         """Part of the processes lose the others, in one direction or both, for a while."""
@@ -391,7 +383,7 @@ class World(SmallCollectives):
         self.exercised.views += 1
         self.note(f"{process.member.peer_id} enters epoch {view.epoch}: {[m.peer_id for m in view.members]}")
         self._settle(process, view, outcomes)
-        if len(process.operations.standing().operations) > limits.OPERATIONS_PER_PROMISE_MAX_COUNT:
+        if len(process.operations.standing().operations) > NAMED_MAX_COUNT:
             raise self.broken(f"{process.member.peer_id} names ever more operations")
         self._suspect_the_dead(process, view)
         process.lost_quorum = False

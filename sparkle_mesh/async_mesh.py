@@ -50,13 +50,13 @@ class AsyncMesh(AsyncCollectives):
     """
 
     def __init__(self, life: Life, begin: Callable[[NodeConfig, float], Awaitable[Life]], timeout_s: float) -> None:
-        self._begin, self._timeout_s = begin, timeout_s
+        self._config, self._begin, self._timeout_s = life.config, begin, timeout_s
         self._process = os.getpid()
         self._callbacks: list[Callable[[View], object]] = []
         self._rejoining = trio.Lock()
-        self._live(life)
+        self._take_up(life)
 
-    def _live(self, life: Life) -> None:
+    def _take_up(self, life: Life) -> None:
         self._life = life
         self._node, self._connector, self._follower = life.node, life.connector, life.follower
         self._group = life.group
@@ -121,7 +121,7 @@ class AsyncMesh(AsyncCollectives):
             If no view formed in time; it can be called again.
         """
         self._check_process()
-        config = self._life.config
+        config = self._config
         min_peers = config.min_peers if min_peers is None else min_peers
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         _check_terms(min_peers, timeout_s)
@@ -133,7 +133,7 @@ class AsyncMesh(AsyncCollectives):
             life = await self._begin(
                 replace(config, identity=Identity.generate(), min_peers=min_peers, join=tuple(join)), timeout_s
             )
-            self._live(life)
+            self._take_up(life)
         self._view_shown()
 
     @property

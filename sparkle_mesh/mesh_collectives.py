@@ -62,11 +62,7 @@ class PendingReduction(Generic[D]):
         return self._pending.outcome
 
     def cancel(self) -> None:
-        """Give the reduction up, on all ranks, if it has not gone too far: :meth:`wait` tells how it has ended.
-
-        It raises CollectiveAbortedError on all of them, with their arrays as they were; or, where this rank had its
-        whole result already, returns that on all of them. One that has yet to begin is given up in its turn.
-        """
+        """Give the reduction up, on all ranks or on none; see :meth:`.AsyncPendingReduction.cancel`."""
 
         async def cancel() -> None:
             self._pending.cancel()

@@ -25,9 +25,9 @@ from sparkle_mesh.errors import (
     SparkleError,
     UnreachableError,
 )
+from sparkle_mesh.membership.instructions import Entered, Excluded, QuorumMissing
 from sparkle_mesh.membership.service import MembershipService, PeerAdmitted
 from sparkle_mesh.membership.view import Member, View
-from sparkle_mesh.membership.view_change import Entered, Excluded, QuorumMissing
 from sparkle_mesh.transport.link import Link
 from sparkle_mesh.transport.shared_memory import SharedMemory
 

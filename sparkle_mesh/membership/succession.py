@@ -12,18 +12,11 @@ from typing import TypeAlias
 import trio
 
 from sparkle_mesh.fabric.interface import PeerId
+from sparkle_mesh.membership.instructions import Entered, Excluded, Frozen, Instruction, QuorumMissing, SendTo
 from sparkle_mesh.membership.messages import Agreement, Chosen
 from sparkle_mesh.membership.operations import OpenOperations
 from sparkle_mesh.membership.view import Member, View
-from sparkle_mesh.membership.view_change import (
-    Entered,
-    Excluded,
-    Frozen,
-    Instruction,
-    QuorumMissing,
-    SendTo,
-    ViewChange,
-)
+from sparkle_mesh.membership.view_change import ViewChange
 
 logger = logging.getLogger(__name__)
 

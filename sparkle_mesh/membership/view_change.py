@@ -26,10 +26,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from sparkle_mesh import limits
 from sparkle_mesh.membership.ballots import BallotMachine
+from sparkle_mesh.membership.instructions import (
+    Entered,
+    Excluded,
+    Frozen,
+    Instruction,
+    QuorumMissing,
+    SendTo,
+)
 from sparkle_mesh.membership.messages import (
     Accept,
     Accepted,
@@ -44,56 +52,6 @@ from sparkle_mesh.membership.messages import (
 )
 from sparkle_mesh.membership.operations import OpenOperations, Standing, decide
 from sparkle_mesh.membership.view import Member, View
-
-
-@dataclass(frozen=True, slots=True)
-class SendTo:
-    """Send ``message`` to ``member``."""
-
-    member: Member
-    message: Agreement
-
-
-@dataclass(frozen=True, slots=True)
-class Frozen:
-    """The epoch of ``view`` ends: nothing is prepared or committed in it any more, and so ``operations`` stand."""
-
-    view: View
-    operations: OperationList
-
-
-@dataclass(frozen=True, slots=True)
-class Entered:
-    """``view`` was chosen, with this process in it, and so were the ``outcomes`` of what was open in the one before.
-
-    Members that come in begin after ``streams``.
-    """
-
-    view: View
-    outcomes: OperationList
-    streams: StreamCounts = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Excluded:
-    """``view`` was chosen without this process: it is a member no more.
-
-    What was open ends as for the others, by ``outcomes``; None if views were missed, so that nobody can tell any more.
-    """
-
-    view: View
-    outcomes: OperationList | None
-
-
-@dataclass(frozen=True, slots=True)
-class QuorumMissing:
-    """Too few members of ``view`` are left, or none of them can be reached: these are the ``missing`` ones."""
-
-    view: View
-    missing: tuple[Member, ...]
-
-
-Instruction: TypeAlias = SendTo | Frozen | Entered | Excluded | QuorumMissing
 
 
 def is_quorum(view: View, members: Iterable[Member]) -> bool:
@@ -172,6 +130,8 @@ class ViewChange(BallotMachine[Member, Instruction]):
     def suspect(self, member: Member, *, now: float) -> list[Instruction]:
         """``member`` is believed to be gone; it may be one of a view that this process has not come to."""
         waited = self._joiners.pop(member, member) is None
+        if member in self._suspected:
+            self._suspected[member] |= waited
         if member == self._me or member in self._suspected:
             return []
         self._note(now, f"suspects {member.peer_id}")
@@ -206,6 +166,8 @@ class ViewChange(BallotMachine[Member, Instruction]):
 
     def settled_elsewhere(self, member: Member, *, now: float) -> list[Instruction]:
         """A process that wanted to be a member is one of another mesh of this name."""
+        if member in self._suspected:
+            self._suspected[member] = False
         if self._joiners.pop(member, member) is None:
             self._note(now, f"{member.peer_id} is in another lineage")
         return []

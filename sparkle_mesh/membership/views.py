@@ -19,11 +19,11 @@ from sparkle_mesh.membership import formation
 from sparkle_mesh.membership.channel import PeerChannel
 from sparkle_mesh.membership.events import MembershipEvent, ViewChanged
 from sparkle_mesh.membership.formation import Candidate, Formation
+from sparkle_mesh.membership.instructions import Entered
 from sparkle_mesh.membership.messages import Accept, Agreement, Chosen, Leaving, Role
 from sparkle_mesh.membership.operations import OpenOperations
 from sparkle_mesh.membership.succession import Change, Succession, joins
 from sparkle_mesh.membership.view import Member
-from sparkle_mesh.membership.view_change import Entered
 
 logger = logging.getLogger(__name__)
 

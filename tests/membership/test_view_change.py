@@ -9,18 +9,11 @@ import msgspec
 import pytest
 
 from sparkle_mesh import limits
+from sparkle_mesh.membership.instructions import Entered, Excluded, Frozen, QuorumMissing, SendTo
 from sparkle_mesh.membership.messages import Accept, Accepted, Ballot, Chosen, Declined, Prepare, Promise
 from sparkle_mesh.membership.operations import OpenOperations, decide
 from sparkle_mesh.membership.view import Member, View, first_view
-from sparkle_mesh.membership.view_change import (
-    Entered,
-    Excluded,
-    Frozen,
-    QuorumMissing,
-    SendTo,
-    ViewChange,
-    is_quorum,
-)
+from sparkle_mesh.membership.view_change import ViewChange, is_quorum
 
 BETWEEN_TWO = (limits.COLLECTIVE_STREAM_NUMBERS_COUNT + 9) << 32
 MEMBERS = [Member(peer_id=f"peer-{number}", incarnation=bytes([number]) * 16) for number in range(6)]
@@ -234,6 +227,26 @@ def test_suspicions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         each.suspect(Member(peer_id=f"other-{number}", incarnation=bytes(16)), now=1.0)
     assert len(each._suspected) == 3
     assert MEMBERS[1] in each._suspected
+
+
+def test_who_waits_is_taken_in_though_it_was_suspected_meanwhile() -> None:
+    one, (waits, elsewhere) = machine(0), MEMBERS[3:5]
+    for newcomer in (waits, elsewhere):
+        one.candidate_came(newcomer, now=0.0)
+        one.suspect(newcomer, now=1.0)
+        one.suspect(newcomer, now=1.0)
+    assert one.candidate_count == 0
+    one.settled_elsewhere(elsewhere, now=2.0)
+    for newcomer in (waits, elsewhere):
+        one.trust(newcomer, now=3.0)
+    assert one.candidate_count == 1
+    # It comes again while it is suspected, is suspected again, and trusted.
+    one.settled_elsewhere(waits, now=4.0)
+    one.suspect(waits, now=4.0)
+    one.candidate_came(waits, now=5.0)
+    one.suspect(waits, now=5.0)
+    one.trust(waits, now=6.0)
+    assert one.candidate_count == 1
 
 
 def test_operations_go_one_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -272,6 +272,17 @@ def a_newcomer_begins_with_what_was_given_up_before(patch: pytest.MonkeyPatch) -
 
 
 @bug
+def who_waits_is_forgotten_when_it_is_suspected(patch: pytest.MonkeyPatch) -> None:
+    def trust(self: ViewChange, member: Member, *, now: float) -> Any:
+        if member in self._suspected:
+            self._suspected[member] = False
+        return original(self, member, now=now)
+
+    original = ViewChange.trust
+    patch.setattr(ViewChange, "trust", trust)
+
+
+@bug
 def who_leaves_with_the_view_that_it_proposed_is_not_believed(patch: pytest.MonkeyPatch) -> None:
     def deliver(self: World, sender: Member, receiver: Member, message: Any) -> None:
         if isinstance(message, Chosen) and sender not in message.view.members:
