@@ -124,6 +124,8 @@ class GroupState:
         self.is_over = False
         #: By stream: operations that must begin again before others may.
         self._repeats: dict[Stream, list[int]] = {}
+        #: Those whose callers have stopped waiting while the view ended.
+        self._given_up: dict[int, Operation] = {}
         #: What ended before this rank came to it.
         self._settled: dict[int, SparkleError | None] = {}
         #: Set, and replaced, when what operations wait for to begin may have changed.
@@ -352,9 +354,9 @@ class GroupState:
 
     def _abort_for_caller(self, operation: Operation, timed_out: str | None) -> None:
         what = f"{operation.begin.description}, call number {operation.sequence},"
-        operation.given_up = not operation.ledger.abort(operation.number, told=True)
-        if operation.given_up:
+        if not operation.ledger.abort(operation.number, told=True):
             # The view ends: the next one gets to hear of it, when this would have begun again.
+            self._given_up[operation.number] = operation
             missing = f": {self._who_is_missing(operation)}" if timed_out else ""
             ended = f"did not finish {timed_out}{missing}" if timed_out else "was cancelled"
             kind = CollectiveTimeoutError if timed_out else CollectiveAbortedError

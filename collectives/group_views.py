@@ -12,7 +12,7 @@ Another view is agreed on elsewhere; this is what it means for the operations of
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -97,7 +97,9 @@ class GroupViews(GroupThreads):
                 self._settle(operation, ends, lost)
         if self._host is not None:
             self._host.wake()
-        self._note_repeats(repeats)
+        given_up, self._given_up = self._given_up, {}
+        repeats += [operation for number, operation in given_up.items() if outcomes.get(number) == "repeat"]
+        self._note_repeats(repeats, given_up)
         waiting = {number for numbers in self._repeats.values() for number in numbers}
         for number, ends in outcomes.items():
             if number in self._settled or ends not in ("aborted", "lost"):
@@ -129,12 +131,12 @@ class GroupViews(GroupThreads):
         else:
             operation.fail(OutcomeUnknownError(f"{what} ended as {ends}, which this rank cannot follow"))
 
-    def _note_repeats(self, operations: Iterable[Operation]) -> None:
+    def _note_repeats(self, operations: Iterable[Operation], given_up: Container[int]) -> None:
         """These begin again, in the order in which they had begun; whoever has given up makes way for the next."""
         for operation in sorted(operations, key=lambda one: one.number):
             stream = Stream(operation.begin.tag)
             self._repeats.setdefault(stream, []).append(operation.number)
-            if operation.given_up:
+            if operation.number in given_up:
                 self._abandon(stream, None, operation.number)
 
     async def _until_nothing_is_hosted(self, operation: Operation | None) -> None:

@@ -79,8 +79,6 @@ class Operation:
     ledger: Ledger = field(default_factory=OneView)
     #: Why it will have failed, if the next view says that it has.
     hint: SparkleError | None = None
-    #: Whether its caller has stopped waiting while the view ended.
-    given_up: bool = False
     #: How long it took, where that is known before its caller is told.
     seconds: float = 0.0
     #: Who the ranks are.

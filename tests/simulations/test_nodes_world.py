@@ -121,7 +121,7 @@ def newcomers_count_from_the_beginning(patch: pytest.MonkeyPatch) -> None:
 
 @bug
 def what_is_repeated_waits_for_nobody(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(GroupViews, "_note_repeats", lambda self, operations: None)
+    patch.setattr(GroupViews, "_note_repeats", lambda self, operations, given_up: None)
 
 
 @bug
@@ -160,6 +160,11 @@ class LinksLostAmidEntry(World):
 def test_links_that_are_lost_while_a_view_is_entered_lead_to_another_view() -> None:
     for seed in range(8):
         LinksLostAmidEntry(seed).run()
+
+
+def test_what_is_given_up_while_its_view_ends_is_given_up_in_the_next_as_well() -> None:
+    """Whoever stops waiting just then makes way for what comes after it, and tells the others, who repeat it."""
+    run(70116)
 
 
 class ViewsAmidEntry(World):
