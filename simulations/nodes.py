@@ -3,9 +3,9 @@
 One seed runs N nodes in one trio run whose clock jumps from event to event: every node's production
 :class:`~sparkle_mesh.membership.service.MembershipService`, :class:`~sparkle_mesh.view_follower.ViewFollower` with its
 group of collectives, and :class:`~sparkle_mesh.synchronization.Synchronizer`, over a simulated control plane and
-simulated links with delay and rate. Nodes train; they crash, lose links, are cut off, leave, give calls up, and come
-back as new ones. After every collective its sum is checked against what its contributors put in, and against what
-others have of the same operation; then faults stop, and all must make progress together.
+simulated links with delay and rate. Nodes train; they crash, stop running for a while, lose links, are cut off,
+leave, give calls up, and come back as new ones. After every collective its sum is checked against what its contributors
+put in, and against what others have of the same operation; then faults stop, and all must make progress together.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import trio
 import trio.testing
 
 from simulations.network import Counts, InvariantBroken
+from simulations.pauses import Pauses
 from sparkle_mesh import limits
 from sparkle_mesh.collectives.group import CollectiveGroup
 from sparkle_mesh.errors import (
@@ -64,6 +65,7 @@ class Exercised(Counts):
     joins: int = 0
     leaves: int = 0
     cancels: int = 0
+    pauses: int = 0
     views: int = 0
     reductions: int = 0
     lost_calls: int = 0
@@ -124,14 +126,16 @@ class World:
         self.exercised = Exercised()
         self.trace: list[str] = []
         draw = self.random.choice
-        self.count = draw([2, 3, 3, 4, 4, 5, 6, 8, 12, 16])
+        # The largest take as long as dozens of the others.
+        self.count = draw([*[2, 3, 3, 4, 4, 5, 6, 8] * 5, 12, 16])
         self._delay_s = draw([0.0005, 0.005, 0.05])
         self._rate = draw([None, 1e6, 1e8])
         # Many nodes do less each.
         self._compute_s = draw([0.1, 0.5, 1.5]) if self.count < 8 else 1.5
         self._rates = {
-            name: draw([0.0, 0.3, 1.0]) for name in ("crash", "drop", "partition", "join", "leave", "cancel")
+            name: draw([0.0, 0.3, 1.0]) for name in ("crash", "drop", "partition", "join", "leave", "cancel", "pause")
         }
+        self._pauses = Pauses()
         self._nodes: list[Node] = []
         self._lives = 0
         self._wanted: dict[tuple[str, str], _Wanted] = {}
@@ -146,7 +150,7 @@ class World:
 
     def run(self) -> None:
         """Run to the end; raise InvariantBroken if a check fails."""
-        with deterministic_scheduling(self.seed):
+        with deterministic_scheduling(self.seed), self._pauses.installed():
             trio.run(self._main, clock=trio.testing.MockClock(autojump_threshold=0))
         if self._failure is not None:
             raise self._failure
@@ -161,9 +165,11 @@ class World:
             nursery.start_soon(self._do_damage)
             with trio.move_on_at(trio.current_time() + ENDS_AT_S):
                 await self._until_all_is_well()
+                self._pauses.resume_all()
                 nursery.cancel_scope.cancel()
             if not nursery.cancel_scope.cancel_called:
                 self._break(f"after {ENDS_AT_S:g} s {self._what_is_missing()}")
+            self._pauses.resume_all()
             nursery.cancel_scope.cancel()
 
     async def _until_all_is_well(self) -> None:
@@ -199,6 +205,7 @@ class World:
 
     async def _live(self, name: str, min_peers: int, *, task_status: trio.TaskStatus[Node]) -> None:
         entropy = SeededEntropy(random.Random(self.random.random()))
+        self._pauses.adopt(name)
         with trio.CancelScope() as scope, suppress(ClosedError), bare_errors():
             async with self._network.open(name) as fabric, trio.open_nursery() as nursery:
                 service = MembershipService(
@@ -343,6 +350,8 @@ class World:
             for name, damage in (("crash", self._crash), ("drop", self._drop_link), ("leave", self._leave)):
                 if self.random.random() < self._rates[name] * 0.15:
                     damage(self.random.choice(alive))
+            if self.random.random() < self._rates["pause"] * 0.15:
+                self._nursery.start_soon(self._pause, self.random.choice(alive))
             if self.random.random() < self._rates["partition"] * 0.1:
                 await self._partition(alive)
             room = len([node for node in self._nodes if node.alive]) < self.count + 2
@@ -350,6 +359,7 @@ class World:
                 self.exercised.joins += 1
                 await self._start(NEVER)
         self._network.heal()
+        self._pauses.resume_all()
         for node in self._nodes:
             for link in node.links:
                 link.heal()
@@ -371,7 +381,16 @@ class World:
         for _ in range(self.count):
             await self._start(self.count)
 
+    async def _pause(self, node: Node) -> None:
+        if node.alive and self._pauses.pause(node.name):
+            self.note(f"{node.name} stops running")
+            self.exercised.pauses += 1
+            await trio.sleep(self.random.choice([0.2, 2.0, 8.0, 20.0]))
+            self.note(f"{node.name} goes on")
+            self._pauses.resume(node.name)
+
     def _end(self, node: Node) -> None:
+        self._pauses.resume(node.name)
         node.alive = False
         for link in node.links:
             link.drop()
