@@ -11,8 +11,8 @@ put in, and against what others have of the same operation; then faults stop, an
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
@@ -24,7 +24,7 @@ import trio
 import trio.testing
 
 from simulations.network import Counts, InvariantBroken
-from simulations.pauses import Pauses
+from simulations.scheduling import Pauses, SeededEntropy, deterministic_scheduling
 from sparkle_mesh import limits
 from sparkle_mesh.collectives.group import CollectiveGroup
 from sparkle_mesh.errors import (
@@ -32,8 +32,10 @@ from sparkle_mesh.errors import (
     CollectiveAbortedError,
     CollectiveTimeoutError,
     LinkClosedError,
+    MeshMergedError,
     OutcomeUnknownError,
     PeerLostError,
+    QuorumLostError,
     UnreachableError,
 )
 from sparkle_mesh.fabric.memory import MemoryFabric, MemoryFabricNetwork
@@ -46,7 +48,7 @@ from sparkle_mesh.transport.link import Link
 from sparkle_mesh.transport.memory import MemoryLink, memory_link_pair
 from sparkle_mesh.view_follower import ViewFollower
 
-FAULTS_UNTIL_S = 25.0
+FAULTS_UNTIL_S = 15.0
 ENDS_AT_S = 400.0
 #: What all that are left must do together after the last fault.
 STEPS_AFTER_COUNT = 4
@@ -70,22 +72,9 @@ class Exercised(Counts):
     reductions: int = 0
     lost_calls: int = 0
     excluded: int = 0
+    forks: int = 0
+    merged: int = 0
     synchronized: int = 0
-
-
-class SeededEntropy:
-    """Random bytes and fractions that follow from the seed."""
-
-    def __init__(self, source: random.Random) -> None:
-        self._random = source
-
-    def token(self, nbytes: int) -> bytes:
-        """Return ``nbytes`` bytes."""
-        return self._random.randbytes(nbytes)
-
-    def uniform(self, low: float, high: float) -> float:
-        """Return a number in ``[low, high)``."""
-        return self._random.uniform(low, high)
 
 
 @dataclass(slots=True)
@@ -96,11 +85,23 @@ class Node:
     fabric: MemoryFabric
     service: MembershipService
     scope: trio.CancelScope
+    min_peers: int
     follower: ViewFollower | None = None
     links: list[MemoryLink] = field(default_factory=list)
     alive: bool = True
     leaving: bool = False
     steps_after: int = 0
+
+    @property
+    def merged_into(self) -> bytes | None:
+        """The lineage because of which that of this node has dissolved."""
+        verdict = self.service.verdict
+        return None if verdict is None else verdict.into
+
+    @property
+    def is_member(self) -> bool:
+        """Whether it is in a view, or was."""
+        return self.follower is not None and self.follower.group is not None
 
     @property
     def group(self) -> CollectiveGroup:
@@ -133,7 +134,8 @@ class World:
         # Many nodes do less each.
         self._compute_s = draw([0.1, 0.5, 1.5]) if self.count < 8 else 1.5
         self._rates = {
-            name: draw([0.0, 0.3, 1.0]) for name in ("crash", "drop", "partition", "join", "leave", "cancel", "pause")
+            name: draw([0.0, 0.3, 1.0])
+            for name in ("crash", "drop", "partition", "join", "leave", "cancel", "pause", "fork")
         }
         self._pauses = Pauses()
         self._nodes: list[Node] = []
@@ -143,6 +145,8 @@ class World:
         self._results: dict[tuple[bytes, int], tuple[bytes, tuple[Member, ...]]] = {}
         self._states: dict[tuple[bytes, int], bytes] = {}
         self._views: set[tuple[bytes, int]] = set()
+        #: By lineage that has dissolved: the one that it had met.
+        self._dissolved: dict[bytes, bytes] = {}
         self._failure: InvariantBroken | None = None
         self._quiet = False
 
@@ -160,8 +164,7 @@ class World:
         self._stepped = trio.Event()
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
-            for _ in range(self.count):
-                await self._start(self.count)
+            await self._begin()
             nursery.start_soon(self._do_damage)
             with trio.move_on_at(trio.current_time() + ENDS_AT_S):
                 await self._until_all_is_well()
@@ -178,7 +181,7 @@ class World:
 
     def _what_is_missing(self) -> str | None:
         alive = [node for node in self._nodes if node.alive]
-        if any(node.follower is None or node.follower.group is None for node in alive):
+        if not all(node.is_member for node in alive):
             return f"{[node.name for node in alive]} are not all in a view"
         late = [node.name for node in alive if node.steps_after < STEPS_AFTER_COUNT]
         if late:
@@ -195,6 +198,19 @@ class World:
         if self._failure is None:
             self._failure = InvariantBroken(f"seed {self.seed}: {what}")
         self._stepped.set()
+
+    async def _begin(self) -> None:
+        """Start the first nodes; at times in two groups that do not know each other, and form a mesh each."""
+        apart = self.count >= 4 and self.random.random() < 0.2
+        size = self.count // 2 if apart else self.count
+        if apart:
+            names = [f"node-{self._lives + 1 + index:03}" for index in range(self.count)]
+            self._network.partition(names[:size], names[size:])
+        for _ in range(self.count):
+            await self._start(size)
+        if apart:
+            await trio.sleep(self.random.choice([3.0, 10.0]))
+            self._network.heal()
 
     # --- Nodes -----------------------------------------------------------------------------------
 
@@ -219,7 +235,7 @@ class World:
                     heard=lambda peer_id, addresses, source: None,
                     entropy=entropy,
                 )
-                node = Node(name, fabric, service, scope)
+                node = Node(name, fabric, service, scope, min_peers)
                 self._nodes.append(node)
                 await nursery.start(service.run)
                 node.follower = ViewFollower(service, partial(self._connect, node), None)
@@ -232,10 +248,17 @@ class World:
         node.alive = False
 
     async def _meet(self, node: Node) -> None:
-        """Stay connected to all others that live, as discovery sees to."""
+        """Stay connected to all others that live, as discovery sees to; once more to those that were not admitted."""
+        seen_at: dict[str, float] = {}
         while True:
             for other in list(self._nodes):
-                if other.alive and other.name > node.name and other.name not in node.fabric.connected_peers():
+                if other.alive and other.name > node.name and not node.service.is_admitted(other.name):
+                    now = trio.current_time()
+                    if other.name in node.fabric.connected_peers():
+                        if now > seen_at.setdefault(other.name, now) + limits.DISCOVERY_REFUSED_BACKOFF_MIN_S:
+                            await node.fabric.disconnect(other.name)
+                        continue
+                    seen_at.pop(other.name, None)
                     try:
                         await node.fabric.connect(other.name, other.fabric.addresses, timeout_s=5)
                     except (UnreachableError, LinkClosedError, ClosedError):
@@ -293,8 +316,24 @@ class World:
             self.note(f"{node.name} is out: {type(error).__name__}: {error}")
             if isinstance(error, CollectiveTimeoutError):
                 self._break(f"{node.name} has waited in vain: {error}")
-            self.exercised.excluded += 1
             self._end(node)
+            self._come_back(node, error)
+
+    def _come_back(self, node: Node, error: Exception) -> None:
+        """What ends a member need not end its process, which may be a member again, or go on by itself."""
+        if isinstance(error, MeshMergedError):
+            self.exercised.merged += 1
+            lineage, into = node.group.lineage, node.merged_into
+            assert into is not None
+            self._dissolved[lineage] = into
+            if self._dissolved.get(into) == lineage:
+                self._break("two meshes have dissolved, each because of the other")
+            self._nursery.start_soon(self._start, NEVER)
+        elif isinstance(error, QuorumLostError) and self.random.random() < self._rates["fork"]:
+            self.exercised.forks += 1
+            self._nursery.start_soon(self._start, 1)
+        else:
+            self.exercised.excluded += 1
 
     async def _reduce(self, node: Node, weights: np.ndarray, step: int) -> bool:
         """One step; whether it went well."""
@@ -373,16 +412,17 @@ class World:
     async def _begin_anew_if_over(self) -> None:
         """Where no member is left, those who wait to be taken in give up, and a new mesh begins."""
         alive = [node for node in self._nodes if node.alive]
-        if any(node.follower is not None and node.follower.group is not None for node in alive):
+        modest = sorted(node.min_peers for node in alive)
+        may_form = any(least <= count for count, least in enumerate(modest, start=1))
+        if may_form or any(node.is_member for node in alive):
             return
         self.note("the mesh is over; another one begins")
         for node in alive:
             self._end(node)
-        for _ in range(self.count):
-            await self._start(self.count)
+        await self._begin()
 
     async def _pause(self, node: Node) -> None:
-        if node.alive and self._pauses.pause(node.name):
+        if node.alive and not self._quiet and self._pauses.pause(node.name):
             self.note(f"{node.name} stops running")
             self.exercised.pauses += 1
             await trio.sleep(self.random.choice([0.2, 2.0, 8.0, 20.0]))
@@ -425,7 +465,7 @@ class World:
         cut = [link for node in alive for link in node.links if (node.name in side) != (link.peer_id in side)]
         for link in cut:
             link.partition()
-        await trio.sleep(self.random.choice([0.2, 1.0, 3.0, 15.0]))
+        await trio.sleep(self.random.choice([0.2, 1.0, 3.0, 20.0]))
         self._network.heal()
         for link in cut:
             link.heal()
@@ -444,16 +484,3 @@ class _MeshOf:
 def share(member: Member, step: int) -> int:
     """Return what a member puts into the sum of a step."""
     return int.from_bytes(blake2b(member.incarnation + step.to_bytes(8, "big"), digest_size=4).digest(), "big")
-
-
-@contextmanager
-def deterministic_scheduling(seed: int) -> Iterator[None]:
-    """Let trio run tasks in an order that follows from ``seed``, within the block."""
-    run: Any = trio._core._run
-    before = run._ALLOW_DETERMINISTIC_SCHEDULING
-    run._ALLOW_DETERMINISTIC_SCHEDULING = True
-    run._r.seed(seed)
-    try:
-        yield
-    finally:
-        run._ALLOW_DETERMINISTIC_SCHEDULING = before

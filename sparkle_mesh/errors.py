@@ -70,6 +70,10 @@ class QuorumLostError(MeshClosedError):
     """So many members are lost that those left cannot decide for the mesh; others may go on without them."""
 
 
+class MeshMergedError(MeshClosedError):
+    """Another mesh of this name was met, which goes on: the members of this one may join it as newcomers."""
+
+
 class UnreachableError(SparkleError):
     """A peer could not be reached at any of its addresses; the message lists each and why."""
 

@@ -188,6 +188,8 @@ OPERATIONS_OPEN_MAX_COUNT = 1536
 # end of its data link before calling operations off.
 LINK_DRAIN_S = 1.0
 VIEWS_ELSEWHERE_MAX_COUNT = 64
+# How often a mesh asks another of its name that it has met which of them goes on, until it knows.
+MEETING_INTERVAL_S = 1.0
 # Of peers that are known, with which to begin when a process joins again.
 REJOIN_ADDRESSES_MAX_COUNT = 64
 MACHINE_HISTORY_MAX_COUNT = 256

@@ -20,12 +20,13 @@ from sparkle_mesh.environment import network_host_id
 from sparkle_mesh.errors import (
     ExcludedError,
     LinkClosedError,
+    MeshMergedError,
     ProtocolError,
     QuorumLostError,
     SparkleError,
     UnreachableError,
 )
-from sparkle_mesh.membership.instructions import Entered, Excluded, QuorumMissing
+from sparkle_mesh.membership.instructions import Entered, Excluded, Merged, QuorumMissing
 from sparkle_mesh.membership.service import MembershipService, PeerAdmitted
 from sparkle_mesh.membership.view import Member, View
 from sparkle_mesh.transport.link import Link
@@ -172,6 +173,8 @@ class ViewFollower:
                         await self._leave_behind(view, outcomes)
                     case QuorumMissing(view, missing):
                         self._quorum_missing(view, missing)
+                    case Merged(view, _):
+                        self._merged(view)
 
     def _remember(self, view: View) -> None:
         self.views[view.epoch] = view
@@ -186,6 +189,14 @@ class ViewFollower:
             QuorumLostError(
                 f"{len(missing)} of the {view.size} members of this mesh are lost ({names}): too few are left to decide"
                 " for it, and others may go on without this process; join again"
+            )
+        )
+
+    def _merged(self, view: View) -> None:
+        self._fail(
+            MeshMergedError(
+                f"this mesh of {view.size} members has met another one of its name, which has done more and goes on;"
+                " join again and synchronise"
             )
         )
 

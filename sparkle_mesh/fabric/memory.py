@@ -389,7 +389,8 @@ class MemoryFabric:
             await self._network._passable(self._peer_id, peer_id)
             await trio.sleep(2 * self._network.delay_s)
             handler = connection.other.fabric._handlers.get(protocol)
-            if connection not in self._connections.get(peer_id, ()):
+            if connection not in self._connections.get(peer_id, ()) or connection.other.fabric._dead:
+                # It may have died without the news having arrived here.
                 raise UnreachableError(f"peer {peer_id} went away while a stream was opened")
             if handler is None:
                 raise UnreachableError(f"peer {peer_id} does not speak {protocol}")

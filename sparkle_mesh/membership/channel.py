@@ -29,6 +29,8 @@ class PeerChannel:
         self.suspected = False
         #: For how long it was silent of late, between what it said.
         self.silences: deque[float] = deque(maxlen=limits.SILENCES_REMEMBERED_MAX_COUNT)
+        #: Of the last view that it has said it is in.
+        self.lineage: bytes | None = None
         self.gone_reason: str | None = None
         self.graceful = False
         self.scope = trio.CancelScope()

@@ -186,6 +186,24 @@ class Chosen(wire.Message, tag="chosen", frozen=True):
     streams: StreamCounts = ()
 
 
+# --- Meshes that meet ------------------------------------------------------------------------------
+
+
+class Meeting(wire.Message, tag="meeting", frozen=True):
+    """To members of another lineage of this mesh: what the sender's has to show; one of the two must dissolve."""
+
+    lineage: wire.Bytes32
+    operations: wire.Count
+    size: wire.Count
+
+
+class Merger(wire.Message, tag="merger", frozen=True):
+    """The lineage ``dissolves`` dissolves, since it has met the lineage ``into``, which its members may join."""
+
+    dissolves: wire.Bytes32
+    into: wire.Bytes32
+
+
 # --- Life ------------------------------------------------------------------------------------------
 
 
@@ -213,4 +231,6 @@ class Leave(wire.Message, tag="leave", frozen=True):
 
 Greeting: TypeAlias = Hello | Challenge | Proof | Refused
 Agreement: TypeAlias = Prepare | Promise | Accept | Accepted | Declined | Chosen
-MeshMessage: TypeAlias = Introduction | PeerExchange | Agreement | Ping | Pong | Leaving | Leave | Refused
+MeshMessage: TypeAlias = (
+    Introduction | PeerExchange | Agreement | Meeting | Merger | Ping | Pong | Leaving | Leave | Refused
+)

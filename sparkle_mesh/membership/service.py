@@ -43,6 +43,8 @@ from sparkle_mesh.membership.messages import (
     Introduction,
     Leave,
     Leaving,
+    Meeting,
+    Merger,
     PeerAddress,
     PeerExchange,
     Ping,
@@ -180,13 +182,14 @@ class MembershipService(MembershipViews):
         while True:
             times = [self._formation.next_wakeup()]
             if self._succession is not None:
-                times.append(self._succession.next_wakeup)
+                times += [self._succession.next_wakeup, self._meeting_due()]
             self._wake = trio.Event()
             with trio.move_on_at(min((time for time in times if time is not None), default=float("inf"))):
                 await self._wake.wait()
             self._carry_out(self._formation.tick(now=trio.current_time()))
             if self._succession is not None:
                 self._succession.tick()
+                self._look_for_others()
 
     # --- Streams --------------------------------------------------------------------------------
 
@@ -339,6 +342,7 @@ class MembershipService(MembershipViews):
             self._lost_before.pop(introduction.member, None)
             if self._succession is not None:
                 self._succession.came(introduction.member)
+                self._tell_of_merger(introduction.member)
         else:
             self._carry_out(self._formation.watcher_came(channel.peer_id, now=now))
 
@@ -378,6 +382,8 @@ class MembershipService(MembershipViews):
                         self._heard(peer.peer_id, peer.addresses, "exchange")
                 case Prepare() | Promise() | Accept() | Accepted() | Declined() | Chosen():
                     self._agree(channel, message)
+                case Meeting() | Merger():
+                    self._meet(channel, message)
                 case _:
                     channel.gone_reason = f"it broke the protocol: {type(message).__name__} out of place"
                     return

@@ -12,15 +12,15 @@ from typing import TypeAlias
 import trio
 
 from sparkle_mesh.fabric.interface import PeerId
-from sparkle_mesh.membership.instructions import Entered, Excluded, Frozen, Instruction, QuorumMissing, SendTo
+from sparkle_mesh.membership.instructions import Entered, Excluded, Frozen, Instruction, Merged, QuorumMissing, SendTo
 from sparkle_mesh.membership.messages import Agreement, Chosen
 from sparkle_mesh.membership.operations import OpenOperations
 from sparkle_mesh.membership.view import Member, View
-from sparkle_mesh.membership.view_change import ViewChange
+from sparkle_mesh.membership.view_change import ViewChange, is_quorum
 
 logger = logging.getLogger(__name__)
 
-Change: TypeAlias = Entered | Excluded | QuorumMissing
+Change: TypeAlias = Entered | Excluded | QuorumMissing | Merged
 
 
 class Succession:
@@ -110,6 +110,21 @@ class Succession:
     def renew(self) -> None:
         """Another view is needed, because two members have lost their link."""
         self._carry_out(self._machine.renew(now=trio.current_time()))
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process speaks for its lineage: it is the first of those that it trusts, and they can decide."""
+        trusted = self._machine.trusted
+        return not self.ended and trusted[:1] == [self._member] and is_quorum(self.view, trusted)
+
+    def dissolve(self, into: bytes) -> None:
+        """This lineage has met another, and gives way: this process is a member no more."""
+        if self.ended:
+            return
+        logger.info("this mesh has met another of its name, which goes on; view %d is its last", self.view.epoch)
+        self._machine.excluded = self.ended = True
+        self._notify()
+        self._tell(Merged(self.view, into))
 
     def admit(self, admits: bool) -> None:
         """Take those who wait in with the next view, or no longer."""

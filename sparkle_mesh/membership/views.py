@@ -20,7 +20,8 @@ from sparkle_mesh.membership.channel import PeerChannel
 from sparkle_mesh.membership.events import MembershipEvent, ViewChanged
 from sparkle_mesh.membership.formation import Candidate, Formation
 from sparkle_mesh.membership.instructions import Entered
-from sparkle_mesh.membership.messages import Accept, Agreement, Chosen, Leaving, Role
+from sparkle_mesh.membership.meetings import Meetings, Weight
+from sparkle_mesh.membership.messages import Accept, Agreement, Chosen, Leaving, Meeting, Merger, Role
 from sparkle_mesh.membership.operations import OpenOperations
 from sparkle_mesh.membership.succession import Change, Succession, joins
 from sparkle_mesh.membership.view import Member
@@ -62,10 +63,16 @@ class MembershipViews:
         self._nursery: trio.Nursery | None = None
         self._formation = Formation(mesh_id, candidate, now=trio.current_time())
         self._succession: Succession | None = None
+        self._meetings = Meetings()
         self._tell_change, self._changes = trio.open_memory_channel[Change](limits.VIEW_CHANGES_MAX_COUNT)
         self.operations = OpenOperations()
         self.has_link: Callable[[Member], bool] = lambda member: False
         self.until_link_lost: Callable[[Member], Awaitable[None]] = _never
+
+    @property
+    def verdict(self) -> Merger | None:
+        """That this process's mesh dissolves, because it has met another of its name."""
+        return self._meetings.verdict
 
     @property
     def changes(self) -> trio.MemoryReceiveChannel[Change]:
@@ -135,9 +142,65 @@ class MembershipViews:
             if self.member_of(member.peer_id) != member:
                 self.suspect(member, reason)
 
+    # --- Meshes that meet ------------------------------------------------------------------------
+
+    def _meeting_due(self) -> float | None:
+        """When to :meth:`_look_for_others`."""
+        if self._succession is None or self._succession.ended:
+            return None
+        return self._meetings.next_wakeup(
+            self._weight(self._succession), self._elsewhere(), leads=self._succession.leads
+        )
+
+    def _look_for_others(self) -> None:
+        """Ask the other meshes of this name that were met which of them goes on, if that is due."""
+        succession = self._succession
+        if succession is None or succession.ended:
+            return
+        mine, leads = self._weight(succession), succession.leads
+        for peer_id, message in self._meetings.tick(mine, self._elsewhere(), leads=leads, now=trio.current_time()):
+            self._channels[peer_id].send(message)
+
+    def _elsewhere(self) -> dict[PeerId, bytes]:
+        """The connected peers that are in another lineage, and in which."""
+        assert self._succession is not None
+        mine = self._succession.view.lineage
+        return {
+            peer_id: channel.lineage
+            for peer_id, channel in self._channels.items()
+            if channel.lineage is not None and channel.lineage != mine
+        }
+
+    def _weight(self, succession: Succession) -> Weight:
+        return Weight(self.operations.begun_count, succession.view.size, succession.view.lineage)
+
+    def _meet(self, channel: PeerChannel, message: Meeting | Merger) -> None:
+        """Another mesh of this name asks, or it is known which one goes on."""
+        succession = self._succession
+        if succession is None or succession.ended:
+            return
+        if isinstance(message, Meeting):
+            answer = self._meetings.asked(message, self._weight(succession), leads=succession.leads)
+            if answer is not None:
+                channel.send(answer)
+        elif channel.lineage == message.into or channel.introduction.member in succession.view.members:
+            self._meetings.told(message, succession.view.lineage)
+        if self._meetings.verdict is not None:
+            for member in succession.view.members:
+                self._tell_of_merger(member)
+            succession.dissolve(self._meetings.verdict.into)
+
+    def _tell_of_merger(self, member: Member) -> None:
+        """If this lineage has dissolved, ``member`` of it has to know."""
+        channel = self._channels.get(member.peer_id)
+        if channel is not None and self._meetings.verdict is not None:
+            channel.send(self._meetings.verdict)
+
     def _agree(self, channel: PeerChannel, message: Agreement) -> None:
         """Give ``message`` to the machine that it is for: of first views, or of those that follow."""
         member = channel.introduction.member
+        if isinstance(message, Chosen) and member in message.view.members and message.view.mesh_id == self._mesh_id:
+            channel.lineage = message.view.lineage
         if _epoch(message) == 0:
             if self._succession is not None and isinstance(message, Chosen):
                 # It may be of another mesh of this name.

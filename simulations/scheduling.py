@@ -1,11 +1,12 @@
-"""Nodes that stop running for a while, as a stopped process or a sleeping laptop does, within one trio run.
+"""How the trio run of a simulated world schedules: in an order that follows from the seed, and with nodes that pause.
 
-The tasks of a paused node are not run when they are woken, but held until it goes on. Time passes for it all the same:
-its deadlines run out, and what others send waits in its buffers.
+A node pauses as a stopped process or a sleeping laptop does: its tasks are not run when they are woken, but held until
+it goes on. Time passes for it all the same: its deadlines run out, and what others send waits in its buffers.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -74,3 +75,31 @@ class Pauses:
 def _queue() -> Any:
     """What trio runs next."""
     return trio._core._run.GLOBAL_RUN_CONTEXT.runner.runq
+
+
+@contextmanager
+def deterministic_scheduling(seed: int) -> Iterator[None]:
+    """Let trio run tasks in an order that follows from ``seed``, within the block."""
+    run: Any = trio._core._run
+    before = run._ALLOW_DETERMINISTIC_SCHEDULING
+    run._ALLOW_DETERMINISTIC_SCHEDULING = True
+    run._r.seed(seed)
+    try:
+        yield
+    finally:
+        run._ALLOW_DETERMINISTIC_SCHEDULING = before
+
+
+class SeededEntropy:
+    """Random bytes and fractions that follow from the seed."""
+
+    def __init__(self, source: random.Random) -> None:
+        self._random = source
+
+    def token(self, nbytes: int) -> bytes:
+        """Return ``nbytes`` bytes."""
+        return self._random.randbytes(nbytes)
+
+    def uniform(self, low: float, high: float) -> float:
+        """Return a number in ``[low, high)``."""
+        return self._random.uniform(low, high)
