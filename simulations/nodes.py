@@ -459,10 +459,16 @@ class World:
         rest = {node.name for node in alive} - side
         if not side or not rest:
             return
-        self.note(f"{sorted(side)} are cut off")
+        if self.random.random() < 0.3:
+            # All others reach both.
+            side, rest = {min(side)}, {min(rest)}
+        self.note(f"{sorted(side)} and {sorted(rest)} are cut off from each other")
         self.exercised.partitions += 1
         self._network.partition(side, rest)
-        cut = [link for node in alive for link in node.links if (node.name in side) != (link.peer_id in side)]
+        sides = (side, rest), (rest, side)
+        cut = [
+            link for node in alive for link in node.links if any(node.name in a and link.peer_id in b for a, b in sides)
+        ]
         for link in cut:
             link.partition()
         await trio.sleep(self.random.choice([0.2, 1.0, 3.0, 20.0]))

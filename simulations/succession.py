@@ -231,7 +231,11 @@ class World(SmallCollectives):
         pairs = [(a, b) for a in running for b in running if (a.member in side) != (b.member in side)]
         if self.random.random() < 0.3:
             pairs = [(a, b) for a, b in pairs if a.member in side]
-        self.note(f"{sorted(member.peer_id for member in side)} are cut off")
+        elif pairs and self.random.random() < 0.3:
+            # All others reach both.
+            a, b = self.random.choice(pairs)
+            pairs = [(a, b), (b, a)]
+        self.note(f"no way from and to: {sorted((a.member.peer_id, b.member.peer_id) for a, b in pairs)}")
         self.exercised.partitions += 1
         for a, b in pairs:
             self.severed.add((a.member, b.member))
@@ -467,7 +471,7 @@ class World(SmallCollectives):
         if set(alive) != set(view.members):
             return f"{sorted(m.peer_id for m in set(alive) - set(view.members))} are not taken in"
         for member in left:
-            if machines[member].candidate_count:
+            if machines[member].candidate_count(now=float("inf")):
                 return f"{member.peer_id} waits for a candidate that is not there"
             idle = [stream for stream in self.streams if alive[member].worked_in.get(stream) != last]
             if idle:

@@ -144,6 +144,8 @@ VIEW_CHANGE_STAGGER_S = 0.5
 VIEW_CHANGE_TIMEOUT_S = 1.5
 VIEW_CHANGE_TIMEOUT_MAX_S = 24.0
 VIEW_CHANGE_RETRY_S = 0.1
+# When a newcomer that the last view has left out, because not all members are connected to it, is a reason for another.
+JOINER_RETRY_S = 1.0
 # How long so few members may be left that they cannot decide, until that is told.
 QUORUM_MISSING_S = 5.0
 # Of the last views with their outcomes, for members that missed them.

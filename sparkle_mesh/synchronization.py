@@ -136,7 +136,8 @@ class _Run:
         await group.until_may_begin()
         self._epoch = group.epoch
         rows = await self._tell(new, b"\0" * DIGEST_BYTES)
-        if rows[:, 2].any():
+        if rows[:, 2].all():
+            # Who is not connected to all members yet is not taken in.
             before = set(group.members)
             await owner.admit()
             self._newcomers += len(set(group.members) - before)

@@ -15,7 +15,7 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 
 from sparkle_mesh import limits, wire
-from sparkle_mesh.membership.view import Member, View
+from sparkle_mesh.membership.view import Member, MemberList, View
 
 PROTOCOL = "/sparkle/mesh/1"
 VERSION = 1
@@ -36,6 +36,7 @@ Stage: TypeAlias = Literal["begun", "prepared", "committed", "aborted", "lost", 
 _Rank = Annotated[int, msgspec.Meta(ge=0, lt=limits.MESH_MEMBERS_MAX_COUNT)]
 #: The ranks of the two that an operation is between; empty if all take part.
 Route = Annotated[tuple[_Rank, ...], msgspec.Meta(max_length=2)]
+RankList = Annotated[tuple[_Rank, ...], msgspec.Meta(max_length=limits.MESH_MEMBERS_MAX_COUNT)]
 #: The number of a stream of operations, and how many of it were begun.
 StreamCount: TypeAlias = tuple[wire.Count, wire.Count]
 StreamCounts = Annotated[tuple[StreamCount, ...], msgspec.Meta(max_length=limits.COLLECTIVE_STREAMS_MAX_COUNT)]
@@ -139,7 +140,8 @@ class Promise(wire.Message, tag="promise", frozen=True):
     """Phase 1b: no lower ballot will be accepted; the highest accepted value, and where operations stand here.
 
     ``streams`` says how many operations of each stream it has begun; what it has begun and does not name among
-    ``operations`` it has committed.
+    ``operations`` it has committed. ``suspects`` are the ranks that it believes to be gone, and ``candidates`` those
+    that it is connected to and that want to be taken in.
     """
 
     lineage: Annotated[bytes, msgspec.Meta(max_length=32)]
@@ -151,6 +153,8 @@ class Promise(wire.Message, tag="promise", frozen=True):
     accepted_streams: StreamCounts = ()
     operations: OperationList = ()
     streams: StreamCounts = ()
+    suspects: RankList = ()
+    candidates: MemberList = ()
 
 
 class Accept(wire.Message, tag="accept", frozen=True):

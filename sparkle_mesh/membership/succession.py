@@ -132,8 +132,8 @@ class Succession:
 
     @property
     def candidates(self) -> int:
-        """How many processes wait to be taken in."""
-        return self._machine.candidate_count
+        """How many processes wait to be taken in, and were not left out just now."""
+        return self._machine.candidate_count(now=trio.current_time())
 
     def receive(self, sender: Member, message: Agreement) -> None:
         """``sender`` has said ``message``."""

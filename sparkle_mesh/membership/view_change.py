@@ -15,7 +15,8 @@ be decided at all:
   the result, so they can.
 
 A proposer therefore asks all members that it does not suspect before it decides, and proposes no member that it has not
-heard. A value is chosen when a quorum of the old view has accepted it, and every member of both views that the proposer
+heard, no two that suspect each other, and no newcomer that one of them is not connected to: a view is of those that can
+all reach each other. A value is chosen when a quorum of the old view has accepted it, and every member of both views that the proposer
 does not suspect. Quorums meet, so a successor finds what may have been chosen among its promises and proposes that.
 
 A quorum is a majority of the old view, or half of it with its first member: any two have a member in common.
@@ -30,6 +31,7 @@ from typing import NamedTuple
 
 from sparkle_mesh import limits
 from sparkle_mesh.membership.ballots import BallotMachine
+from sparkle_mesh.membership.complaints import without_the_cut_off
 from sparkle_mesh.membership.instructions import (
     Entered,
     Excluded,
@@ -109,7 +111,8 @@ class ViewChange(BallotMachine[Member, Instruction]):
         self._suspected: dict[Member, bool] = {}
         #: Who wants to be in no further view.
         self.leaving: set[Member] = set()
-        self._joiners: dict[Member, None] = {}
+        #: Who wants to be taken in; and from when on that is a reason for another view.
+        self._joiners: dict[Member, float] = {}
         self._chosen = deque([] if chosen is None else [chosen], maxlen=limits.VIEWS_REMEMBERED_MAX_COUNT)
         self._begin_epoch(now)
 
@@ -129,7 +132,7 @@ class ViewChange(BallotMachine[Member, Instruction]):
 
     def suspect(self, member: Member, *, now: float) -> list[Instruction]:
         """``member`` is believed to be gone; it may be one of a view that this process has not come to."""
-        waited = self._joiners.pop(member, member) is None
+        waited = self._joiners.pop(member, None) is not None
         if member in self._suspected:
             self._suspected[member] |= waited
         if member == self._me or member in self._suspected:
@@ -147,7 +150,7 @@ class ViewChange(BallotMachine[Member, Instruction]):
             self._note(now, f"trusts {member.peer_id}")
             if self._suspected.pop(member) and member not in self.view.members:
                 # It waits still.
-                self._joiners[member] = None
+                self._joiners[member] = now
         # It may have missed what was chosen meanwhile.
         return [SendTo(member, chosen) for chosen in self._chosen]
 
@@ -161,14 +164,14 @@ class ViewChange(BallotMachine[Member, Instruction]):
         """A process that is in no view wants to be a member; told twice, it changes nothing."""
         if member not in self.view.members and len(self._joiners) < limits.MESH_MEMBERS_MAX_COUNT:
             self._note(now, f"candidate {member.peer_id}")
-            self._joiners[member] = None
+            self._joiners.setdefault(member, now)
         return []
 
     def settled_elsewhere(self, member: Member, *, now: float) -> list[Instruction]:
         """A process that wanted to be a member is one of another mesh of this name."""
         if member in self._suspected:
             self._suspected[member] = False
-        if self._joiners.pop(member, member) is None:
+        if self._joiners.pop(member, None) is not None:
             self._note(now, f"{member.peer_id} is in another lineage")
         return []
 
@@ -208,10 +211,9 @@ class ViewChange(BallotMachine[Member, Instruction]):
         ]
         return min((time for time in times if time is not None), default=None)
 
-    @property
-    def candidate_count(self) -> int:
-        """How many processes wait to be taken in."""
-        return len(self._joiners)
+    def candidate_count(self, *, now: float) -> int:
+        """How many processes wait to be taken in, and were not left out just now."""
+        return sum(not_before <= now for not_before in self._joiners.values())
 
     @property
     def is_accepting(self) -> bool:
@@ -225,22 +227,24 @@ class ViewChange(BallotMachine[Member, Instruction]):
         """The members of the view that are not suspected, in their order."""
         return [member for member in self.view.members if member not in self._suspected]
 
-    def _change_is_wanted(self) -> bool:
-        """Whether there is a reason for another view, or one was begun and must be brought to its end."""
+    def _change_is_wanted_at(self, now: float) -> float | None:
+        """From when on there is a reason for another view, or for one that was begun to be brought to its end."""
         trusted = self.trusted
         # Where all leave, nobody need be told.
         leaving = self.leaving and any(member not in self.leaving for member in trusted)
-        joining = self.admits and self._joiners
         renewing = self._renewal_wanted or self.operations.is_full
         begun = self._promised is not None
-        return bool(len(trusted) < self.view.size or leaving or joining or renewing or begun)
+        if len(trusted) < self.view.size or leaving or renewing or begun:
+            return now
+        return max(now, min(self._joiners.values())) if self.admits and self._joiners else None
 
     def _propose_at(self, now: float) -> float | None:
-        if self._proposal is not None or not self._change_is_wanted() or not is_quorum(self.view, self.trusted):
+        wanted_at = self._change_is_wanted_at(now)
+        if self._proposal is not None or wanted_at is None or not is_quorum(self.view, self.trusted):
             self._wanted_since = None if self._proposal is None else self._wanted_since
             return None
-        if self._wanted_since is None:
-            self._wanted_since = now
+        if self._wanted_since is None or wanted_at < self._wanted_since:
+            self._wanted_since = wanted_at
         turn = self.trusted.index(self._me) if self._me in self.trusted else len(self.trusted)
         ready = max(self._wanted_since + limits.VIEW_CHANGE_SETTLE_S, self._not_before)
         return ready + turn * limits.VIEW_CHANGE_STAGGER_S
@@ -316,9 +320,17 @@ class ViewChange(BallotMachine[Member, Instruction]):
         if accepted:
             return max(accepted, key=lambda pair: pair[0])[1]
         heard = [member for member in self.view.members if member in promises and member not in self._suspected]
-        staying = [member for member in heard if member not in self.leaving] or heard
+        suspects = {
+            member: {other for rank, other in enumerate(self.view.members) if rank in promises[member].suspects}
+            for member in heard
+        }
+        staying = without_the_cut_off([member for member in heard if member not in self.leaving] or heard, suspects)
         peers = {member.peer_id for member in staying}
-        joining = [member for member in self._joiners if member.peer_id not in peers] if self.admits else []
+        joining = [
+            joiner
+            for joiner in (self._joiners if self.admits else ())
+            if joiner.peer_id not in peers and all(joiner in promises[member].candidates for member in staying)
+        ]
         members = (*staying, *sorted(joining))[: limits.MESH_MEMBERS_MAX_COUNT]
         view = View(mesh_id=self.view.mesh_id, lineage=self.view.lineage, epoch=self.view.epoch + 1, members=members)
         standings = {
@@ -378,6 +390,8 @@ class ViewChange(BallotMachine[Member, Instruction]):
             accepted_streams=streams,
             operations=standing.operations,
             streams=standing.streams,
+            suspects=tuple(rank for rank, member in enumerate(self.view.members) if member in self._suspected),
+            candidates=tuple(self._joiners),
         )
         return [*out, SendTo(sender, promise)]
 
@@ -445,6 +459,8 @@ class ViewChange(BallotMachine[Member, Instruction]):
         self.leaving &= set(chosen.view.members)
         for member in chosen.view.members:
             self._joiners.pop(member, None)
+        # The others wait for a member that is not connected to them yet.
+        self._joiners = dict.fromkeys(self._joiners, now + limits.JOINER_RETRY_S)
         self._begin_epoch(now)
         self.operations.begin_epoch(chosen.outcomes)
         return [*out, Entered(chosen.view, chosen.outcomes, chosen.streams)]

@@ -235,18 +235,18 @@ def test_who_waits_is_taken_in_though_it_was_suspected_meanwhile() -> None:
         one.candidate_came(newcomer, now=0.0)
         one.suspect(newcomer, now=1.0)
         one.suspect(newcomer, now=1.0)
-    assert one.candidate_count == 0
+    assert one.candidate_count(now=2.0) == 0
     one.settled_elsewhere(elsewhere, now=2.0)
     for newcomer in (waits, elsewhere):
         one.trust(newcomer, now=3.0)
-    assert one.candidate_count == 1
+    assert one.candidate_count(now=3.0) == 1
     # It comes again while it is suspected, is suspected again, and trusted.
     one.settled_elsewhere(waits, now=4.0)
     one.suspect(waits, now=4.0)
     one.candidate_came(waits, now=5.0)
     one.suspect(waits, now=5.0)
     one.trust(waits, now=6.0)
-    assert one.candidate_count == 1
+    assert one.candidate_count(now=6.0) == 1
 
 
 def test_operations_go_one_way(monkeypatch: pytest.MonkeyPatch) -> None:
