@@ -231,6 +231,7 @@ class World:
                     host_id=bytes(16),
                     incarnation=entropy.token(16),
                     min_peers=min_peers,
+                    settle_s=limits.REJOIN_SETTLE_S if min_peers == 1 else limits.VIEW_SETTLE_S,
                     public=True,
                     heard=lambda peer_id, addresses, source: None,
                     entropy=entropy,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -18,7 +19,7 @@ from sparkle_mesh import limits
 from sparkle_mesh.async_collectives import AsyncCollectives
 from sparkle_mesh.collectives.group import Outcome
 from sparkle_mesh.environment import resolve_data_dir
-from sparkle_mesh.errors import ForkedProcessError, UsageError
+from sparkle_mesh.errors import ForkedProcessError, JoinTimeoutError, QuorumLostError, SparkleError, UsageError
 from sparkle_mesh.fabric.identity import Identity
 from sparkle_mesh.membership.invite import Invite, is_invite
 from sparkle_mesh.membership.keys import KeyLike, MeshKey
@@ -32,6 +33,7 @@ from sparkle_mesh.transport.connector import check_kinds
 if TYPE_CHECKING:
     from sparkle_mesh.status import PeerStatus
 
+logger = logging.getLogger(__name__)
 _DEFAULT_LISTEN = ("/ip4/0.0.0.0/tcp/0",)
 
 
@@ -47,13 +49,35 @@ class AsyncMesh(AsyncCollectives):
     """A mesh this process is a member of, for trio programs; made by :func:`open_mesh`.
 
     All methods are for the trio run that opened it.
+
+    Parameters
+    ----------
+    life, begin, timeout_s
+        That with which it begins; what begins another, with a deadline, and how long that may take by default.
+    forks
+        Runs what makes this process go on with those that it can reach when quorum is lost; None if it shall not.
+
+    Attributes
+    ----------
+    lives
+        How often this process has become a member.
     """
 
-    def __init__(self, life: Life, begin: Callable[[NodeConfig, float], Awaitable[Life]], timeout_s: float) -> None:
+    def __init__(
+        self,
+        life: Life,
+        begin: Callable[[NodeConfig, float], Awaitable[Life]],
+        timeout_s: float,
+        *,
+        forks: trio.Nursery | None = None,
+    ) -> None:
         self._config, self._begin, self._timeout_s = life.config, begin, timeout_s
         self._process = os.getpid()
         self._callbacks: list[Callable[[View], object]] = []
         self._rejoining = trio.Lock()
+        self.lives = 0
+        self._forks = forks
+        self._taken_up = trio.Event()
         self._take_up(life)
 
     def _take_up(self, life: Life) -> None:
@@ -62,6 +86,12 @@ class AsyncMesh(AsyncCollectives):
         self._group = life.group
         self._group.shown_changed = self._view_shown
         self._synchronizer = Synchronizer(self)
+        self._follower.failed = self._failed
+        self.lives += 1
+        taken_up, self._taken_up = self._taken_up, trio.Event()
+        taken_up.set()
+        if self._follower.failure is not None:
+            self._failed(self._follower.failure)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._node.config.mesh!r} rank {self.rank} of {self.size}>"
@@ -131,10 +161,36 @@ class AsyncMesh(AsyncCollectives):
             await self._life.end()
             join = dict.fromkeys((*config.join, *known[: limits.REJOIN_ADDRESSES_MAX_COUNT]))
             life = await self._begin(
-                replace(config, identity=Identity.generate(), min_peers=min_peers, join=tuple(join)), timeout_s
+                replace(
+                    config,
+                    identity=Identity.generate(),
+                    min_peers=min_peers,
+                    join=tuple(join),
+                    settle_s=limits.REJOIN_SETTLE_S,
+                ),
+                timeout_s,
             )
             self._take_up(life)
         self._view_shown()
+
+    def _failed(self, error: SparkleError) -> None:
+        """This process is a member no more. If quorum was lost it goes on, where that was asked for."""
+        if self._forks is not None and isinstance(error, QuorumLostError):
+            logger.warning("%s. This process goes on with those that it can reach, in a fork of the mesh", error)
+            self._forks.start_soon(self._fork)
+
+    async def _fork(self) -> None:
+        try:
+            await self.rejoin(min_peers=1)
+        except JoinTimeoutError as error:
+            logger.error("no fork came about: %s", error)
+            self._forks = None
+            self._taken_up.set()
+
+    async def _until_forked(self) -> None:
+        """After a loss of quorum, wait until this process is in a mesh again, if it is to go on."""
+        while self._forks is not None and isinstance(self._follower.failure, QuorumLostError):
+            await self._taken_up.wait()
 
     @property
     def peer_id(self) -> str:
@@ -255,6 +311,7 @@ class AsyncMesh(AsyncCollectives):
             If the deadline passed. What was received already stays; it can be called again.
         """
         self._check_process()
+        await self._until_forked()
         return await self._synchronizer.run(state, step, on_drift=on_drift, check=check, timeout_s=timeout_s)
 
     # --- Inside ---------------------------------------------------------------------------------
@@ -289,6 +346,8 @@ def open_mesh(
     data_dir: str | os.PathLike[str] | None = None,
     lan: bool = True,
     links: Sequence[str] | None = None,
+    on_quorum_loss: str = "raise",
+    max_silence_s: float | None = None,
 ) -> AbstractAsyncContextManager[AsyncMesh]:
     """Join a mesh from a trio program; parameters and errors as :func:`join`."""
     if not isinstance(name, str):
@@ -297,6 +356,8 @@ def open_mesh(
     join, listen = _texts("join", join), _texts("listen", listen if listen is not None else _DEFAULT_LISTEN)
     if not listen:
         raise UsageError("listen is empty; give an address to listen on, or leave it out")
+    if on_quorum_loss not in ("raise", "continue"):
+        raise UsageError(f"on_quorum_loss is {on_quorum_loss!r}; it must be 'raise' or 'continue'")
     if links is not None:
         check_kinds(_texts("links", links))
     mesh_name, mesh_key, join = _resolve_invites(name, MeshKey.coerce(key), join)
@@ -311,12 +372,15 @@ def open_mesh(
         data_dir=resolve_data_dir(data_dir),
         lan=lan,
         min_peers=min_peers,
+        max_silence_s=_silence(max_silence_s),
     )
-    return _open(config, timeout_s, links)
+    return _open(config, timeout_s, links, forks=on_quorum_loss == "continue")
 
 
 @asynccontextmanager
-async def _open(config: NodeConfig, timeout_s: float, kinds: Sequence[str] | None) -> AsyncIterator[AsyncMesh]:
+async def _open(
+    config: NodeConfig, timeout_s: float, kinds: Sequence[str] | None, *, forks: bool
+) -> AsyncIterator[AsyncMesh]:
     with bare_errors():
         async with trio.open_nursery() as nursery:
 
@@ -324,12 +388,22 @@ async def _open(config: NodeConfig, timeout_s: float, kinds: Sequence[str] | Non
                 life: Life = await nursery.start(live, config, timeout_s, kinds)
                 return life
 
-            mesh = AsyncMesh(await begin(config, timeout_s), begin, timeout_s)
+            mesh = AsyncMesh(await begin(config, timeout_s), begin, timeout_s, forks=nursery if forks else None)
             _meshes.add(mesh)
             try:
                 yield mesh
             finally:
                 await mesh._life.end()
+                nursery.cancel_scope.cancel()
+
+
+def _silence(max_silence_s: object) -> float:
+    if max_silence_s is None:
+        return limits.SUSPICION_CEILING_S
+    low, high = limits.SUSPICION_CEILING_MIN_S, limits.SILENCE_TIMEOUT_S
+    if not isinstance(max_silence_s, (int, float)) or not low <= max_silence_s <= high:
+        raise UsageError(f"max_silence_s is {max_silence_s!r}; give seconds from {low:g} to {high:g}, or None")
+    return float(max_silence_s)
 
 
 def _check_terms(min_peers: object, timeout_s: object) -> None:

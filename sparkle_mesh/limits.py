@@ -135,6 +135,8 @@ MESH_STREAM_RETRY_S = 0.25
 # How long the set of candidates must stay as it is before a first view is proposed, and how much longer
 # each next-lowest candidate waits before it steps in for a silent proposer.
 VIEW_SETTLE_S = 0.3
+# The same for one that was a member before: there is a mesh, most likely, that it has to find first.
+REJOIN_SETTLE_S = 3.0
 PROPOSER_STAGGER_S = 2.0
 PROPOSAL_TIMEOUT_S = 5.0
 PROPOSAL_RETRY_S = 0.2
@@ -153,10 +155,14 @@ VIEWS_REMEMBERED_MAX_COUNT = 8
 # Lives of processes that are believed to be over.
 MEMBERS_SUSPECTED_MAX_COUNT = 4 * MESH_MEMBERS_MAX_COUNT
 PING_INTERVAL_S = 2.0
+# Of a larger mesh only so many are asked at a time, so that the load of a process does not grow with it.
+PINGS_AT_ONCE_MAX_COUNT = 32
 # A member that compiles or loads may hold the interpreter for long; one that died is noticed by its closed connection.
 # So long a member may be silent; and longer, up to the ceiling, if it has been before.
 SUSPICION_FLOOR_S = 12.0
 SUSPICION_CEILING_S = 30.0
+# The least that a user may set as the ceiling.
+SUSPICION_CEILING_MIN_S = 1.0
 SUSPICION_LOOK_INTERVAL_S = 0.5
 SILENCES_REMEMBERED_MAX_COUNT = 32
 # When a connection is dropped on which nothing comes.

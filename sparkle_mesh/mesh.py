@@ -47,7 +47,7 @@ class Mesh(Collectives):
         try:
             self._mesh = self._portal.open(lambda: opening)
             self._view_callbacks = []
-            self._told_epoch = self._mesh.view.epoch
+            self._told_epoch = (self._mesh.lives, self._mesh.view.epoch)
             _meshes.add(self)
         except BaseException:
             self._portal.close(hurry=True)
@@ -87,8 +87,6 @@ class Mesh(Collectives):
 
         async def rejoin() -> None:
             await self._mesh.rejoin(min_peers=min_peers, timeout_s=timeout_s)
-            # Its callbacks are told, whatever number the view has.
-            self._told_epoch = -1
 
         self._call(rejoin)
 
@@ -194,6 +192,8 @@ def join(
     data_dir: str | os.PathLike[str] | None = None,
     lan: bool = True,
     links: Sequence[str] | None = None,
+    on_quorum_loss: str = "raise",
+    max_silence_s: float | None = None,
 ) -> Mesh:
     """Join a mesh and return once ``min_peers`` processes agree on a view.
 
@@ -206,32 +206,34 @@ def join(
         that prove it are admitted, and the name is hidden; without one the mesh is open to this host and its LAN.
     public
         Opens a mesh without a key beyond this host and its local networks.
-    min_peers
-        The smallest acceptable view, this process included.
-    timeout_s
-        Seconds to wait for it.
+    min_peers, timeout_s
+        The smallest acceptable view, this process included; and for how many seconds to wait for it.
     join
         Invites, or addresses such as ``/ip4/192.168.1.4/tcp/45654/p2p/12D3Koo…``, of peers to begin with.
         None are needed on one host or LAN.
     listen
         Multiaddrs to listen on; any free port on all interfaces by default.
     data_dir
-        Where things are kept; by default ``$SPARKLE_DATA_DIR``, else the platform's user data folder.
+        Where things are kept; ``$SPARKLE_DATA_DIR`` by default, or else the platform's user data folder.
     lan
         Whether to look for peers on the local networks by multicast.
     links
-        The kinds of data links that may be used, of ``"shared_memory"`` (on one host), ``"tcp"`` and
-        ``"libp2p_stream"`` (over the control plane, where no direct connection comes about); all if None, the best
-        that both ends can do first.
+        The kinds of data links that may be used, best first: of ``"shared_memory"`` (on one host), ``"tcp"`` and
+        ``"libp2p_stream"`` (over the control plane, where no direct connection comes about); all if None.
+    on_quorum_loss
+        When too few members are left to decide, open calls raise QuorumLostError; and then that is all (``"raise"``),
+        or this process goes on with those that it can reach, in a fork (``"continue"``): call ``synchronize`` next,
+        which waits for it. Of two meshes that meet again, the one that has done less ends with MeshMergedError.
+    max_silence_s
+        The ceiling of how long a member may be silent, which is learned from how often it is heard; 30 s if None.
+        A program that holds its interpreter for longer is left out.
 
     Raises
     ------
     UsageError
-        If an argument cannot be; the message says which and why.
-    JoinTimeoutError
-        If no view formed in time; the message says who was found and who was refused.
-    PeerLostError
-        If a member died while the links were made.
+        If an argument cannot be.
+    JoinTimeoutError, QuorumLostError
+        If no view formed in time (the message says who was found and who was refused), or its members died at once.
 
     Examples
     --------
@@ -252,6 +254,8 @@ def join(
             data_dir=data_dir,
             lan=lan,
             links=links,
+            on_quorum_loss=on_quorum_loss,
+            max_silence_s=max_silence_s,
         ),
         name if not is_invite(name) else "invite",
     )

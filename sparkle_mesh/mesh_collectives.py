@@ -101,7 +101,7 @@ class Collectives:
     _portal: Portal
     _uneven: UnevenSteps | None = None
     _view_callbacks: list[Callable[[View], object]]
-    _told_epoch: int
+    _told_epoch: tuple[int, int]
 
     def uneven(self, batches: Iterable[B]) -> Iterator[B]:
         """Give ``batches`` one after the other, and go on for as long as any rank has some.
@@ -303,7 +303,7 @@ class Collectives:
 
     def _call_ended(self) -> None:
         """Tell of a view that the calling thread does not know yet."""
-        epoch = self._mesh._group.shown[0]
+        epoch = (self._mesh.lives, self._mesh._group.shown[0])
         if epoch != self._told_epoch:
             self._told_epoch = epoch
             for callback in self._view_callbacks:

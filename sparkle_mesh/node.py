@@ -76,6 +76,10 @@ class NodeConfig:
         Whether to look for peers by multicast on the local networks.
     min_peers
         How large a first view must be for this process, itself included (trainers only).
+    max_silence_s
+        For how long a member may be silent at most before this process suspects it.
+    settle_s
+        How long those who want to form a mesh must have been the same before this process proposes it.
     """
 
     mesh: str
@@ -88,6 +92,8 @@ class NodeConfig:
     data_dir: Path
     lan: bool = True
     min_peers: int = 1
+    max_silence_s: float = limits.SUSPICION_CEILING_S
+    settle_s: float = limits.VIEW_SETTLE_S
     entropy: Entropy = field(default=SYSTEM_ENTROPY, repr=False)
     clock: Clock = field(default=SYSTEM_CLOCK, repr=False)
 
@@ -126,6 +132,8 @@ class MeshNode:
             incarnation=incarnation,
             min_peers=config.min_peers,
             public=config.public,
+            max_silence_s=config.max_silence_s,
+            settle_s=config.settle_s,
             software=f"sparkle-mesh {__version__}",
             heard=self.discovery.heard,
             entropy=config.entropy,

@@ -58,6 +58,8 @@ class ViewFollower:
         Set once a view was entered and calls can be made, or there will be none.
     views
         The last ones, by epoch.
+    failure, failed
+        Why this process is a member no more; and what is called with it then.
     """
 
     def __init__(self, membership: MembershipService, connect: Connect, memory: SharedMemory | None) -> None:
@@ -68,6 +70,7 @@ class ViewFollower:
         self.views: dict[int, View] = {}
         self.links: dict[Member, Link] = {}
         self.failure: SparkleError | None = None
+        self.failed: Callable[[SparkleError], None] = lambda error: None
         #: The epoch in which calls were made possible last.
         self.opened_epoch = -1
         #: Set, and replaced, whenever a link ends, or a view is entered.
@@ -206,6 +209,7 @@ class ViewFollower:
             self.group.end(error)
         self.entered.set()
         self._notify()
+        self.failed(error)
 
     async def _settle(self, change: Entered) -> None:
         """End what was open in the view before."""

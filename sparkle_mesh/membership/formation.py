@@ -105,9 +105,13 @@ class Formation(BallotMachine[str, Instruction]):
         32 bytes.
     me
         This process, or None for one that only watches (a node that lends no compute).
+    settle_s
+        How long the set of candidates must stay as it is before this process proposes a view.
     """
 
-    def __init__(self, mesh_id: bytes, me: Candidate | None, *, now: float) -> None:
+    def __init__(
+        self, mesh_id: bytes, me: Candidate | None, *, now: float, settle_s: float = limits.VIEW_SETTLE_S
+    ) -> None:
         super().__init__()
         self.view: View | None = None
         self.views_elsewhere: dict[bytes, View] = {}
@@ -120,6 +124,7 @@ class Formation(BallotMachine[str, Instruction]):
         self._accepted: tuple[Ballot, View] | None = None
         self._accepted_lineages: deque[bytes] = deque(maxlen=limits.MACHINE_HISTORY_MAX_COUNT)
         self._proposal: _Proposal | None = None
+        self._settle_s = settle_s
         self._still_since = now
         self._not_before = now
 
@@ -225,7 +230,7 @@ class Formation(BallotMachine[str, Instruction]):
             return None
         turn = sorted(c.peer_id for c in eligible).index(self._me.peer_id)
         # The stagger counts from the last failure too, or proposers that outran each other would do so for ever.
-        ready = max(self._still_since + limits.VIEW_SETTLE_S, self._not_before)
+        ready = max(self._still_since + self._settle_s, self._not_before)
         return ready + turn * limits.PROPOSER_STAGGER_S
 
     def _propose(self, now: float) -> list[Instruction]:

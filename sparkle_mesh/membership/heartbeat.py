@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 
 import trio
@@ -13,45 +14,67 @@ from sparkle_mesh.membership.view import Member
 
 
 class Heartbeat:
-    """Pings the peers of ``channels``; says who is ``suspected`` to be gone, and who of them is ``trusted`` again."""
+    """Pings the peers of ``channels``; says who is ``suspected`` to be gone, and who of them is ``trusted`` again.
+
+    Parameters
+    ----------
+    max_silence_s
+        For how long a peer may be silent at most, whatever is usual for it.
+    """
 
     def __init__(
         self,
         channels: Mapping[str, PeerChannel],
         entropy: Entropy,
         *,
+        max_silence_s: float = limits.SUSPICION_CEILING_S,
         suspected: Callable[[Member, str], None],
         trusted: Callable[[Member], None],
     ) -> None:
         self._channels, self._entropy = channels, entropy
+        self._max_silence_s = max_silence_s
         self._suspected, self._trusted = suspected, trusted
+        #: Who is to be asked, one after the other.
+        self._turns: deque[str] = deque()
 
     async def run(self) -> None:
         """Do so until cancelled."""
         probe = 0
+        look_s = min(limits.SUSPICION_LOOK_INTERVAL_S, self._max_silence_s / 8)
+        ping_s = min(limits.PING_INTERVAL_S, self._max_silence_s / 4)
         before, ping_at = trio.current_time(), 0.0
         while True:
-            await trio.sleep(limits.SUSPICION_LOOK_INTERVAL_S * self._entropy.uniform(0.9, 1.1))
+            await trio.sleep(look_s * self._entropy.uniform(0.9, 1.1))
             now = trio.current_time()
-            held_up = now - before > 4 * limits.SUSPICION_LOOK_INTERVAL_S
+            held_up = now - before > 4 * look_s
             before = now
+            rounds = -(-len(self._channels) // limits.PINGS_AT_ONCE_MAX_COUNT)
             for channel in list(self._channels.values()):
                 if held_up:
                     # This process did not run (a stop, a suspended laptop, the interpreter held by somebody's C code):
                     # what the others said meanwhile is not read yet.
                     channel.last_heard = now
-                self._look_at(channel, now)
+                self._look_at(channel, now, 3 * rounds * ping_s)
             if now >= ping_at:
-                ping_at = now + limits.PING_INTERVAL_S
+                ping_at = now + ping_s
                 probe += 1
-                for channel in list(self._channels.values()):
-                    channel.ping(probe, now=now)
+                for peer_id in self._next_turns():
+                    self._channels[peer_id].ping(probe, now=now)
 
-    def _look_at(self, channel: PeerChannel, now: float) -> None:
+    def _next_turns(self) -> list[str]:
+        """Whom to ask now: all, or those of many that were not asked for longest."""
+        self._turns = deque(peer_id for peer_id in self._turns if peer_id in self._channels)
+        known = set(self._turns)
+        self._turns.extend(peer_id for peer_id in self._channels if peer_id not in known)
+        asked = [self._turns.popleft() for _ in range(min(len(self._turns), limits.PINGS_AT_ONCE_MAX_COUNT))]
+        self._turns.extend(asked)
+        return asked
+
+    def _look_at(self, channel: PeerChannel, now: float, at_least_s: float) -> None:
         silence = now - channel.last_heard
         if silence > limits.SILENCE_TIMEOUT_S:
             channel.drop(f"it was silent for {silence:.1f} s")
-        elif silence > patience_s(channel.silences) and not channel.suspected:
+        elif silence > max(patience_s(channel.silences, self._max_silence_s), at_least_s) and not channel.suspected:
             channel.suspected = True
             self._suspected(channel.introduction.member, f"it was silent for {silence:.1f} s")
 
@@ -63,7 +86,7 @@ class Heartbeat:
             self._trusted(channel.introduction.member)
 
 
-def patience_s(gaps: Iterable[float]) -> float:
+def patience_s(gaps: Iterable[float], ceiling_s: float = limits.SUSPICION_CEILING_S) -> float:
     """Return for how long a peer may be silent that was heard with these ``gaps`` of late, in seconds."""
     longest = max(gaps, default=0.0)
-    return min(max(limits.SUSPICION_FLOOR_S, 2 * longest), limits.SUSPICION_CEILING_S)
+    return min(max(limits.SUSPICION_FLOOR_S, 2 * longest), ceiling_s)

@@ -7,8 +7,8 @@ members are members no more, and may join the other as newcomers.
 
 Numbers of operations change while they are compared, and both must not dissolve. So only one process compares: of the
 two lineages that with the smaller id asks, by its lead (the first of a quorum of members that trust each other), and
-the lead of the other answers. It keeps its verdict for whoever asks after that, and each side's lead tells its own members. Whoever has
-dissolved goes on to say so to members of its lineage that come later.
+the lead of the other answers. It keeps its verdict for whoever asks after that, and each side's lead tells its own
+members. Whoever has dissolved goes on to say so to members of its lineage that come later.
 
 Nobody is harmed where that fails, because both leads die at the wrong moment: whoever dissolves keeps its state, and
 the newcomers of both lineages form a third.

@@ -74,6 +74,10 @@ class MembershipService(MembershipViews):
         What this process tells of itself. ``min_peers`` counts this process.
     public
         Whether a mesh without a key admits peers from beyond this host and its local networks.
+    max_silence_s
+        For how long a member may be silent at most before it is suspected.
+    settle_s
+        How long those who want to form a mesh must have been the same before this process proposes it.
     heard
         Called with ``(peer id, addresses, source)`` for peers that others tell of.
     """
@@ -88,13 +92,15 @@ class MembershipService(MembershipViews):
         incarnation: bytes,
         min_peers: int = 1,
         public: bool = False,
+        max_silence_s: float = limits.SUSPICION_CEILING_S,
+        settle_s: float = limits.VIEW_SETTLE_S,
         software: str = "",
         heard: Callable[[PeerId, Sequence[Address], str], None],
         entropy: Entropy = SYSTEM_ENTROPY,
     ) -> None:
         member = Member(peer_id=fabric.peer_id, incarnation=incarnation)
         candidate = Candidate(member, host_id, min_peers) if role == "trainer" else None
-        super().__init__(secrets.mesh_id, member, candidate)
+        super().__init__(secrets.mesh_id, member, candidate, settle_s)
         self._fabric = fabric
         self._secrets = secrets
         self._host_id, self._min_peers, self._software = host_id, min_peers, software
@@ -103,7 +109,9 @@ class MembershipService(MembershipViews):
         self._entropy = entropy
         self._opening: set[PeerId] = set()
         self._leaving = False
-        self._heartbeat = Heartbeat(self._channels, entropy, suspected=self.suspect, trusted=self.trust)
+        self._heartbeat = Heartbeat(
+            self._channels, entropy, max_silence_s=max_silence_s, suspected=self.suspect, trusted=self.trust
+        )
 
     # --- What it knows --------------------------------------------------------------------------
 
@@ -154,6 +162,8 @@ class MembershipService(MembershipViews):
                 finally:
                     # It takes no more tasks.
                     self._nursery = None
+                    if self._succession is not None:
+                        self._succession.stop()
                 raise ClosedError("the fabric closed, or its events came faster than membership took them")
         finally:
             self._events.close()

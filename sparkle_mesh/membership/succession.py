@@ -126,6 +126,11 @@ class Succession:
         self._notify()
         self._tell(Merged(self.view, into))
 
+    def stop(self) -> None:
+        """Nothing is said or heard any more: whoever waits for another view waits in vain."""
+        self.ended = True
+        self._notify()
+
     def admit(self, admits: bool) -> None:
         """Take those who wait in with the next view, or no longer."""
         self._machine.admits = admits

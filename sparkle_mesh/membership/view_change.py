@@ -16,8 +16,9 @@ be decided at all:
 
 A proposer therefore asks all members that it does not suspect before it decides, and proposes no member that it has not
 heard, no two that suspect each other, and no newcomer that one of them is not connected to: a view is of those that can
-all reach each other. A value is chosen when a quorum of the old view has accepted it, and every member of both views that the proposer
-does not suspect. Quorums meet, so a successor finds what may have been chosen among its promises and proposes that.
+all reach each other. A value is chosen when a quorum of the old view has accepted it, and every member of both views
+that the proposer does not suspect. Quorums meet, so a successor finds what may have been chosen among its promises and
+proposes that.
 
 A quorum is a majority of the old view, or half of it with its first member: any two have a member in common.
 """

@@ -44,6 +44,8 @@ class MembershipViews:
         This process.
     candidate
         What it is to others if it wants to compute; None if it only watches.
+    settle_s
+        How long those who want to form a mesh must have been the same before this process proposes it.
 
     Attributes
     ----------
@@ -53,7 +55,9 @@ class MembershipViews:
         Whether a data link to a member stands, and what waits until none does; the mesh knows.
     """
 
-    def __init__(self, mesh_id: bytes, member: Member, candidate: Candidate | None) -> None:
+    def __init__(
+        self, mesh_id: bytes, member: Member, candidate: Candidate | None, settle_s: float = limits.VIEW_SETTLE_S
+    ) -> None:
         self._mesh_id, self._member = mesh_id, member
         self._role: Role = "node" if candidate is None else "trainer"
         self._channels: dict[PeerId, PeerChannel] = {}
@@ -61,7 +65,7 @@ class MembershipViews:
         self._wake = trio.Event()
         self._lost_before: dict[Member, str] = {}
         self._nursery: trio.Nursery | None = None
-        self._formation = Formation(mesh_id, candidate, now=trio.current_time())
+        self._formation = Formation(mesh_id, candidate, now=trio.current_time(), settle_s=settle_s)
         self._succession: Succession | None = None
         self._meetings = Meetings()
         self._tell_change, self._changes = trio.open_memory_channel[Change](limits.VIEW_CHANGES_MAX_COUNT)

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from sparkle_mesh import limits
+from sparkle_mesh.membership.complaints import without_the_cut_off
 from sparkle_mesh.membership.instructions import Entered, Excluded, Frozen, QuorumMissing, SendTo
 from sparkle_mesh.membership.messages import Accept, Accepted, Ballot, Chosen, Declined, Prepare, Promise
 from sparkle_mesh.membership.operations import OpenOperations, decide
@@ -247,6 +248,85 @@ def test_who_waits_is_taken_in_though_it_was_suspected_meanwhile() -> None:
     one.suspect(waits, now=5.0)
     one.trust(waits, now=6.0)
     assert one.candidate_count(now=6.0) == 1
+
+
+@pytest.mark.parametrize(
+    ("pairs", "left"),
+    [
+        ([], [0, 1, 2, 3, 4]),
+        # Of two alone, the last.
+        ([(0, 1)], [0, 2, 3, 4]),
+        # Whoever most cannot reach.
+        ([(0, 3), (0, 4)], [1, 2, 3, 4]),
+        ([(0, 1), (0, 2), (3, 4)], [1, 2, 3]),
+        ([(a, b) for a in range(5) for b in range(a)], [0]),
+    ],
+)
+def test_no_two_of_a_view_suspect_each_other(pairs: list[tuple[int, int]], left: list[int]) -> None:
+    suspects: dict[Member, set[Member]] = {member: set() for member in MEMBERS[:5]}
+    for a, b in pairs:
+        suspects[MEMBERS[a]].add(MEMBERS[b])
+        suspects[MEMBERS[b]].add(MEMBERS[a])
+    assert without_the_cut_off(MEMBERS[:5], suspects) == [MEMBERS[rank] for rank in left]
+
+
+def test_a_suspicion_of_one_side_alone_leaves_nobody_out() -> None:
+    suspects = {MEMBERS[0]: {MEMBERS[1]}, MEMBERS[1]: {MEMBERS[2]}}
+    assert without_the_cut_off(MEMBERS[:3], suspects) == MEMBERS[:3]
+
+
+def propose(machines: list[ViewChange], proposer: int, now: float) -> View:
+    """Let one propose and all others answer; return the view that it says was chosen."""
+    out = machines[proposer].tick(now=now)
+    chosen: list[View] = []
+    while out:
+        for one in out[:]:
+            out.remove(one)
+            if isinstance(one, SendTo) and isinstance(one.message, Chosen):
+                chosen.append(one.message.view)
+            elif isinstance(one, SendTo) and one.member in [machine._me for machine in machines]:
+                rank = [machine._me for machine in machines].index(one.member)
+                for answer in machines[rank].receive(MEMBERS[proposer], one.message, now=now):
+                    if isinstance(answer, SendTo):
+                        out += machines[proposer].receive(one.member, answer.message, now=now)
+    return chosen[0]
+
+
+def test_a_proposer_that_reaches_all_leaves_out_who_cannot_be_reached_by_others() -> None:
+    machines = [machine(rank, size=4) for rank in range(4)]
+    for a, b in ((1, 3), (2, 3)):
+        machines[a].suspect(MEMBERS[b], now=0.0)
+        machines[b].suspect(MEMBERS[a], now=0.0)
+    machines[0].renew(now=0.0)
+    machines[0].tick(now=0.0)
+    assert propose(machines, 0, 1.0).members == tuple(MEMBERS[:3])
+
+
+def test_a_newcomer_is_taken_in_once_all_members_are_connected_to_it() -> None:
+    machines = [machine(rank) for rank in range(3)]
+    for rank in (0, 1):
+        machines[rank].candidate_came(MEMBERS[5], now=0.0)
+    machines[0].tick(now=0.0)
+    view = propose(machines, 0, 1.0)
+    assert view.members == tuple(MEMBERS[:3])
+    for rank in (1, 2):
+        machines[rank].receive(MEMBERS[0], Chosen(view=view), now=1.0)
+    # That is no reason for the same view again and again.
+    for rank in (0, 1):
+        assert machines[rank].candidate_count(now=1.0) == 0
+    assert machines[0].next_wakeup(now=1.0) == pytest.approx(1.0 + limits.JOINER_RETRY_S + limits.VIEW_CHANGE_SETTLE_S)
+    machines[2].candidate_came(MEMBERS[5], now=1.5)
+    assert propose(machines, 0, 3.0).members == (*MEMBERS[:3], MEMBERS[5])
+
+
+def test_ranks_that_are_none_are_no_suspects() -> None:
+    each = machine(0, size=2)
+    each.renew(now=0.0)
+    each.tick(now=0.0)
+    (asked,) = sent(each.tick(now=1.0), Prepare)
+    promise = Promise(lineage=each.view.lineage, epoch=1, ballot=asked[1].ballot, suspects=(0, 7, 200))
+    accept = sent(each.receive(MEMBERS[1], promise, now=1.0), Accept)
+    assert accept[0][1].view.members == tuple(MEMBERS[:2])
 
 
 def test_operations_go_one_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,3 +190,54 @@ def test_views_that_end_before_all_have_entered_them_lead_to_others(monkeypatch:
     monkeypatch.setattr(nodes, "FAULTS_UNTIL_S", 8.0)
     for seed in range(70, 76):
         ViewsAmidEntry(seed).run()
+
+
+class Severed(World):
+    """Two nodes cannot reach each other, though all others reach both, and nothing else is wrong."""
+
+    def __init__(self, seed: int, *, newcomer: bool) -> None:
+        super().__init__(seed)
+        self.count = 5
+        self._newcomer = newcomer
+        self._rates = dict.fromkeys(self._rates, 0.0)
+
+    async def _begin(self) -> None:
+        for _ in range(self.count):
+            await self._start(self.count)
+
+    async def _do_damage(self) -> None:
+        await trio.sleep(2.0)
+        one, other = self._nodes[1].name, f"node-{6 if self._newcomer else 4:03}"
+        self._network.partition([one], [other])
+        for node in self._nodes:
+            for link in node.links:
+                if {node.name, link.peer_id} == {one, other}:
+                    link.drop()
+        if self._newcomer:
+            await self._start(nodes.NEVER)
+        await trio.sleep(60.0)
+        self._quiet = True
+
+    def _what_is_missing(self) -> str | None:
+        late = [node.name for node in self._nodes[:5] if node.alive and node.steps_after < nodes.STEPS_AFTER_COUNT]
+        return f"{late} do not go on" if late else None
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_of_two_that_cannot_reach_each_other_one_is_left_out(seed: int) -> None:
+    world = Severed(seed, newcomer=False)
+    world.run()
+    left = [node.name for node in world._nodes if node.alive]
+    assert len(left) == 4
+    assert {"node-001", "node-003", "node-005"} <= set(left)
+    assert world.exercised.views <= 4
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_newcomer_that_one_member_cannot_reach_waits_and_holds_nobody_up(seed: int) -> None:
+    world = Severed(seed, newcomer=True)
+    world.run()
+    *members, newcomer = world._nodes
+    assert not newcomer.is_member
+    assert all(node.alive and node.group.size == 5 for node in members)
+    assert world.exercised.views == 1

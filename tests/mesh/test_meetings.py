@@ -1,0 +1,182 @@
+"""Meshes of one name that meet, and forks that those who lost their quorum go on in."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import trio
+
+import sparkle_mesh as sparkle
+from sparkle_mesh import limits
+from sparkle_mesh.async_mesh import AsyncMesh
+from sparkle_mesh.errors import MeshMergedError, QuorumLostError, UsageError
+
+
+def options(tmp_path: Path, **changes: Any) -> dict[str, Any]:
+    # Each its own folder: they do not find each other.
+    return {
+        "min_peers": 1,
+        "timeout_s": 30,
+        "lan": False,
+        "listen": ["/ip4/127.0.0.1/tcp/0"],
+        "data_dir": tmp_path,
+        "links": ["tcp"],
+    } | changes
+
+
+class Trainer:
+    """Trains until all three are in one mesh and at the last step."""
+
+    def __init__(self, begins_with: float) -> None:
+        self.weights = np.full(3, begins_with)
+        self.step = 0
+        self.merged: list[str] = []
+        self.advanced = trio.Event()
+        self.sizes: list[int] = []
+        self.stepped = trio.Event()
+
+    async def run(self, mesh: AsyncMesh) -> None:
+        mesh.on_view_change(lambda view: self.sizes.append(view.size))
+        together = 0
+        while together < 10:
+            try:
+                self.step = (await mesh.synchronize(self.weights, self.step)).step
+                self.weights += await mesh.all_reduce(np.ones(3), op="mean")
+            except MeshMergedError as error:
+                self.merged.append(str(error))
+                await mesh.rejoin()
+                continue
+            self.step += 1
+            self.stepped.set()
+            if self.step >= 50:
+                self.advanced.set()
+            together += mesh.size == 3
+            await trio.sleep(0.01)
+
+
+async def test_of_two_meshes_that_meet_the_one_that_has_done_less_joins_the_other(tmp_path: Path) -> None:
+    older, younger, newcomer = Trainer(1000.0), Trainer(0.0), Trainer(-5.0)
+    with trio.fail_after(50):
+        async with (
+            sparkle.open_mesh("run", **options(tmp_path / "older")) as first,
+            trio.open_nursery() as nursery,
+        ):
+            nursery.start_soon(older.run, first)
+            await older.advanced.wait()
+            async with sparkle.open_mesh("run", **options(tmp_path / "younger")) as second:
+                lineages = {first.view.lineage, second.view.lineage}
+                assert len(lineages) == 2
+                async with trio.open_nursery() as others:
+                    others.start_soon(younger.run, second)
+                    await younger.stepped.wait()
+                    # Whoever knows both makes them know each other.
+                    invites = [first.invite(), second.invite()]
+                    async with sparkle.open_mesh(
+                        "run", **options(tmp_path / "newcomer", join=invites, min_peers=3)
+                    ) as third:
+                        await newcomer.run(third)
+                        lineage = third.view.lineage
+                        assert second.view.lineage == first.view.lineage == lineage
+                        others.cancel_scope.cancel()
+                nursery.cancel_scope.cancel()
+    assert older.merged == []
+    (said,) = younger.merged
+    assert "join again" in said
+    assert lineage in lineages
+    # One state, which is that of the older: all have what it began with, and its steps.
+    assert older.step >= 60
+    assert older.weights.tolist() == [1000.0 + older.step] * 3
+    for trainer in (younger, newcomer):
+        assert abs(trainer.step - older.step) <= 1
+        assert trainer.weights.tolist() == [1000.0 + trainer.step] * 3
+        assert trainer.sizes[-1] == 3
+
+
+async def test_who_loses_its_quorum_goes_on_in_a_fork_if_it_is_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(limits, "QUORUM_MISSING_S", 0.2)
+    monkeypatch.setattr(limits, "REJOIN_SETTLE_S", 0.5)
+    both, forked = trio.Event(), []
+
+    async def member(kill: trio.CancelScope, *, task_status: trio.TaskStatus[AsyncMesh]) -> None:
+        with kill:
+            settings = options(tmp_path, min_peers=2, on_quorum_loss="continue")
+            async with sparkle.open_mesh("run", **settings) as mesh:
+                task_status.started(mesh)
+                await both.wait()
+                if mesh.rank == 0:
+                    # As one that is cut off: its links end, and nobody hears of it again.
+                    await mesh._node.membership.leave(hurry=True)
+                    for link in list(mesh._follower.links.values()):
+                        await link.aclose()
+                    kill.cancel()
+                before = mesh.view
+                with pytest.raises(QuorumLostError):
+                    await mesh.all_reduce(np.ones(2))
+                # It waits until there is a mesh.
+                done = await mesh.synchronize(np.ones(2), 7)
+                assert done.step == 7
+                assert (mesh.size, mesh.lives) == (1, 2)
+                assert mesh.view.lineage != before.lineage
+                forked.append((await mesh.all_reduce(np.ones(2))).tolist())
+
+    with trio.fail_after(40):
+        async with trio.open_nursery() as nursery:
+            scopes = [trio.CancelScope(), trio.CancelScope()]
+            async with trio.open_nursery() as starting:
+                for scope in scopes:
+                    starting.start_soon(nursery.start, member, scope)
+            both.set()
+    assert forked == [[1.0, 1.0]]
+    assert "in a fork of the mesh" in caplog.text
+
+
+async def test_a_fork_that_does_not_come_about_is_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "REJOIN_SETTLE_S", 5.0)
+    with trio.fail_after(40):
+        async with sparkle.open_mesh("run", **options(tmp_path, on_quorum_loss="continue", timeout_s=2)) as mesh:
+            mesh._follower._fail(QuorumLostError("lost"))
+            with pytest.raises(QuorumLostError):
+                await mesh.all_reduce(np.ones(2))
+            with pytest.raises(QuorumLostError):
+                await mesh.synchronize()
+
+
+def test_threads_are_told_of_the_fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "REJOIN_SETTLE_S", 0.2)
+    views: list[bytes] = []
+    with sparkle.join("run", **options(tmp_path, on_quorum_loss="continue", max_silence_s=2)) as mesh:
+        mesh.on_view_change(lambda view: views.append(view.lineage))
+        before = mesh.view.lineage
+        failed = threading.Event()
+
+        async def fail() -> None:
+            mesh._mesh._follower._fail(QuorumLostError("lost"))
+            failed.set()
+
+        mesh._call(fail)
+        assert failed.is_set()
+        with pytest.raises(QuorumLostError):
+            mesh.all_reduce(np.ones(2))
+        mesh.synchronize()
+        assert views == [mesh.view.lineage] != [before]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"on_quorum_loss": "fork"},
+        {"on_quorum_loss": None},
+        {"max_silence_s": 0.5},
+        {"max_silence_s": 61},
+        {"max_silence_s": "5"},
+    ],
+)
+def test_wrong_terms_are_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(wrong))):
+        sparkle.join("run", **options(tmp_path, **wrong))
