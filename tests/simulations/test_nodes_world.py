@@ -19,6 +19,8 @@ from sparkle_mesh.collectives.agreement import Agreement
 from sparkle_mesh.collectives.exchange import Exchange
 from sparkle_mesh.collectives.group_state import GroupState
 from sparkle_mesh.collectives.group_views import GroupViews
+from sparkle_mesh.membership.meetings import Meetings, Weight
+from sparkle_mesh.membership.messages import Meeting, Merger
 from sparkle_mesh.state_chunks import StateChunks
 from sparkle_mesh.view_follower import ViewFollower
 
@@ -40,8 +42,15 @@ def run_all() -> None:
 @pytest.mark.parametrize("part", range(4))
 def test_fixed_seeds_hold_the_invariants(part: int) -> None:
     exercised = [run(seed).exercised for seed in SEEDS[part::4]]
-    for name in ("crashes", "link_losses", "partitions", "joins", "views", "reductions", "synchronized"):
+    kinds = ("crashes", "link_losses", "partitions", "pauses", "joins", "views", "reductions", "synchronized")
+    for name in kinds:
         assert sum(getattr(one, name) for one in exercised) > 0, name
+
+
+def test_meshes_that_formed_apart_or_were_split_become_one() -> None:
+    split = run(9).exercised
+    assert split.forks == split.merged == 2
+    assert run(3).exercised.merged == 3
 
 
 @pytest.mark.timeout(120)
@@ -132,6 +141,25 @@ def newcomers_keep_their_own_state(patch: pytest.MonkeyPatch) -> None:
 @bug
 def a_lost_link_is_not_made_again(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ViewFollower, "_link_lost", lambda self, rank, reason: None)
+
+
+@bug
+def meshes_that_meet_ignore_each_other(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(nodes, "ENDS_AT_S", 60.0)
+    patch.setattr(Meetings, "tick", lambda self, mine, others, **when: [])
+
+
+@bug
+def of_two_meshes_that_meet_both_give_way(patch: pytest.MonkeyPatch) -> None:
+    def asked(self: Meetings, meeting: Meeting, mine: Weight, *, leads: bool) -> Merger | None:
+        answer = original(self, meeting, mine, leads=leads)
+        if answer is not None:
+            self.told(Merger(dissolves=mine.lineage, into=meeting.lineage), mine.lineage)
+            return Merger(dissolves=meeting.lineage, into=mine.lineage)
+        return None
+
+    original = Meetings.asked
+    patch.setattr(Meetings, "asked", asked)
 
 
 @pytest.mark.timeout(180)
