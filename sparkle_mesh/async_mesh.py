@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -19,12 +19,15 @@ from sparkle_mesh import limits
 from sparkle_mesh.async_collectives import AsyncCollectives
 from sparkle_mesh.collectives.group import Outcome
 from sparkle_mesh.environment import resolve_data_dir
-from sparkle_mesh.errors import ForkedProcessError, JoinTimeoutError, QuorumLostError, SparkleError, UsageError
+from sparkle_mesh.errors import (
+    ForkedProcessError,
+    UsageError,
+)
 from sparkle_mesh.fabric.identity import Identity
 from sparkle_mesh.membership.invite import Invite, is_invite
 from sparkle_mesh.membership.keys import KeyLike, MeshKey
 from sparkle_mesh.membership.view import Member, View
-from sparkle_mesh.mesh_life import Life, live
+from sparkle_mesh.mesh_life import Life, Lives
 from sparkle_mesh.node import NodeConfig
 from sparkle_mesh.nurseries import bare_errors
 from sparkle_mesh.synchronization import Synchronized, Synchronizer
@@ -49,49 +52,24 @@ class AsyncMesh(AsyncCollectives):
     """A mesh this process is a member of, for trio programs; made by :func:`open_mesh`.
 
     All methods are for the trio run that opened it.
-
-    Parameters
-    ----------
-    life, begin, timeout_s
-        That with which it begins; what begins another, with a deadline, and how long that may take by default.
-    forks
-        Runs what makes this process go on with those that it can reach when quorum is lost; None if it shall not.
-
-    Attributes
-    ----------
-    lives
-        How often this process has become a member.
     """
 
-    def __init__(
-        self,
-        life: Life,
-        begin: Callable[[NodeConfig, float], Awaitable[Life]],
-        timeout_s: float,
-        *,
-        forks: trio.Nursery | None = None,
-    ) -> None:
-        self._config, self._begin, self._timeout_s = life.config, begin, timeout_s
+    def __init__(self, lives: Lives) -> None:
         self._process = os.getpid()
         self._callbacks: list[Callable[[View], object]] = []
-        self._rejoining = trio.Lock()
-        self.lives = 0
-        self._forks = forks
-        self._taken_up = trio.Event()
-        self._take_up(life)
+        self._lives = lives
+        self._take_up(lives.current)
+        lives.taken_up = self._begin_anew
 
     def _take_up(self, life: Life) -> None:
-        self._life = life
         self._node, self._connector, self._follower = life.node, life.connector, life.follower
         self._group = life.group
         self._group.shown_changed = self._view_shown
         self._synchronizer = Synchronizer(self)
-        self._follower.failed = self._failed
-        self.lives += 1
-        taken_up, self._taken_up = self._taken_up, trio.Event()
-        taken_up.set()
-        if self._follower.failure is not None:
-            self._failed(self._follower.failure)
+
+    def _begin_anew(self, life: Life) -> None:
+        self._take_up(life)
+        self._view_shown()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._node.config.mesh!r} rank {self.rank} of {self.size}>"
@@ -151,46 +129,12 @@ class AsyncMesh(AsyncCollectives):
             If no view formed in time; it can be called again.
         """
         self._check_process()
-        config = self._config
-        min_peers = config.min_peers if min_peers is None else min_peers
-        timeout_s = self._timeout_s if timeout_s is None else timeout_s
-        _check_terms(min_peers, timeout_s)
-        async with self._rejoining:
-            # Who is known now is who can be asked then.
-            known = [f"{address}/p2p/{peer.peer_id}" for peer in self._node.peers() for address in peer.addresses]
-            await self._life.end()
-            join = dict.fromkeys((*config.join, *known[: limits.REJOIN_ADDRESSES_MAX_COUNT]))
-            life = await self._begin(
-                replace(
-                    config,
-                    identity=Identity.generate(),
-                    min_peers=min_peers,
-                    join=tuple(join),
-                    settle_s=limits.REJOIN_SETTLE_S,
-                ),
-                timeout_s,
-            )
-            self._take_up(life)
-        self._view_shown()
-
-    def _failed(self, error: SparkleError) -> None:
-        """This process is a member no more. If quorum was lost it goes on, where that was asked for."""
-        if self._forks is not None and isinstance(error, QuorumLostError):
-            logger.warning("%s. This process goes on with those that it can reach, in a fork of the mesh", error)
-            self._forks.start_soon(self._fork)
-
-    async def _fork(self) -> None:
-        try:
-            await self.rejoin(min_peers=1)
-        except JoinTimeoutError as error:
-            logger.error("no fork came about: %s", error)
-            self._forks = None
-            self._taken_up.set()
-
-    async def _until_forked(self) -> None:
-        """After a loss of quorum, wait until this process is in a mesh again, if it is to go on."""
-        while self._forks is not None and isinstance(self._follower.failure, QuorumLostError):
-            await self._taken_up.wait()
+        config = self._lives.config
+        _check_terms(
+            config.min_peers if min_peers is None else min_peers,
+            self._lives.timeout_s if timeout_s is None else timeout_s,
+        )
+        await self._lives.begin_anew(min_peers, timeout_s)
 
     @property
     def peer_id(self) -> str:
@@ -279,7 +223,9 @@ class AsyncMesh(AsyncCollectives):
         """Bring all members to one state at a step boundary, and take in those who wait to join.
 
         Every member calls it at the same place of its program, with nothing else in flight; a process that has just
-        joined calls it first. Where all are at one step and nobody waits it costs one small message.
+        joined calls it first. Where all are at one step and nobody waits it costs one small message. After
+        MeshMergedError, or QuorumLostError with ``on_quorum_loss="continue"``, it waits until this process is a member
+        again.
 
         Parameters
         ----------
@@ -311,7 +257,7 @@ class AsyncMesh(AsyncCollectives):
             If the deadline passed. What was received already stays; it can be called again.
         """
         self._check_process()
-        await self._until_forked()
+        await self._lives.until_back(timeout_s)
         return await self._synchronizer.run(state, step, on_drift=on_drift, check=check, timeout_s=timeout_s)
 
     # --- Inside ---------------------------------------------------------------------------------
@@ -383,17 +329,14 @@ async def _open(
 ) -> AsyncIterator[AsyncMesh]:
     with bare_errors():
         async with trio.open_nursery() as nursery:
-
-            async def begin(config: NodeConfig, timeout_s: float) -> Life:
-                life: Life = await nursery.start(live, config, timeout_s, kinds)
-                return life
-
-            mesh = AsyncMesh(await begin(config, timeout_s), begin, timeout_s, forks=nursery if forks else None)
+            lives = Lives(config, timeout_s, kinds, nursery, forks=forks)
+            await lives.begin()
+            mesh = AsyncMesh(lives)
             _meshes.add(mesh)
             try:
                 yield mesh
             finally:
-                await mesh._life.end()
+                await lives.end()
                 nursery.cancel_scope.cancel()
 
 

@@ -71,7 +71,7 @@ class QuorumLostError(MeshClosedError):
 
 
 class MeshMergedError(MeshClosedError):
-    """Another mesh of this name was met, which goes on: the members of this one may join it as newcomers."""
+    """Another mesh of this name was met, which goes on: ``synchronize`` brings this process into it, as a newcomer."""
 
 
 class UnreachableError(SparkleError):

@@ -47,7 +47,7 @@ class Mesh(Collectives):
         try:
             self._mesh = self._portal.open(lambda: opening)
             self._view_callbacks = []
-            self._told_epoch = (self._mesh.lives, self._mesh.view.epoch)
+            self._told_epoch = (self._mesh._lives.count, self._mesh.view.epoch)
             _meshes.add(self)
         except BaseException:
             self._portal.close(hurry=True)

@@ -303,7 +303,7 @@ class Collectives:
 
     def _call_ended(self) -> None:
         """Tell of a view that the calling thread does not know yet."""
-        epoch = (self._mesh.lives, self._mesh._group.shown[0])
+        epoch = (self._mesh._lives.count, self._mesh._group.shown[0])
         if epoch != self._told_epoch:
             self._told_epoch = epoch
             for callback in self._view_callbacks:

@@ -1,22 +1,27 @@
-"""One life of a process in a mesh: its node, its links, its views and its group of collectives.
+"""The lives of a process in a mesh: each has its node, its links, its views and its group of collectives.
 
 A restart is a new member, and so is a process that joins again: it begins another life.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import trio
 
+from sparkle_mesh import limits
 from sparkle_mesh.collectives.group import CollectiveGroup
-from sparkle_mesh.errors import JoinTimeoutError
+from sparkle_mesh.errors import JoinTimeoutError, MeshMergedError, QuorumLostError, SparkleError
+from sparkle_mesh.fabric.identity import Identity
 from sparkle_mesh.membership.service import PeerRefused
 from sparkle_mesh.node import MeshNode, NodeConfig, open_node
 from sparkle_mesh.nurseries import bare_errors
 from sparkle_mesh.transport.connector import LinkConnector
 from sparkle_mesh.view_follower import ViewFollower
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,6 +85,137 @@ async def live(
     finally:
         if life is not None:
             life._ended.set()
+
+
+class Lives:
+    """The lives of one process in a mesh, one after the other.
+
+    Parameters
+    ----------
+    config
+        With what each begins; a later one has another identity, and knows more peers.
+    timeout_s
+        How long it may take to become a member, if nothing else is said.
+    kinds
+        Of links that may be used.
+    tasks
+        Runs them.
+    forks
+        Whether this process goes on with those that it can reach when quorum is lost.
+
+    Attributes
+    ----------
+    current
+        The one that calls are made in; over, perhaps.
+    count
+        How many there have been.
+    taken_up
+        Called with one that takes the place of the current one.
+    """
+
+    current: Life
+
+    def __init__(
+        self, config: NodeConfig, timeout_s: float, kinds: Sequence[str] | None, tasks: trio.Nursery, *, forks: bool
+    ) -> None:
+        self.config, self.timeout_s = config, timeout_s
+        self.count = 0
+        self.taken_up: Callable[[Life], None] = lambda life: None
+        self._kinds, self._tasks, self._forks = kinds, tasks, forks
+        #: Addresses of those that were known last.
+        self._known: list[str] = []
+        self._turn = trio.Lock()
+        #: While this process becomes a member again by itself: set when it has, or has failed. Calls fail until the
+        #: next life is taken up, so that ranks do not change between calls.
+        self._back: trio.Event | None = None
+        self._next: Life | None = None
+        self._returning = trio.CancelScope()
+
+    async def begin(self) -> None:
+        """Become a member for the first time. Raises JoinTimeoutError, QuorumLostError."""
+        self._take_up(await self._tasks.start(live, self.config, self.timeout_s, self._kinds))
+
+    async def begin_anew(self, min_peers: int | None, timeout_s: float | None) -> None:
+        """End the current life and take up another, on other terms if they are given. Raises as :meth:`begin`."""
+        if min_peers is not None:
+            # It may be coming back by itself, on other terms.
+            self._returning.cancel()
+        async with self._turn:
+            life, self._next = self._next, None
+            if life is None or min_peers is not None:
+                if life is not None:
+                    await life.end()
+                life = await self._another(min_peers, timeout_s)
+            self._back = None
+            self._take_up(life)
+
+    async def until_back(self, timeout_s: float) -> None:
+        """If this process is coming back by itself, wait until it is a member again, and take that life up."""
+        with trio.move_on_after(timeout_s):
+            while (back := self._back) is not None:
+                await back.wait()
+                if self._back is not back:
+                    continue
+                self._back = None
+                life, self._next = self._next, None
+                if life is not None:
+                    self._take_up(life)
+
+    async def end(self) -> None:
+        """Leave the mesh, and wait until all is closed."""
+        self._returning.cancel()
+        async with self._turn:
+            if self._next is not None:
+                await self._next.end()
+            await self.current.end()
+
+    def _take_up(self, life: Life) -> None:
+        self.current = life
+        self.count += 1
+        life.follower.failed = self._failed
+        self.taken_up(life)
+        if life.follower.failure is not None:
+            self._failed(life.follower.failure)
+
+    async def _another(self, min_peers: int | None, timeout_s: float | None = None) -> Life:
+        """End the current life, and begin another."""
+        # Who is known now is who can be asked then.
+        peers = [f"{address}/p2p/{peer.peer_id}" for peer in self.current.node.peers() for address in peer.addresses]
+        self._known = peers[: limits.REJOIN_ADDRESSES_MAX_COUNT] or self._known
+        await self.current.end()
+        config = replace(
+            self.config,
+            identity=Identity.generate(),
+            min_peers=self.config.min_peers if min_peers is None else min_peers,
+            join=tuple(dict.fromkeys((*self.config.join, *self._known))),
+            settle_s=limits.REJOIN_SETTLE_S,
+        )
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        life: Life = await self._tasks.start(live, config, timeout_s, self._kinds)
+        return life
+
+    def _failed(self, error: SparkleError) -> None:
+        """This process is a member no more. After some ends it becomes one again by itself."""
+        if isinstance(error, MeshMergedError):
+            min_peers = None
+        elif isinstance(error, QuorumLostError) and self._forks:
+            logger.warning("%s. This process goes on with those that it can reach, in a fork of the mesh", error)
+            min_peers = 1
+        else:
+            return
+        self._back = trio.Event()
+        self._tasks.start_soon(self._come_back, min_peers, self._back)
+
+    async def _come_back(self, min_peers: int | None, back: trio.Event) -> None:
+        try:
+            async with self._turn:
+                if self._back is back:
+                    with trio.CancelScope() as self._returning:
+                        self._next = await self._another(min_peers)
+        except (JoinTimeoutError, QuorumLostError) as error:
+            logger.error("this process has not become a member again: %s", error)
+        finally:
+            back.set()
 
 
 async def _await_view(node: MeshNode, follower: ViewFollower, deadline: float, timeout_s: float) -> None:

@@ -199,7 +199,7 @@ class ViewFollower:
         self._fail(
             MeshMergedError(
                 f"this mesh of {view.size} members has met another one of its name, which has done more and goes on;"
-                " join again and synchronise"
+                " call synchronize, which brings this process into it"
             )
         )
 

@@ -117,8 +117,8 @@ async def test_joining_again_that_fails_can_be_tried_again(tmp_path: Path) -> No
             await mesh.rejoin()
             assert (await mesh.all_reduce(np.ones(3))).tolist() == [1, 1, 1]
             # Whom it knew last is added to where it began, and not to all that it ever knew.
-            assert mesh._life.config.join == mesh._config.join == ()
-            assert (mesh._config.min_peers, mesh._life.config.min_peers) == (1, 1)
+            assert mesh._lives.current.config.join == mesh._lives.config.join == ()
+            assert (mesh._lives.config.min_peers, mesh._lives.current.config.min_peers) == (1, 1)
 
 
 def test_threads_join_again(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def a_lost_link_is_not_made_again(patch: pytest.MonkeyPatch) -> None:
 @bug
 def meshes_that_meet_ignore_each_other(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(nodes, "ENDS_AT_S", 60.0)
-    patch.setattr(Meetings, "tick", lambda self, mine, others, **when: [])
+    patch.setattr(Meetings, "next_wakeup", lambda self, mine, others, *, leads: None)
 
 
 @bug
