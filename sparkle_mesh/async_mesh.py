@@ -19,10 +19,7 @@ from sparkle_mesh import limits
 from sparkle_mesh.async_collectives import AsyncCollectives
 from sparkle_mesh.collectives.group import Outcome
 from sparkle_mesh.environment import resolve_data_dir
-from sparkle_mesh.errors import (
-    ForkedProcessError,
-    UsageError,
-)
+from sparkle_mesh.errors import ForkedProcessError, MeshMergedError, UsageError
 from sparkle_mesh.fabric.identity import Identity
 from sparkle_mesh.membership.invite import Invite, is_invite
 from sparkle_mesh.membership.keys import KeyLike, MeshKey
@@ -223,9 +220,9 @@ class AsyncMesh(AsyncCollectives):
         """Bring all members to one state at a step boundary, and take in those who wait to join.
 
         Every member calls it at the same place of its program, with nothing else in flight; a process that has just
-        joined calls it first. Where all are at one step and nobody waits it costs one small message. After
-        MeshMergedError, or QuorumLostError with ``on_quorum_loss="continue"``, it waits until this process is a member
-        again.
+        joined calls it first. Where all are at one step and nobody waits it costs one small message. When
+        another mesh was met that goes on, it comes back as a member of that; after QuorumLostError with
+        ``on_quorum_loss="continue"`` it waits until this process is a member again.
 
         Parameters
         ----------
@@ -257,8 +254,15 @@ class AsyncMesh(AsyncCollectives):
             If the deadline passed. What was received already stays; it can be called again.
         """
         self._check_process()
-        await self._lives.until_back(timeout_s)
-        return await self._synchronizer.run(state, step, on_drift=on_drift, check=check, timeout_s=timeout_s)
+        deadline = trio.current_time() + timeout_s
+        while True:
+            await self._lives.until_back(deadline - trio.current_time())
+            left_s = max(deadline - trio.current_time(), 0.0)
+            try:
+                return await self._synchronizer.run(state, step, on_drift=on_drift, check=check, timeout_s=left_s)
+            except MeshMergedError:
+                if not self._lives.is_coming_back or trio.current_time() >= deadline:
+                    raise
 
     # --- Inside ---------------------------------------------------------------------------------
 

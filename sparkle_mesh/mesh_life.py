@@ -149,6 +149,11 @@ class Lives:
             self._back = None
             self._take_up(life)
 
+    @property
+    def is_coming_back(self) -> bool:
+        """Whether this process becomes a member again by itself, or has and :meth:`until_back` takes that up."""
+        return self._back is not None
+
     async def until_back(self, timeout_s: float) -> None:
         """If this process is coming back by itself, wait until it is a member again, and take that life up."""
         with trio.move_on_after(timeout_s):

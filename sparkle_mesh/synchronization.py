@@ -95,7 +95,9 @@ class Synchronizer:
                 if done is not None:
                     self._new = False
                     return done
-        raise CollectiveTimeoutError(f"synchronize did not end in {timeout_s:g} s; it can be called again on all ranks")
+        raise CollectiveTimeoutError(
+            f"synchronize did not end in {timeout_s:.3g} s; it can be called again on all ranks"
+        )
 
     def candidates(self, now: float) -> int:
         """Return how many wait to be taken in, unless that has just failed."""

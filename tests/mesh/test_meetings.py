@@ -13,7 +13,7 @@ import trio
 import sparkle_mesh as sparkle
 from sparkle_mesh import limits
 from sparkle_mesh.async_mesh import AsyncMesh
-from sparkle_mesh.errors import MeshMergedError, QuorumLostError, UsageError
+from sparkle_mesh.errors import CollectiveTimeoutError, MeshMergedError, QuorumLostError, UsageError
 
 
 def options(tmp_path: Path, **changes: Any) -> dict[str, Any]:
@@ -57,6 +57,14 @@ class Trainer:
             await trio.sleep(0.01)
 
 
+async def dissolve(mesh: AsyncMesh) -> None:
+    """Let ``mesh`` know that it has met another one, and end for it."""
+    follower = mesh._follower
+    mesh._node.membership.succession.dissolve(bytes(32))
+    while follower.failure is None:
+        await follower.until_changed()
+
+
 async def test_of_two_meshes_that_meet_the_one_that_has_done_less_joins_the_other(tmp_path: Path) -> None:
     older, younger, newcomer = Trainer(1000.0), Trainer(0.0), Trainer(-5.0)
     with trio.fail_after(50):
@@ -79,12 +87,13 @@ async def test_of_two_meshes_that_meet_the_one_that_has_done_less_joins_the_othe
                     ) as third:
                         await newcomer.run(third)
                         lineage = third.view.lineage
+                        lives = (first._lives.count, second._lives.count)
                         assert second.view.lineage == first.view.lineage == lineage
                         others.cancel_scope.cancel()
                 nursery.cancel_scope.cancel()
+    # Those who were in the younger came back by themselves, if nothing but synchronize had to tell them.
     assert older.merged == []
-    (said,) = younger.merged
-    assert "synchronize" in said
+    assert lives == (1, 2)
     assert lineage in lineages
     # One state, which is that of the older: all have what it began with, and its steps.
     assert older.step >= 60
@@ -93,6 +102,78 @@ async def test_of_two_meshes_that_meet_the_one_that_has_done_less_joins_the_othe
         assert abs(trainer.step - older.step) <= 1
         assert trainer.weights.tolist() == [1000.0 + trainer.step] * 3
         assert trainer.sizes[-1] == 3
+
+
+async def test_calls_say_that_the_mesh_has_dissolved_until_synchronize_brings_it_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "REJOIN_SETTLE_S", 0.2)
+    views: list[int] = []
+
+    async def member(met: trio.Event) -> None:
+        async with sparkle.open_mesh("run", **options(tmp_path, min_peers=2)) as mesh:
+            mesh.on_view_change(lambda view: views.append(view.size))
+            before = mesh.rank, mesh.view
+            waits = trio.Event()
+
+            async def meet() -> None:
+                await waits.wait()
+                await dissolve(mesh)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(meet)
+                if mesh.rank == 0:
+                    # Its call is told, and so are all that follow; ranks stay as they were.
+                    waits.set()
+                    for _ in range(2):
+                        with pytest.raises(MeshMergedError, match="call synchronize"):
+                            await mesh.all_reduce(np.ones(2), tag="apart")
+                    assert (mesh.rank, mesh.view) == before
+                    met.set()
+                else:
+                    await met.wait()
+                    waits.set()
+                assert (await mesh.synchronize(np.ones(2), 5)).step == 5
+            assert mesh.view.lineage != before[1].lineage
+            assert (await mesh.all_reduce(np.ones(2))).tolist() == [2, 2]
+
+    with trio.fail_after(40):
+        async with trio.open_nursery() as nursery:
+            met = trio.Event()
+            for _ in range(2):
+                nursery.start_soon(member, met)
+    assert views == [2, 2]
+
+
+async def test_who_does_not_come_back_in_time_is_told(tmp_path: Path) -> None:
+    with trio.fail_after(40):
+        async with sparkle.open_mesh("run", **options(tmp_path, timeout_s=2)) as mesh:
+            await dissolve(mesh)
+            # It is coming back, which takes longer than that.
+            with pytest.raises((MeshMergedError, CollectiveTimeoutError)):
+                await mesh.synchronize(timeout_s=0.3)
+            # It has not come back.
+            with pytest.raises(MeshMergedError):
+                await mesh.synchronize(timeout_s=20)
+            await mesh.rejoin(timeout_s=20)
+            assert (await mesh.all_reduce(np.ones(2))).tolist() == [1, 1]
+
+
+async def test_joining_again_on_other_terms_goes_before_coming_back(tmp_path: Path) -> None:
+    with trio.fail_after(40):
+        async with sparkle.open_mesh("run", **options(tmp_path)) as mesh:
+            await dissolve(mesh)
+            await mesh.rejoin(min_peers=1)
+            assert not mesh._lives.is_coming_back
+            await dissolve(mesh)
+            # Without other terms it is that which comes back.
+            await mesh.rejoin()
+            assert mesh._lives.count == 3
+            # And who leaves while it comes back leaves both lives.
+            await dissolve(mesh)
+            back = mesh._lives._back
+            assert back is not None
+            await back.wait()
 
 
 async def test_who_loses_its_quorum_goes_on_in_a_fork_if_it_is_to(
