@@ -194,6 +194,10 @@ class SmallCollectives(Network, ABC):
         stream = number >> SEQUENCE_BITS
         if number in process.heard:
             return
+        if any(before < number and before not in process.heard for before in self._repeated(process, stream)):
+            # What is repeated begins in its order.
+            self.after(self.compute_s, partial(self.begin, process, epoch, number))
+            return
         while number in process.settled:
             process.ended[key_of(number, epoch)] = process.settled.pop(number)
             process.at[stream] = number
