@@ -230,7 +230,7 @@ class AsyncMesh(AsyncCollectives):
             A NumPy array, or a list, tuple or dict of arrays (such as a model's parameters and its optimizer's
             moments): the same names, shapes and dtypes on every member. Overwritten in place where it is not the
             reference: the state that most of those hold who were synchronised before, else that of the lowest rank
-            among them. None to take in newcomers alone.
+            among them; in a mesh that has just formed, that of the highest step. None to take in newcomers alone.
         step
             How many steps this member has done.
         on_drift

@@ -13,7 +13,15 @@ import trio
 
 from sparkle_mesh import limits
 from sparkle_mesh.collectives.group import CollectiveGroup
-from sparkle_mesh.errors import JoinTimeoutError, MeshMergedError, QuorumLostError, SparkleError
+from sparkle_mesh.errors import (
+    DeadlineError,
+    ExcludedError,
+    JoinTimeoutError,
+    MeshClosedError,
+    MeshMergedError,
+    QuorumLostError,
+    SparkleError,
+)
 from sparkle_mesh.fabric.identity import Identity
 from sparkle_mesh.membership.service import PeerRefused
 from sparkle_mesh.node import MeshNode, NodeConfig, open_node
@@ -129,23 +137,30 @@ class Lives:
         #: next life is taken up, so that ranks do not change between calls.
         self._back: trio.Event | None = None
         self._next: Life | None = None
-        self._returning = trio.CancelScope()
+        self._returning, self._beginning = trio.CancelScope(), trio.CancelScope()
 
     async def begin(self) -> None:
-        """Become a member for the first time. Raises JoinTimeoutError, QuorumLostError."""
-        self._take_up(await self._tasks.start(live, self.config, self.timeout_s, self._kinds))
+        """Become a member for the first time. Raises JoinTimeoutError, or what ended the last attempt."""
+        self._take_up(await self._live(self.config, self.timeout_s))
 
     async def begin_anew(self, min_peers: int | None, timeout_s: float | None) -> None:
-        """End the current life and take up another, on other terms if they are given. Raises as :meth:`begin`."""
+        """End the current life and take up another, on other terms if they are given.
+
+        Raises as :meth:`begin`, and MeshClosedError if the process leaves meanwhile.
+        """
         if min_peers is not None:
             # It may be coming back by itself, on other terms.
             self._returning.cancel()
         async with self._turn:
             life, self._next = self._next, None
-            if life is None or min_peers is not None:
-                if life is not None:
-                    await life.end()
-                life = await self._another(min_peers, timeout_s)
+            if life is not None and min_peers is not None:
+                await life.end()
+                life = None
+            if life is None:
+                with trio.CancelScope() as self._beginning:
+                    life = await self._another(min_peers, timeout_s)
+            if life is None:
+                raise MeshClosedError("this process has left the mesh while it joined again")
             self._back = None
             self._take_up(life)
 
@@ -169,6 +184,7 @@ class Lives:
     async def end(self) -> None:
         """Leave the mesh, and wait until all is closed."""
         self._returning.cancel()
+        self._beginning.cancel()
         async with self._turn:
             if self._next is not None:
                 await self._next.end()
@@ -184,23 +200,42 @@ class Lives:
 
     async def _another(self, min_peers: int | None, timeout_s: float | None = None) -> Life:
         """End the current life, and begin another."""
-        # Who is known now is who can be asked then.
-        peers = [f"{address}/p2p/{peer.peer_id}" for peer in self.current.node.peers() for address in peer.addresses]
-        self._known = peers[: limits.REJOIN_ADDRESSES_MAX_COUNT] or self._known
+        self._note_known()
         await self.current.end()
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
         config = replace(
             self.config,
             identity=Identity.generate(),
             min_peers=self.config.min_peers if min_peers is None else min_peers,
             join=tuple(dict.fromkeys((*self.config.join, *self._known))),
-            settle_s=limits.REJOIN_SETTLE_S,
+            settle_s=min(limits.REJOIN_SETTLE_S, timeout_s / 4),
         )
-        timeout_s = self.timeout_s if timeout_s is None else timeout_s
-        life: Life = await self._tasks.start(live, config, timeout_s, self._kinds)
+        life = await self._live(config, timeout_s)
+        life.node.membership.step = self.current.node.membership.step
         return life
+
+    async def _live(self, config: NodeConfig, timeout_s: float) -> Life:
+        """Begin a life; once more if its mesh has ended before it could be used."""
+        deadline = trio.current_time() + timeout_s
+        while True:
+            try:
+                life: Life = await self._tasks.start(live, config, deadline - trio.current_time(), self._kinds)
+            except (MeshMergedError, QuorumLostError, ExcludedError) as error:
+                if trio.current_time() >= deadline:
+                    raise
+                logger.info("joining once more: %s", error)
+                config = replace(config, identity=Identity.generate())
+            else:
+                return life
+
+    def _note_known(self) -> None:
+        """Who is known now is who can be asked for a way into the mesh later."""
+        peers = [f"{address}/p2p/{peer.peer_id}" for peer in self.current.node.peers() for address in peer.addresses]
+        self._known = peers[: limits.REJOIN_ADDRESSES_MAX_COUNT] or self._known
 
     def _failed(self, error: SparkleError) -> None:
         """This process is a member no more. After some ends it becomes one again by itself."""
+        self._note_known()
         if isinstance(error, MeshMergedError):
             min_peers = None
         elif isinstance(error, QuorumLostError) and self._forks:
@@ -217,7 +252,7 @@ class Lives:
                 if self._back is back:
                     with trio.CancelScope() as self._returning:
                         self._next = await self._another(min_peers)
-        except (JoinTimeoutError, QuorumLostError) as error:
+        except (DeadlineError, MeshClosedError) as error:
             logger.error("this process has not become a member again: %s", error)
         finally:
             back.set()

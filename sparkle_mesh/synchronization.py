@@ -6,7 +6,7 @@ ask for a view with the newcomers, whose first call is this one, too. Then state
 chunks, and whoever is behind takes what it lacks from all that have it, at once; every chunk is verified.
 
 The reference is the state that most of those hold who were synchronised before, or else that of the lowest rank among
-them. A death on the way begins it again, with what was received already.
+them; where all are new, that of the highest step. A death on the way begins it again, with what was received already.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ class Synchronizer:
                     continue
                 if done is not None:
                     self._new = False
+                    self._mesh._node.membership.step = done.step
                     return done
         raise CollectiveTimeoutError(
             f"synchronize did not end in {timeout_s:.3g} s; it can be called again on all ranks"
@@ -279,8 +280,11 @@ _TAG = "\0state"
 
 def _choose_reference(rows: Array) -> tuple[int, list[int]]:
     """Return the rank whose state counts, and all ranks that hold the same."""
-    old = [rank for rank, row in enumerate(rows) if not row[1]] or list(range(len(rows)))
+    old = [rank for rank, row in enumerate(rows) if not row[1]]
     states = [(int(row[0]), int(row[5]), int(row[6])) for row in rows]
+    if not old:
+        # The mesh has just formed, from members of another one perhaps: what was trained furthest is not lost.
+        old = [max(range(len(rows)), key=lambda rank: (states[rank][0], -rank))]
     state, count = Counter(states[rank] for rank in old).most_common(1)[0]
     if 2 * count <= len(old):
         state = states[old[0]]

@@ -210,6 +210,12 @@ class ViewFollower:
         self.entered.set()
         self._notify()
         self.failed(error)
+        if self._nursery is not None:
+            self._nursery.start_soon(self._depart)
+
+    async def _depart(self) -> None:
+        """Others do not wait for this process, nor hear from it of a view that it is in no more."""
+        await self._membership.leave("it is a member no more", hurry=True)
 
     async def _settle(self, change: Entered) -> None:
         """End what was open in the view before."""

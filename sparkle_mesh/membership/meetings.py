@@ -1,11 +1,11 @@
 """Which of two meshes of one name that meet goes on: a sans-IO machine, one in every member.
 
 Two lineages come about when processes form a mesh in two places that do not know each other, or when those that are cut
-off from the others go on by themselves. Once a member of one is connected to members of the other, the lineage in which
-fewer operations were begun dissolves (if they are alike: that with fewer members, then that with the smaller id): its
-members are members no more, and may join the other as newcomers.
+off from the others go on by themselves. Once a member of one is connected to members of the other, the lineage that has
+trained for fewer steps dissolves (if they are alike: that which has begun fewer operations, that with fewer members,
+that with the smaller id): its members are members no more, and may join the other as newcomers.
 
-Numbers of operations change while they are compared, and both must not dissolve. So only one process compares: of the
+Such numbers change while they are compared, and both must not dissolve. So only one process compares: of the
 two lineages that with the smaller id asks, by its lead (the first of a quorum of members that trust each other), and
 the lead of the other answers. It keeps its verdict for whoever asks after that, and each side's lead tells its own
 members. Whoever has dissolved goes on to say so to members of its lineage that come later.
@@ -27,6 +27,7 @@ from sparkle_mesh.membership.messages import Meeting, Merger
 class Weight(NamedTuple):
     """What a lineage has to show; the greater one goes on."""
 
+    step: int
     operations: int
     size: int
     lineage: bytes
@@ -70,7 +71,7 @@ class Meetings:
         if due is None or now < due:
             return []
         self._not_before = now + limits.MEETING_INTERVAL_S
-        question = Meeting(lineage=mine.lineage, operations=mine.operations, size=mine.size)
+        question = Meeting(lineage=mine.lineage, step=mine.step, operations=mine.operations, size=mine.size)
         return [(peer_id, question) for peer_id, lineage in others.items() if lineage > mine.lineage]
 
     def asked(self, meeting: Meeting, mine: Weight, *, leads: bool) -> Merger | None:
@@ -79,7 +80,7 @@ class Meetings:
             return None
         answer = self._answers.get(meeting.lineage)
         if answer is None:
-            theirs = Weight(meeting.operations, meeting.size, meeting.lineage)
+            theirs = Weight(meeting.step, meeting.operations, meeting.size, meeting.lineage)
             dissolves, goes_on = sorted((mine, theirs))
             answer = Merger(dissolves=dissolves.lineage, into=goes_on.lineage)
             self._answers[meeting.lineage] = answer

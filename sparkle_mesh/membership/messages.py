@@ -86,7 +86,7 @@ class Proof(wire.Message, tag="proof", frozen=True):
 class Refused(wire.Message, tag="refused", frozen=True):
     """The end of it, with a reason that both sides report."""
 
-    code: Literal["version", "key", "not_local", "full", "duplicate"]
+    code: Literal["version", "key", "not_local", "full", "duplicate", "left"]
     reason: wire.ReasonText
 
 
@@ -197,6 +197,7 @@ class Meeting(wire.Message, tag="meeting", frozen=True):
     """To members of another lineage of this mesh: what the sender's has to show; one of the two must dissolve."""
 
     lineage: wire.Bytes32
+    step: wire.Count
     operations: wire.Count
     size: wire.Count
 

@@ -240,6 +240,8 @@ class MembershipService(MembershipViews):
         await self._greet_and_follow(stream, proof, first)
 
     def _reason_to_refuse(self, peer_id: PeerId) -> Refused | None:
+        if self._leaving:
+            return Refused(code="left", reason="this process has left the mesh")
         if len(self._channels) >= limits.MESH_PEERS_MAX_COUNT:
             return Refused(code="full", reason=f"{limits.MESH_PEERS_MAX_COUNT} peers are connected already")
         address = self._fabric.remote_address(peer_id)

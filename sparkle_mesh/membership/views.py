@@ -51,6 +51,8 @@ class MembershipViews:
     ----------
     operations
         Where this process stands with collectives; frozen and read when its view ends.
+    step
+        Of training, at which all members were when they were synchronised last.
     has_link, until_link_lost
         Whether a data link to a member stands, and what waits until none does; the mesh knows.
     """
@@ -70,6 +72,7 @@ class MembershipViews:
         self._meetings = Meetings()
         self._tell_change, self._changes = trio.open_memory_channel[Change](limits.VIEW_CHANGES_MAX_COUNT)
         self.operations = OpenOperations()
+        self.step = 0
         self.has_link: Callable[[Member], bool] = lambda member: False
         self.until_link_lost: Callable[[Member], Awaitable[None]] = _never
 
@@ -176,7 +179,7 @@ class MembershipViews:
         }
 
     def _weight(self, succession: Succession) -> Weight:
-        return Weight(self.operations.begun_count, succession.view.size, succession.view.lineage)
+        return Weight(self.step, self.operations.begun_count, succession.view.size, succession.view.lineage)
 
     def _meet(self, channel: PeerChannel, message: Meeting | Merger) -> None:
         """Another mesh of this name asks, or it is known which one goes on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import sparkle_mesh as sparkle
 from sparkle_mesh import limits
 from sparkle_mesh.async_mesh import AsyncMesh
 from sparkle_mesh.errors import CollectiveTimeoutError, MeshMergedError, QuorumLostError, UsageError
+from sparkle_mesh.membership.formation import Formation
 
 
 def options(tmp_path: Path, **changes: Any) -> dict[str, Any]:
@@ -145,9 +147,10 @@ async def test_calls_say_that_the_mesh_has_dissolved_until_synchronize_brings_it
     assert views == [2, 2]
 
 
-async def test_who_does_not_come_back_in_time_is_told(tmp_path: Path) -> None:
+async def test_who_does_not_come_back_in_time_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with trio.fail_after(40):
         async with sparkle.open_mesh("run", **options(tmp_path, timeout_s=2)) as mesh:
+            monkeypatch.setattr(mesh._lives, "config", replace(mesh._lives.config, min_peers=2))
             await dissolve(mesh)
             # It is coming back, which takes longer than that.
             with pytest.raises((MeshMergedError, CollectiveTimeoutError)):
@@ -155,7 +158,7 @@ async def test_who_does_not_come_back_in_time_is_told(tmp_path: Path) -> None:
             # It has not come back.
             with pytest.raises(MeshMergedError):
                 await mesh.synchronize(timeout_s=20)
-            await mesh.rejoin(timeout_s=20)
+            await mesh.rejoin(min_peers=1, timeout_s=20)
             assert (await mesh.all_reduce(np.ones(2))).tolist() == [1, 1]
 
 
@@ -217,9 +220,9 @@ async def test_who_loses_its_quorum_goes_on_in_a_fork_if_it_is_to(
 
 
 async def test_a_fork_that_does_not_come_about_is_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "REJOIN_SETTLE_S", 5.0)
     with trio.fail_after(40):
         async with sparkle.open_mesh("run", **options(tmp_path, on_quorum_loss="continue", timeout_s=2)) as mesh:
+            monkeypatch.setattr(Formation, "_eligible", lambda self: [])
             mesh._follower._fail(QuorumLostError("lost"))
             with pytest.raises(QuorumLostError):
                 await mesh.all_reduce(np.ones(2))

@@ -46,16 +46,22 @@ async def run_members(tmp_path: Path, count: int, program: Program) -> list[Any]
     return [results[rank] for rank in range(count)]
 
 
-async def test_the_first_time_all_get_the_state_of_the_first(tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [(5, 5, 5), (5, 7, 7), (0, 0, 9)])
+async def test_the_first_time_all_get_the_state_of_the_first_that_is_furthest(
+    tmp_path: Path, steps: tuple[int, ...]
+) -> None:
+    """A mesh that forms anew, of one that has trained and others that have not, loses nothing."""
+
     async def program(mesh: AsyncMesh) -> Any:
         state = {"w": np.full(1000, float(mesh.rank)), "b": np.zeros(0)}
-        done = await mesh.synchronize(state, 5 + mesh.rank)
+        done = await mesh.synchronize(state, steps[mesh.rank])
         again = await mesh.synchronize(state, done.step)
         return done, again, state["w"].max()
 
     for rank, (done, again, largest) in enumerate(await run_members(tmp_path, 3, program)):
-        assert (done.step, done.sources, largest) == (5, (0,), 0.0)
-        assert done.bytes_received == (8000 if rank else 0)
+        first = steps.index(max(steps))
+        assert (done.step, done.sources, largest) == (max(steps), (first,), float(first))
+        assert done.bytes_received == (8000 if rank != first else 0)
         # Where all are alike it is one round.
         assert (again.sources, again.bytes_received, again.largest_difference) == ((0, 1, 2), 0, 0.0)
 
