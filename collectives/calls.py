@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -165,12 +166,13 @@ def check_terms(on_failure: object, min_contributors: object) -> tuple[bool, int
     return on_failure == "retry", least, ", ".join(said)
 
 
-def check_timeout(timeout_s: object) -> float:
+def check_timeout(timeout_s: Any) -> float:
     """Return the seconds that a call may take, ``limits.COLLECTIVE_TIMEOUT_S`` for None. Raises UsageError."""
     if timeout_s is None:
         return limits.COLLECTIVE_TIMEOUT_S
-    if not isinstance(timeout_s, (int, float)) or not 0 < timeout_s <= limits.TIMEOUT_MAX_S:
+    seconds = float(timeout_s) if isinstance(timeout_s, Real) and not isinstance(timeout_s, bool) else 0.0
+    if not 0 < seconds <= limits.TIMEOUT_MAX_S:
         raise UsageError(
             f"timeout_s is {timeout_s!r}; it must be positive and at most {limits.TIMEOUT_MAX_S:g} seconds"
         )
-    return timeout_s
+    return seconds

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -17,6 +18,7 @@ from numpy.typing import DTypeLike
 
 from sparkle_mesh import limits
 from sparkle_mesh.async_collectives import AsyncCollectives
+from sparkle_mesh.collectives.calls import check_timeout
 from sparkle_mesh.collectives.group import Outcome
 from sparkle_mesh.environment import resolve_data_dir
 from sparkle_mesh.errors import ForkedProcessError, MeshMergedError, UsageError
@@ -108,7 +110,7 @@ class AsyncMesh(AsyncCollectives):
 
         Whatever is in flight ends. This process is then a newcomer, of the mesh that there is, or of another that it
         forms with others: :meth:`synchronize` gives it the state of that. Arrays that were allocated stay; they are
-        ordinary ones from now on.
+        ordinary ones from now on. It has another peer id, and an invite from before does not lead to it any more.
 
         Parameters
         ----------
@@ -202,7 +204,8 @@ class AsyncMesh(AsyncCollectives):
             raise UsageError(f"no array of shape {shape!r} and dtype {dtype!r} can be made: {error}") from error
         if like.dtype.kind not in "biufc":
             raise UsageError(f"dtype {like.dtype} is not one of numbers; allocate float32, float64 or integers")
-        memory = self._connector.memory
+        # After a failure to join again there is none.
+        memory = None if self._lives.current.is_over else self._connector.memory
         nbytes = like.size * like.dtype.itemsize
         if memory is None or not nbytes:
             return np.zeros(like.shape, like.dtype)
@@ -254,6 +257,7 @@ class AsyncMesh(AsyncCollectives):
             If the deadline passed. What was received already stays; it can be called again.
         """
         self._check_process()
+        timeout_s = check_timeout(timeout_s)
         deadline = trio.current_time() + timeout_s
         while True:
             await self._lives.until_back(deadline - trio.current_time())
@@ -321,7 +325,7 @@ def open_mesh(
         join=tuple(join),
         data_dir=resolve_data_dir(data_dir),
         lan=lan,
-        min_peers=min_peers,
+        min_peers=int(min_peers),
         max_silence_s=_silence(max_silence_s),
     )
     return _open(config, timeout_s, links, forks=on_quorum_loss == "continue")
@@ -344,17 +348,21 @@ async def _open(
                 nursery.cancel_scope.cancel()
 
 
-def _silence(max_silence_s: object) -> float:
+def _silence(max_silence_s: Any) -> float:
     if max_silence_s is None:
         return limits.SUSPICION_CEILING_S
     low, high = limits.SUSPICION_CEILING_MIN_S, limits.SILENCE_TIMEOUT_S
-    if not isinstance(max_silence_s, (int, float)) or not low <= max_silence_s <= high:
+    if not _is_number(max_silence_s, Real) or not low <= max_silence_s <= high:
         raise UsageError(f"max_silence_s is {max_silence_s!r}; give seconds from {low:g} to {high:g}, or None")
     return float(max_silence_s)
 
 
-def _check_terms(min_peers: object, timeout_s: object) -> None:
-    if not isinstance(min_peers, int) or not isinstance(timeout_s, (int, float)):
+def _is_number(value: object, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _check_terms(min_peers: Any, timeout_s: Any) -> None:
+    if not _is_number(min_peers, Integral) or not _is_number(timeout_s, Real):
         raise UsageError(f"min_peers is {min_peers!r} and timeout_s {timeout_s!r}; give a whole number and seconds")
     if not 1 <= min_peers <= limits.MESH_MEMBERS_MAX_COUNT:
         raise UsageError(f"min_peers is {min_peers}; it must be from 1 to {limits.MESH_MEMBERS_MAX_COUNT}")

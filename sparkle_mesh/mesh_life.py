@@ -49,6 +49,11 @@ class Life:
         assert self.follower.group is not None
         return self.follower.group
 
+    @property
+    def is_over(self) -> bool:
+        """Whether all is closed."""
+        return self._ended.is_set()
+
     async def end(self) -> None:
         """Leave the mesh, and wait until all is closed."""
         self._leaves.set()
@@ -151,7 +156,11 @@ class Lives:
         if min_peers is not None:
             # It may be coming back by itself, on other terms.
             self._returning.cancel()
+        count = self.count
         async with self._turn:
+            if self.count > count and min_peers is None:
+                # Another task has asked for the same, and was first.
+                return
             life, self._next = self._next, None
             if life is not None and min_peers is not None:
                 await life.end()
@@ -219,9 +228,10 @@ class Lives:
         deadline = trio.current_time() + timeout_s
         while True:
             try:
-                life: Life = await self._tasks.start(live, config, deadline - trio.current_time(), self._kinds)
+                life: Life = await self._tasks.start(live, config, timeout_s, self._kinds)
             except (MeshMergedError, QuorumLostError, ExcludedError) as error:
-                if trio.current_time() >= deadline:
+                timeout_s = deadline - trio.current_time()
+                if timeout_s <= 0:
                     raise
                 logger.info("joining once more: %s", error)
                 config = replace(config, identity=Identity.generate())
@@ -285,8 +295,14 @@ async def _await_view(node: MeshNode, follower: ViewFollower, deadline: float, t
         )
     lines = [
         f"mesh {node.config.mesh!r} did not form in {timeout_s:g} s: {node.membership.state_of_play()}",
-        "start more processes, lower min_peers, or raise timeout_s",
+        _advice(node),
         *list(refusals.values())[:3],
         *node.discovery.status(),
     ]
     raise JoinTimeoutError("; ".join(lines))
+
+
+def _advice(node: MeshNode) -> str:
+    if node.membership.view_elsewhere is not None:
+        return "the members of a mesh take newcomers in when all of them call synchronize; raise timeout_s"
+    return "start more processes, lower min_peers, or raise timeout_s"

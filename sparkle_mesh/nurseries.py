@@ -24,6 +24,13 @@ def bare_errors() -> Iterator[None]:
         raise
 
 
+def is_cancellation(error: BaseException) -> bool:
+    """Whether ``error`` says that a task was cancelled, and nothing else: alone, or as a group out of nurseries."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(isinstance(leaf, trio.Cancelled) for leaf in leaves(error))
+    return isinstance(error, trio.Cancelled)
+
+
 def leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
     """Return the errors in a group, those of groups within it included."""
     for error in group.exceptions:

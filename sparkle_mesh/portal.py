@@ -19,7 +19,7 @@ import trio
 from sparkle_mesh import limits
 from sparkle_mesh.clock import SYSTEM_CLOCK
 from sparkle_mesh.errors import MeshClosedError
-from sparkle_mesh.nurseries import bare_errors
+from sparkle_mesh.nurseries import bare_errors, is_cancellation
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -90,12 +90,13 @@ class Portal:
             with bare_errors(), scope:
                 try:
                     future.set_result(await function(*args))
-                except trio.Cancelled:
+                except BaseException as error:
+                    if not is_cancellation(error):
+                        future.set_exception(error)
+                        return
                     torn_down = not (scope.cancel_called or self._stop.is_set() or self._scope.cancel_called)
                     future.set_exception(MeshClosedError("the mesh was closed, or the call given up, while it ran"))
                     raise
-                except BaseException as error:
-                    future.set_exception(error)
 
         def start() -> None:
             if self._nursery is None:

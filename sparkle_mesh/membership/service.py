@@ -124,8 +124,13 @@ class MembershipService(MembershipViews):
     def view(self) -> View | None:
         """The view this process is in; for a node, one it watches."""
         if self._formation.view is None and self._role == "node":
-            return next(iter(self._formation.views_elsewhere.values()), None)
+            return self.view_elsewhere
         return self._formation.view
+
+    @property
+    def view_elsewhere(self) -> View | None:
+        """A view of other processes that this one is not in, if it has heard of one."""
+        return next(iter(self._formation.views_elsewhere.values()), None)
 
     @property
     def channels(self) -> dict[PeerId, PeerChannel]:

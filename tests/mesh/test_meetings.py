@@ -12,7 +12,7 @@ import pytest
 import trio
 
 import sparkle_mesh as sparkle
-from sparkle_mesh import limits
+from sparkle_mesh import limits, mesh_life
 from sparkle_mesh.async_mesh import AsyncMesh
 from sparkle_mesh.errors import CollectiveTimeoutError, MeshMergedError, QuorumLostError, UsageError
 from sparkle_mesh.membership.formation import Formation
@@ -258,8 +258,74 @@ def test_threads_are_told_of_the_fork(tmp_path: Path, monkeypatch: pytest.Monkey
         {"max_silence_s": 0.5},
         {"max_silence_s": 61},
         {"max_silence_s": "5"},
+        {"max_silence_s": True},
+        {"min_peers": True},
+        {"timeout_s": True},
     ],
 )
 def test_wrong_terms_are_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
         sparkle.join("run", **options(tmp_path, **wrong))
+
+
+async def test_a_mesh_that_dissolves_while_it_is_joined_is_joined_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = mesh_life._await_view
+    attempts = 0
+
+    async def dissolves_first(*arguments: Any) -> None:
+        nonlocal attempts
+        attempts += 1
+        if attempts <= dissolves:
+            raise MeshMergedError("met another")
+        await waits(*arguments)
+
+    monkeypatch.setattr(mesh_life, "_await_view", dissolves_first)
+    with trio.fail_after(40):
+        dissolves = 2
+        async with sparkle.open_mesh("run", **options(tmp_path)) as mesh:
+            assert (attempts, mesh.size) == (3, 1)
+        # But not for ever.
+        dissolves = 1_000
+        with pytest.raises(MeshMergedError):
+            async with sparkle.open_mesh("run", **options(tmp_path, timeout_s=1)):
+                pass
+
+
+async def test_who_is_a_member_no_more_is_in_nobodys_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was told, and does nothing about it, neither keeps others from a mesh of their own, nor is in it."""
+    monkeypatch.setattr(limits, "QUORUM_MISSING_S", 0.2)
+    monkeypatch.setattr(limits, "REJOIN_SETTLE_S", 0.5)
+    all_in, told, done = trio.Event(), trio.Event(), trio.Event()
+    sizes: list[int] = []
+
+    async def member(kill: trio.CancelScope, *, task_status: trio.TaskStatus[AsyncMesh]) -> None:
+        with kill:
+            async with sparkle.open_mesh("run", **options(tmp_path, min_peers=4)) as mesh:
+                task_status.started(mesh)
+                await all_in.wait()
+                if mesh.rank < 2:
+                    await mesh._node.membership.leave(hurry=True)
+                    for link in list(mesh._follower.links.values()):
+                        await link.aclose()
+                    kill.cancel()
+                with pytest.raises(QuorumLostError):
+                    await mesh.all_reduce(np.ones(2))
+                if mesh.rank == 2:
+                    told.set()
+                    await done.wait()
+                    return
+                await told.wait()
+                await mesh.rejoin(min_peers=1, timeout_s=20)
+                sizes.append(mesh.size)
+                done.set()
+
+    with trio.fail_after(50):
+        async with trio.open_nursery() as nursery:
+            scopes = [trio.CancelScope() for _ in range(4)]
+            async with trio.open_nursery() as starting:
+                for scope in scopes:
+                    starting.start_soon(nursery.start, member, scope)
+            all_in.set()
+    assert sizes == [1]

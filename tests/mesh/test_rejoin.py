@@ -172,3 +172,47 @@ def test_a_peer_that_leaves_to_join_again_is_lost_to_calls_that_do_not_repeat(tm
     for thread in threads:
         thread.join(50)
     assert "lost" in seen
+
+
+def test_closing_ends_a_rejoin_and_asking_twice_is_one(tmp_path: Path) -> None:
+    raised: list[BaseException | None] = []
+
+    def rejoin(mesh: Any, **terms: Any) -> None:
+        try:
+            mesh.rejoin(**terms)
+            raised.append(None)
+        except BaseException as error:
+            raised.append(error)
+
+    mesh = sparkle.join("run", **options(tmp_path, min_peers=1))
+    both = [threading.Thread(target=rejoin, args=(mesh,)) for _ in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join(30)
+    assert raised == [None, None]
+    assert mesh._mesh._lives.count == 2
+    waits = threading.Thread(target=rejoin, args=(mesh,), kwargs={"min_peers": 2})
+    waits.start()
+    while not mesh._mesh._lives.current.is_over:
+        waits.join(0.01)
+    # Meanwhile an allocated array is an ordinary one.
+    assert mesh.allocate(3).tolist() == [0, 0, 0]
+    mesh.close()
+    waits.join(30)
+    assert isinstance(raised[2], MeshClosedError)
+
+
+async def test_leaving_ends_a_rejoin(tmp_path: Path) -> None:
+    with trio.fail_after(40):
+        async with trio.open_nursery() as nursery:
+            opened = sparkle.open_mesh("run", **options(tmp_path, min_peers=1))
+            mesh = await opened.__aenter__()
+
+            async def rejoin() -> None:
+                with pytest.raises(MeshClosedError, match="left"):
+                    await mesh.rejoin(min_peers=2)
+
+            nursery.start_soon(rejoin)
+            await mesh._lives.current._ended.wait()
+            await opened.__aexit__(None, None, None)
