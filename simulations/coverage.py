@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-MACHINE = ("ballots", "operations", "view_change")
+MACHINE = ("ballots", "complaints", "operations", "view_change")
 
 
 def main(arguments: list[str] | None = None) -> int:

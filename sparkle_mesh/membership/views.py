@@ -187,7 +187,8 @@ class MembershipViews:
         if succession is None or succession.ended:
             return
         if isinstance(message, Meeting):
-            answer = self._meetings.asked(message, self._weight(succession), leads=succession.leads)
+            spoken_for = channel.lineage == message.lineage
+            answer = self._meetings.asked(message, self._weight(succession), leads=succession.leads and spoken_for)
             if answer is not None:
                 channel.send(answer)
         elif channel.lineage == message.into or channel.introduction.member in succession.view.members:

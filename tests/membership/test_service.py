@@ -17,10 +17,13 @@ from sparkle_mesh.membership.events import MembershipEvent
 from sparkle_mesh.membership.keys import MeshKey, MeshSecrets
 from sparkle_mesh.membership.messages import (
     PROTOCOL,
+    Chosen,
     Greeting,
     Hello,
     Introduction,
     Leave,
+    Meeting,
+    Merger,
     MeshMessage,
     Refused,
     Role,
@@ -35,7 +38,7 @@ from sparkle_mesh.membership.service import (
     ViewChanged,
     is_local_address,
 )
-from sparkle_mesh.membership.view import Member
+from sparkle_mesh.membership.view import Member, View
 from sparkle_mesh.nurseries import bare_errors
 
 KEY = MeshKey(b"k" * 32)
@@ -308,6 +311,47 @@ async def test_how_a_channel_ends_is_told(
             (gone,) = await b.until(PeerGone)
             assert isinstance(gone, PeerGone)
             assert reason in gone.reason
+
+
+async def test_only_who_is_in_a_mesh_speaks_for_it(autojump_clock: trio.testing.MockClock) -> None:
+    """Whoever is admitted and in no mesh cannot have one dissolved; a lead of another one can, and all are told."""
+    async with open_mesh() as mesh:
+        b, c = await mesh.start("b"), await mesh.start("c")
+        await join(b, c)
+        (changed,) = await b.until(ViewChanged)
+        assert isinstance(changed, ViewChanged)
+        mine, low = changed.view, bytes(32)
+        async with impostor(mesh, "a") as (stream, _):
+            await b.until(PeerAdmitted, 2)
+            me = b.service.member_of("a")
+            assert me is not None
+            meeting = Meeting(lineage=low, step=2**60, operations=9, size=9)
+            for message in (meeting, Merger(dissolves=mine.lineage, into=low)):
+                await send_message(stream, message)  # type: ignore[arg-type]
+            await trio.sleep(1)
+            assert b.service.verdict is None
+            theirs = View(mesh_id=mine.mesh_id, lineage=low, epoch=1, members=(me,))
+            for said in (Chosen(view=theirs), meeting):
+                await send_message(stream, said)  # type: ignore[arg-type]
+            await trio.sleep(1)
+            verdict = Merger(dissolves=mine.lineage, into=low)
+            assert (b.service.verdict, c.service.verdict) == (verdict, verdict)
+            assert b.service.succession.ended
+            assert c.service.succession.ended
+            # What is said then changes nothing; and whoever comes is told.
+            await send_message(stream, meeting)  # type: ignore[arg-type]
+            await trio.sleep(1)
+            assert b.service.is_admitted("a")
+
+
+async def test_who_leaves_admits_nobody_any_more(autojump_clock: trio.testing.MockClock) -> None:
+    async with open_mesh() as mesh:
+        b, c = await mesh.start("b"), await mesh.start("c")
+        await c.service.leave(hurry=True)
+        await join(b, c)
+        (refused,) = await b.until(PeerRefused)
+        assert isinstance(refused, PeerRefused)
+        assert "has left the mesh" in refused.reason
 
 
 async def test_garbage_after_the_proof_ends_that_peer_alone(autojump_clock: trio.testing.MockClock) -> None:
