@@ -57,6 +57,7 @@ class AsyncMesh(AsyncCollectives):
         self._process = os.getpid()
         self._callbacks: list[Callable[[View], object]] = []
         self._lives = lives
+        self._synchronizer = Synchronizer(self)
         self._take_up(lives.current)
         lives.taken_up = self._begin_anew
 
@@ -64,7 +65,7 @@ class AsyncMesh(AsyncCollectives):
         self._node, self._connector, self._follower = life.node, life.connector, life.follower
         self._group = life.group
         self._group.shown_changed = self._view_shown
-        self._synchronizer = Synchronizer(self)
+        self._synchronizer = Synchronizer(self, torn=self._synchronizer.torn)
 
     def _begin_anew(self, life: Life) -> None:
         self._take_up(life)

@@ -23,7 +23,14 @@ import numpy as np
 import trio
 
 from sparkle_mesh import limits
-from sparkle_mesh.errors import CollectiveTimeoutError, DivergenceError, MismatchError, PeerLostError, UsageError
+from sparkle_mesh.errors import (
+    CollectiveTimeoutError,
+    DivergenceError,
+    MismatchError,
+    PeerLostError,
+    SparkleError,
+    UsageError,
+)
 from sparkle_mesh.nurseries import leaves
 from sparkle_mesh.state_chunks import DIGEST_BYTES, StateChunks
 
@@ -32,7 +39,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 Array = np.ndarray[Any, np.dtype[Any]]
-#: step, is new, candidates, digest of layout (two words), digest of state (two words).
+#: Of a member: was synchronised in this mesh; was not yet; and holds a mixture of states, which is no reference.
+_OLD, _NEW, _TORN = range(3)
+#: step, standing, candidates, digest of layout (two words), digest of state (two words).
 _ROW_WORDS = 7
 
 
@@ -68,11 +77,14 @@ class Synchronizer:
     ----------
     progress
         How much of what this member lacks has come, from 0 to 1.
+    torn
+        Whether its state is a mixture: part of another one has come, and the rest not yet.
     """
 
-    def __init__(self, mesh: AsyncMesh) -> None:
+    def __init__(self, mesh: AsyncMesh, *, torn: bool = False) -> None:
         self._mesh = mesh
         self._new = True
+        self.torn = torn
         self._no_admission_before = 0.0
         self.progress = 1.0
 
@@ -86,14 +98,14 @@ class Synchronizer:
         with trio.move_on_after(timeout_s):
             while True:
                 try:
-                    done = await run.once(new=self._new)
+                    done = await run.once(_TORN if self.torn else _NEW if self._new else _OLD)
                 except PeerLostError as error:
                     # Another view: whoever is in it begins again.
                     logger.info("synchronising again: %s", error)
                     await trio.lowlevel.checkpoint()
                     continue
                 if done is not None:
-                    self._new = False
+                    self._new = self.torn = False
                     self._mesh._node.membership.step = done.step
                     return done
         raise CollectiveTimeoutError(
@@ -132,13 +144,16 @@ class _Run:
         self._largest = 0.0
         self._newcomers = 0
 
-    async def once(self, *, new: bool) -> Synchronized | None:
-        """Try once; None if newcomers may have come in, and it is to be done again. Raises PeerLostError."""
+    async def once(self, standing: int) -> Synchronized | None:
+        """Try once; None if newcomers may have come in, and it is to be done again.
+
+        Raises PeerLostError, and DivergenceError if nobody holds a state that can be the reference.
+        """
         group, owner = self._mesh._group, self._owner
         # All that follows is of one view: in another one, members begin again, with the first round.
         await group.until_may_begin()
         self._epoch = group.epoch
-        rows = await self._tell(new, b"\0" * DIGEST_BYTES)
+        rows = await self._tell(standing, b"\0" * DIGEST_BYTES)
         if rows[:, 2].all():
             # Who is not connected to all members yet is not taken in.
             before = set(group.members)
@@ -153,20 +168,27 @@ class _Run:
             mine = await trio.to_thread.run_sync(self._chunks.digests)
         else:
             mine = self._chunks.digests()
-        rows = await self._tell(new, blake2b(mine.tobytes(), digest_size=DIGEST_BYTES).digest())
-        reference, sources = _choose_reference(rows)
-        self._step = int(rows[reference, 0])
+        rows = await self._tell(standing, blake2b(mine.tobytes(), digest_size=DIGEST_BYTES).digest())
+        sources = _choose_sources(rows)
+        if not sources:
+            # Told once, it is up to the program; what it goes on with is its state.
+            owner.torn = False
+            raise DivergenceError(
+                "all who held the state are lost, and those left have received a part of it each: load a checkpoint, "
+                "or go on with the mixture that the arrays hold, and synchronise again"
+            )
+        reference = sources[0]
         if len(sources) < len(rows) and not await self._transfer(reference, sources, mine, fresh):
             return None
         owner.progress = 1.0
-        return Synchronized(
-            self._step, self._newcomers, tuple(sources), self._received_bytes, 0.0 if new else self._largest
-        )
+        largest = self._largest if standing == _OLD else 0.0
+        step = int(rows[reference, 0])
+        return Synchronized(step, self._newcomers, tuple(sources), self._received_bytes, largest)
 
-    async def _tell(self, new: bool, digest: bytes) -> Array:
+    async def _tell(self, standing: int, digest: bytes) -> Array:
         """Return what every rank says of itself."""
         row = np.zeros(_ROW_WORDS, np.int64)
-        row[:3] = self._step, new, self._owner.candidates(trio.current_time())
+        row[:3] = self._step, standing, self._owner.candidates(trio.current_time())
         row[3:5] = np.frombuffer(self._chunks.layout, np.int64)
         row[5:7] = np.frombuffer(digest, np.int64)
         rows: Array = await self._mesh._group.all_gather(row, epoch=self._epoch)
@@ -208,7 +230,7 @@ class _Run:
                 done += 1
                 self._owner.progress = done / total
 
-        with only_lost():
+        with one_error():
             async with trio.open_nursery() as nursery:
                 for place, source in enumerate(sources):
                     for taker in takers:
@@ -233,6 +255,7 @@ class _Run:
         self._largest = max(self._largest, self._chunks.difference(chunk, data))
         self._received_bytes += data.size
         if writes:
+            self._owner.torn = True
             self._chunks.write(chunk, data)
 
     async def _report(self, fresh: Array) -> bool:
@@ -261,32 +284,32 @@ class _Run:
 
 
 @contextmanager
-def only_lost() -> Iterator[None]:
-    """Raise one PeerLostError for several of them; anything else first."""
+def one_error() -> Iterator[None]:
+    """Raise one error for several out of a nursery: what nobody here knows first, then what ends more than a view."""
     try:
         yield
     except BaseExceptionGroup as group:
-        _, others = group.split((PeerLostError, trio.Cancelled))
-        if others is not None:
+        errors = [leaf for leaf in leaves(group) if not isinstance(leaf, trio.Cancelled)]
+        if not errors or not all(isinstance(error, SparkleError) for error in errors):
             raise
-        lost, _ = group.split(PeerLostError)
-        if lost is None:
-            raise
-        raise PeerLostError(str(next(leaves(lost)))) from group
+        errors.sort(key=lambda error: isinstance(error, PeerLostError))
+        raise errors[0] from group
 
 
 _TAG = "\0state"
 
 
-def _choose_reference(rows: Array) -> tuple[int, list[int]]:
-    """Return the rank whose state counts, and all ranks that hold the same."""
-    old = [rank for rank, row in enumerate(rows) if not row[1]]
+def _choose_sources(rows: Array) -> list[int]:
+    """Return the ranks that hold the state that counts; none if nobody holds one that can."""
     states = [(int(row[0]), int(row[5]), int(row[6])) for row in rows]
-    if not old:
+    old, new = ([rank for rank, row in enumerate(rows) if row[1] == standing] for standing in (_OLD, _NEW))
+    if old:
+        state, count = Counter(states[rank] for rank in old).most_common(1)[0]
+        if 2 * count <= len(old):
+            state = states[old[0]]
+    elif new:
         # The mesh has just formed, from members of another one perhaps: what was trained furthest is not lost.
-        old = [max(range(len(rows)), key=lambda rank: (states[rank][0], -rank))]
-    state, count = Counter(states[rank] for rank in old).most_common(1)[0]
-    if 2 * count <= len(old):
-        state = states[old[0]]
-    sources = [rank for rank, one in enumerate(states) if one == state]
-    return sources[0], sources
+        state = states[max(new, key=lambda rank: (states[rank][0], -rank))]
+    else:
+        return []
+    return [rank for rank in (*old, *new) if states[rank] == state]

@@ -14,8 +14,9 @@ import trio
 import sparkle_mesh as sparkle
 from sparkle_mesh import limits
 from sparkle_mesh.async_mesh import AsyncMesh
-from sparkle_mesh.errors import CollectiveTimeoutError, DivergenceError, MismatchError, UsageError
+from sparkle_mesh.errors import CollectiveTimeoutError, DivergenceError, MismatchError, QuorumLostError, UsageError
 from sparkle_mesh.state_chunks import StateChunks
+from sparkle_mesh.synchronization import _Run as Synchronization
 
 Program = Callable[[AsyncMesh], Awaitable[Any]]
 
@@ -167,3 +168,49 @@ def test_a_newcomer_comes_in_at_a_step_boundary_and_gets_the_state(tmp_path: Pat
     assert views[0] == (2, True)
     assert told["new"]
     assert max(told["new"]) == 1.0
+
+
+@pytest.mark.parametrize("another_knows", [False, True])
+async def test_a_state_of_which_a_part_has_come_is_no_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, another_knows: bool
+) -> None:
+    """Whoever held the state dies while it hands it on: those left are told so, unless one of them holds it, too."""
+    monkeypatch.setattr(limits, "STATE_CHUNK_BYTES", 800)
+    monkeypatch.setattr(limits, "QUORUM_MISSING_S", 0.2)
+    send, handed_on = Synchronization._send, trio.Event()
+    takers: set[int] = set()
+
+    async def send_some(run: Any, chunks: Any, taker: int) -> None:
+        if run._mesh.rank != 3 or handed_on.is_set():
+            await send(run, chunks, taker)
+            return
+        await send(run, chunks[:2], taker)
+        takers.add(taker)
+        if len(takers) == 2 + (not another_knows):
+            handed_on.set()
+            await run._mesh._node.membership.leave(hurry=True)
+            for link in list(run._mesh._follower.links.values()):
+                await link.aclose()
+        await handed_on.wait()
+        await send(run, chunks[2:], taker)
+
+    monkeypatch.setattr(Synchronization, "_send", send_some)
+
+    async def program(mesh: AsyncMesh) -> Any:
+        knows = mesh.rank == 3 or (another_knows and mesh.rank == 2)
+        state, step = np.full(1000, 9.0 if knows else float(mesh.rank)), 9 if knows else 5
+        if mesh.rank == 3:
+            with pytest.raises(QuorumLostError):
+                await mesh.synchronize(state, step)
+            return None
+        try:
+            done = await mesh.synchronize(state, step)
+        except DivergenceError:
+            # Part of the state has come, and is there; what was told once is up to the program.
+            assert set(state.tolist()) == {9.0, float(mesh.rank)}
+            state[:] = 4.0
+            done = await mesh.synchronize(state, 6)
+        return done.step, set(state.tolist())
+
+    *left, _ = await run_members(tmp_path, 4, program)
+    assert left == [(9, {9.0}) if another_knows else (6, {4.0})] * 3
