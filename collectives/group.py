@@ -137,6 +137,7 @@ class CollectiveGroup(GroupViews):
         min_contributors: int | None = None,
     ) -> AsyncPendingReduction[T]:
         """Begin an :meth:`all_reduce`, and return at once. It takes its turn among all calls with the same tag."""
+        self._check_ended()
         if self._nursery is None:
             raise UsageError("run() of the collective group must be running before its collectives are called")
         stream = Stream(check_tag(tag))

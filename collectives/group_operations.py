@@ -61,6 +61,8 @@ class GroupOperations(GroupState):
         ``again`` is an operation of it that has begun already, in a view that has ended. ``bound_to`` is the only epoch
         in which it may begin: later there is no such call, and PeerLostError is raised.
         """
+        if again is None:
+            self._check_ended(ticket)
         ticket = ticket or (None if again is not None else self.take_turn(stream))
         called_at = trio.current_time()
         made_in = self.epoch if again is None else again.begin.epoch
@@ -105,6 +107,13 @@ class GroupOperations(GroupState):
         self._tell(operation, call, trio.current_time() - called_at)
         return operation
 
+    def _check_ended(self, ticket: Ticket | None = None) -> None:
+        """Raise what has ended this group, if it has; whoever holds ``ticket`` waits for nothing then."""
+        if self._ended is not None:
+            if ticket is not None:
+                ticket.leave()
+            raise type(self._ended)(str(self._ended))
+
     def _check_epoch(self, epoch: int | None) -> None:
         if epoch is not None and epoch != self.epoch and self._ended is None:
             raise PeerLostError(f"view {epoch}, for which this call was made, has ended before it began")
@@ -137,7 +146,9 @@ class GroupOperations(GroupState):
             held.callback(slots.release)
         while True:
             await self.until_may_begin(stream, again)
-            host = self._host if stream == ALL and self._host is not None and self._host.takes(call) else None
+            host = self._host if stream == ALL and self._ended is None else None
+            if host is not None and not host.takes(call):
+                host = None
             with ExitStack() as tried:
                 if host is not None and await host.agreed():
                     await _acquire(self._host_turn)
@@ -232,8 +243,7 @@ class GroupOperations(GroupState):
     def _start(
         self, call: Call | PartsCall, host: HostPath | None, stream: Stream, again: int | None = None
     ) -> Operation:
-        if self._ended is not None:
-            raise type(self._ended)(str(self._ended))
+        self._check_ended()
         if self._nursery is None and self.size > 1:
             raise UsageError("run() of the collective group must be running before its collectives are called")
         # First whatever may fail on this rank alone, such as memory: once it has begun, the others wait for it.

@@ -51,8 +51,8 @@ class Life:
 
     @property
     def is_over(self) -> bool:
-        """Whether all is closed."""
-        return self._ended.is_set()
+        """Whether it is a member no more, or is leaving."""
+        return self._leaves.is_set() or self.follower.failure is not None
 
     async def end(self) -> None:
         """Leave the mesh, and wait until all is closed."""
@@ -138,6 +138,8 @@ class Lives:
         #: Addresses of those that were known last.
         self._known: list[str] = []
         self._turn = trio.Lock()
+        #: ``min_peers`` that somebody has joined again with last.
+        self._terms: int | None = None
         #: While this process becomes a member again by itself: set when it has, or has failed. Calls fail until the
         #: next life is taken up, so that ranks do not change between calls.
         self._back: trio.Event | None = None
@@ -158,9 +160,10 @@ class Lives:
             self._returning.cancel()
         count = self.count
         async with self._turn:
-            if self.count > count and min_peers is None:
+            if self.count > count and min_peers in (None, self._terms):
                 # Another task has asked for the same, and was first.
                 return
+            self._terms = min_peers
             life, self._next = self._next, None
             if life is not None and min_peers is not None:
                 await life.end()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,46 @@ async def test_calls_say_that_the_mesh_has_dissolved_until_synchronize_brings_it
             for _ in range(2):
                 nursery.start_soon(member, met)
     assert views == [2, 2]
+
+
+def test_all_calls_of_a_thread_say_so_and_the_next_ones_too(tmp_path: Path) -> None:
+    """Over shared memory as well, whether anything was reduced there before or not."""
+    met = threading.Barrier(2)
+    raised: list[str] = []
+
+    def member(reduces: bool) -> None:
+        with sparkle.join("run", **options(tmp_path, min_peers=2, links=None)) as mesh:
+            mesh.barrier() if reduces else mesh.all_gather(np.ones(2))
+            met.wait(30)
+
+            async def meet() -> None:
+                await dissolve(mesh._mesh)
+
+            mesh._call(meet)
+            ended = mesh._mesh._lives.current._ended
+            mesh._portal.call(ended.wait)
+            calls: list[Callable[[], object]] = [
+                lambda: mesh.all_reduce(np.ones(2)),
+                lambda: mesh.all_reduce_async(np.ones(2)).wait(),
+                lambda: mesh.all_reduce_async(np.ones(2), tag="apart").wait(),
+                lambda: mesh.all_gather(np.ones(2)),
+                lambda: mesh.broadcast(np.ones(2)),
+                mesh.barrier,
+                lambda: mesh.send(np.ones(2), 1 - mesh.rank),
+            ]
+            for call in calls:
+                with pytest.raises(MeshMergedError):
+                    call()
+                raised.append(type(call).__name__)
+            assert mesh.allocate(3).tolist() == [0, 0, 0]
+
+    for reduces in (False, True):
+        threads = [threading.Thread(target=member, args=(reduces,)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(40)
+    assert len(raised) == 28
 
 
 async def test_who_does_not_come_back_in_time_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

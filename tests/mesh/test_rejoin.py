@@ -185,13 +185,14 @@ def test_closing_ends_a_rejoin_and_asking_twice_is_one(tmp_path: Path) -> None:
             raised.append(error)
 
     mesh = sparkle.join("run", **options(tmp_path, min_peers=1))
-    both = [threading.Thread(target=rejoin, args=(mesh,)) for _ in range(2)]
-    for thread in both:
-        thread.start()
-    for thread in both:
-        thread.join(30)
-    assert raised == [None, None]
-    assert mesh._mesh._lives.count == 2
+    for count, terms in ((2, {}), (3, {"min_peers": 1})):
+        both = [threading.Thread(target=rejoin, args=(mesh,), kwargs=terms) for _ in range(2)]
+        for thread in both:
+            thread.start()
+        for thread in both:
+            thread.join(30)
+        assert mesh._mesh._lives.count == count
+    assert raised == [None] * 4
     waits = threading.Thread(target=rejoin, args=(mesh,), kwargs={"min_peers": 2})
     waits.start()
     while not mesh._mesh._lives.current.is_over:
@@ -200,7 +201,7 @@ def test_closing_ends_a_rejoin_and_asking_twice_is_one(tmp_path: Path) -> None:
     assert mesh.allocate(3).tolist() == [0, 0, 0]
     mesh.close()
     waits.join(30)
-    assert isinstance(raised[2], MeshClosedError)
+    assert isinstance(raised[4], MeshClosedError)
 
 
 async def test_leaving_ends_a_rejoin(tmp_path: Path) -> None:
