@@ -21,7 +21,7 @@ from sparkle_mesh.async_collectives import AsyncCollectives
 from sparkle_mesh.collectives.calls import check_timeout
 from sparkle_mesh.collectives.group import Outcome
 from sparkle_mesh.environment import resolve_data_dir
-from sparkle_mesh.errors import ForkedProcessError, MeshMergedError, UsageError
+from sparkle_mesh.errors import CollectiveTimeoutError, ForkedProcessError, MeshMergedError, UsageError
 from sparkle_mesh.fabric.identity import Identity
 from sparkle_mesh.membership.invite import Invite, is_invite
 from sparkle_mesh.membership.keys import KeyLike, MeshKey
@@ -265,9 +265,14 @@ class AsyncMesh(AsyncCollectives):
             left_s = max(deadline - trio.current_time(), 0.0)
             try:
                 return await self._synchronizer.run(state, step, on_drift=on_drift, check=check, timeout_s=left_s)
-            except MeshMergedError:
-                if not self._lives.is_coming_back or trio.current_time() >= deadline:
+            except MeshMergedError as error:
+                if not self._lives.is_coming_back:
                     raise
+                if trio.current_time() >= deadline:
+                    raise CollectiveTimeoutError(
+                        f"after {timeout_s:.3g} s this process still waits to be taken in by the mesh that it has met,"
+                        " whose members do so when all of them call synchronize; it can be called again"
+                    ) from error
 
     # --- Inside ---------------------------------------------------------------------------------
 
