@@ -65,7 +65,7 @@ class AsyncMesh(AsyncCollectives):
         self._node, self._connector, self._follower = life.node, life.connector, life.follower
         self._group = life.group
         self._group.shown_changed = self._view_shown
-        self._synchronizer = Synchronizer(self, torn=self._synchronizer.torn)
+        self._synchronizer = Synchronizer(self, self._synchronizer)
 
     def _begin_anew(self, life: Life) -> None:
         self._take_up(life)
@@ -234,7 +234,8 @@ class AsyncMesh(AsyncCollectives):
             A NumPy array, or a list, tuple or dict of arrays (such as a model's parameters and its optimizer's
             moments): the same names, shapes and dtypes on every member. Overwritten in place where it is not the
             reference: the state that most of those hold who were synchronised before, else that of the lowest rank
-            among them; in a mesh that has just formed, that of the highest step. None to take in newcomers alone.
+            among them; in a mesh that has just formed, or if one that comes from another mesh is further, that of the
+            highest step. None to take in newcomers alone.
         step
             How many steps this member has done.
         on_drift

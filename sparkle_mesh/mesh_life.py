@@ -14,7 +14,6 @@ import trio
 from sparkle_mesh import limits
 from sparkle_mesh.collectives.group import CollectiveGroup
 from sparkle_mesh.errors import (
-    DeadlineError,
     ExcludedError,
     JoinTimeoutError,
     MeshClosedError,
@@ -265,7 +264,7 @@ class Lives:
                 if self._back is back:
                     with trio.CancelScope() as self._returning:
                         self._next = await self._another(min_peers)
-        except (DeadlineError, MeshClosedError) as error:
+        except (SparkleError, OSError) as error:
             logger.error("this process has not become a member again: %s", error)
         finally:
             back.set()

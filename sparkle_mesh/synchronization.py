@@ -6,7 +6,8 @@ ask for a view with the newcomers, whose first call is this one, too. Then state
 chunks, and whoever is behind takes what it lacks from all that have it, at once; every chunk is verified.
 
 The reference is the state that most of those hold who were synchronised before, or else that of the lowest rank among
-them; where all are new, that of the highest step. A death on the way begins it again, with what was received already.
+them; where all are new, or one comes from another mesh that was further, that of the highest step. A death on the way
+begins it again, with what was received already.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 Array = np.ndarray[Any, np.dtype[Any]]
-#: Of a member: was synchronised in this mesh; was not yet; and holds a mixture of states, which is no reference.
-_OLD, _NEW, _TORN = range(3)
+#: Of a member: it was synchronised in this mesh; it was not yet; nor was it, but in another one before; and it holds a
+#: mixture of states, which is no reference.
+_OLD, _NEW, _VETERAN, _TORN = range(4)
 #: step, standing, candidates, digest of layout (two words), digest of state (two words).
 _ROW_WORDS = 7
 
@@ -77,14 +79,15 @@ class Synchronizer:
     ----------
     progress
         How much of what this member lacks has come, from 0 to 1.
-    torn
-        Whether its state is a mixture: part of another one has come, and the rest not yet.
+    standing
+        What its state is worth to others; that of a former membership, ``before``, goes on.
     """
 
-    def __init__(self, mesh: AsyncMesh, *, torn: bool = False) -> None:
+    def __init__(self, mesh: AsyncMesh, before: Synchronizer | None = None) -> None:
         self._mesh = mesh
-        self._new = True
-        self.torn = torn
+        self.standing: int = _NEW if before is None else before.standing
+        if self.standing == _OLD:
+            self.standing = _VETERAN
         self._no_admission_before = 0.0
         self.progress = 1.0
 
@@ -98,14 +101,14 @@ class Synchronizer:
         with trio.move_on_after(timeout_s):
             while True:
                 try:
-                    done = await run.once(_TORN if self.torn else _NEW if self._new else _OLD)
+                    done = await run.once(self.standing)
                 except PeerLostError as error:
                     # Another view: whoever is in it begins again.
                     logger.info("synchronising again: %s", error)
                     await trio.lowlevel.checkpoint()
                     continue
                 if done is not None:
-                    self._new = self.torn = False
+                    self.standing = _OLD
                     self._mesh._node.membership.step = done.step
                     return done
         raise CollectiveTimeoutError(
@@ -172,7 +175,7 @@ class _Run:
         sources = _choose_sources(rows)
         if not sources:
             # Told once, it is up to the program; what it goes on with is its state.
-            owner.torn = False
+            owner.standing = _NEW
             raise DivergenceError(
                 "all who held the state are lost, and those left have received a part of it each: load a checkpoint, "
                 "or go on with the mixture that the arrays hold, and synchronise again"
@@ -255,7 +258,7 @@ class _Run:
         self._largest = max(self._largest, self._chunks.difference(chunk, data))
         self._received_bytes += data.size
         if writes:
-            self._owner.torn = True
+            self._owner.standing = _TORN
             self._chunks.write(chunk, data)
 
     async def _report(self, fresh: Array) -> bool:
@@ -302,14 +305,18 @@ _TAG = "\0state"
 def _choose_sources(rows: Array) -> list[int]:
     """Return the ranks that hold the state that counts; none if nobody holds one that can."""
     states = [(int(row[0]), int(row[5]), int(row[6])) for row in rows]
-    old, new = ([rank for rank, row in enumerate(rows) if row[1] == standing] for standing in (_OLD, _NEW))
+    whole = [rank for rank, row in enumerate(rows) if row[1] != _TORN]
+    if not whole:
+        return []
+    old = [rank for rank in whole if rows[rank, 1] == _OLD]
     if old:
         state, count = Counter(states[rank] for rank in old).most_common(1)[0]
         if 2 * count <= len(old):
             state = states[old[0]]
-    elif new:
-        # The mesh has just formed, from members of another one perhaps: what was trained furthest is not lost.
-        state = states[max(new, key=lambda rank: (states[rank][0], -rank))]
-    else:
-        return []
-    return [rank for rank in (*old, *new) if states[rank] == state]
+    # What was trained furthest is not lost: neither in a mesh that has just formed, of members of another one perhaps,
+    # nor where one of those comes into a mesh that others have begun anew meanwhile.
+    others = [rank for rank in whole if rows[rank, 1] == _VETERAN or not old]
+    furthest = max(others, key=lambda rank: (states[rank][0], -rank), default=None)
+    if furthest is not None and (not old or states[furthest][0] > state[0]):
+        state = states[furthest]
+    return [rank for rank in whole if states[rank] == state]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -214,3 +215,33 @@ async def test_a_state_of_which_a_part_has_come_is_no_reference(
 
     *left, _ = await run_members(tmp_path, 4, program)
     assert left == [(9, {9.0}) if another_knows else (6, {4.0})] * 3
+
+
+@pytest.mark.parametrize(("trained", "step"), [(True, 1000), (False, 0)])
+async def test_who_was_trained_further_in_another_mesh_is_the_reference(
+    tmp_path: Path, trained: bool, step: int
+) -> None:
+    """A process that begins anew may be the first to form a mesh; one that has trained before comes into that."""
+    results: list[Any] = []
+
+    async def keep_on(mesh: AsyncMesh, state: Any, mine: int) -> None:
+        while True:
+            mine = (await mesh.synchronize(state, mine)).step
+            if mesh.size == 2:
+                results.append((mine, state.tolist()))
+                return
+            await trio.sleep(0.01)
+
+    with trio.fail_after(40):
+        async with (
+            sparkle.open_mesh("run", **options(tmp_path / "trained", 1)) as first,
+            sparkle.open_mesh("run", **options(tmp_path / "fresh", 1)) as second,
+            trio.open_nursery() as nursery,
+        ):
+            if trained:
+                await first.synchronize(np.ones(4), 1000)
+            nursery.start_soon(keep_on, second, np.zeros(4), 0)
+            first._lives.config = replace(first._lives.config, join=(second.invite(),), min_peers=2)
+            await first.rejoin()
+            nursery.start_soon(keep_on, first, np.ones(4), 1000)
+    assert results == [(step, [float(trained)] * 4)] * 2
