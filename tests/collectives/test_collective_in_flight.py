@@ -14,6 +14,7 @@ import trio.testing
 from sparkle_mesh import limits
 from sparkle_mesh.collectives.compression import Compression
 from sparkle_mesh.collectives.cost import ALL_REDUCE_ALGORITHMS
+from sparkle_mesh.collectives.group import CollectiveGroup
 from sparkle_mesh.collectives.messages import Stream
 from sparkle_mesh.collectives.tickets import Queue
 from sparkle_mesh.collectives.topology import Topology
@@ -206,7 +207,9 @@ async def test_waiting_may_end_sooner_and_begin_again(
         ends = world.groups[0].all_reduce_async(np.ones(3))
     with pytest.raises(MeshClosedError):
         await ends.wait()
-    unheard = world.groups[0]
+    with pytest.raises(MeshClosedError):
+        world.groups[0].all_reduce_async(np.ones(3))
+    unheard = CollectiveGroup(rank=0, size=1, links={}, lineage=bytes(32), epoch=0)
     with pytest.raises(UsageError, match="must be running"):
         unheard.all_reduce_async(np.ones(3))
 

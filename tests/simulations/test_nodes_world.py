@@ -34,11 +34,12 @@ def run(seed: int) -> World:
 
 
 def run_all() -> None:
-    for seed in SEEDS:
+    # From the last on: the first ones catch little, and take as long.
+    for seed in reversed(SEEDS):
         run(seed)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("part", range(4))
 def test_fixed_seeds_hold_the_invariants(part: int) -> None:
     exercised = [run(seed).exercised for seed in SEEDS[part::4]]
@@ -53,7 +54,7 @@ def test_meshes_that_formed_apart_or_were_split_become_one() -> None:
     assert run(3).exercised.merged == 3
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_one_seed_is_one_trace_in_any_process() -> None:
     program = "from simulations.nodes import World; w = World(0); w.run(); print(*w.trace, sep=chr(10))"
     root = Path(nodes.__file__).parents[1]
@@ -162,7 +163,7 @@ def of_two_meshes_that_meet_both_give_way(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Meetings, "asked", asked)
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", BUGS)
 def test_a_planted_bug_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     BUGS[name](monkeypatch)
@@ -184,7 +185,7 @@ class LinksLostAmidEntry(World):
         return link
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_links_that_are_lost_while_a_view_is_entered_lead_to_another_view() -> None:
     for seed in range(8):
         LinksLostAmidEntry(seed).run()
@@ -212,7 +213,7 @@ class ViewsAmidEntry(World):
             node.service.renew()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_views_that_end_before_all_have_entered_them_lead_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     # Seed 74 has a member that measures lines, over a link to one that is in the next view already.
     monkeypatch.setattr(nodes, "FAULTS_UNTIL_S", 8.0)

@@ -36,6 +36,7 @@ def run_all() -> None:
         run(seed)
 
 
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("part", range(4))
 def test_fixed_seeds_hold_the_invariants(part: int) -> None:
     exercised = [run(seed).exercised for seed in SEEDS[part::4]]
@@ -310,6 +311,7 @@ def nobody_steps_in_for_a_dead_proposer(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ViewChange, "_propose_at", at)
 
 
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("name", BUGS)
 def test_a_planted_bug_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     BUGS[name](monkeypatch)
