@@ -19,13 +19,12 @@ def without_the_cut_off(members: Sequence[Member], suspects: Mapping[Member, Col
         By member: whom it suspects.
     """
     left = list(members)
-    while left:
+    while True:
         complaints = [
             sum(other in suspects.get(member, ()) and member in suspects.get(other, ()) for other in left)
             for member in left
         ]
-        most = max(complaints)
+        most = max(complaints, default=0)
         if not most:
-            break
+            return left
         del left[len(left) - 1 - complaints[::-1].index(most)]
-    return left

@@ -128,11 +128,6 @@ class OpenOperations:
         """Return how many operations of ``stream`` were begun."""
         return self._begun.get(stream, 0)
 
-    @property
-    def begun_count(self) -> int:
-        """How many operations among all members this lineage has begun."""
-        return sum(count for stream, count in self._begun.items() if not is_routed(stream))
-
     def _change(self, number: int, stage: Stage, digest: bytes) -> bool:
         known = self._states.get(number)
         if known is None:

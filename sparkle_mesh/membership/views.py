@@ -22,7 +22,7 @@ from sparkle_mesh.membership.formation import Candidate, Formation
 from sparkle_mesh.membership.instructions import Entered
 from sparkle_mesh.membership.meetings import Meetings, Weight
 from sparkle_mesh.membership.messages import Accept, Agreement, Chosen, Leaving, Meeting, Merger, Role
-from sparkle_mesh.membership.operations import OpenOperations
+from sparkle_mesh.membership.operations import OpenOperations, is_routed
 from sparkle_mesh.membership.succession import Change, Succession, joins
 from sparkle_mesh.membership.view import Member
 
@@ -179,7 +179,8 @@ class MembershipViews:
         }
 
     def _weight(self, succession: Succession) -> Weight:
-        return Weight(self.step, self.operations.begun_count, succession.view.size, succession.view.lineage)
+        begun = sum(count for stream, count in self.operations.standing().streams if not is_routed(stream))
+        return Weight(self.step, begun, succession.view.size, succession.view.lineage)
 
     def _meet(self, channel: PeerChannel, message: Meeting | Merger) -> None:
         """Another mesh of this name asks, or it is known which one goes on."""
