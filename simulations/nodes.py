@@ -24,7 +24,7 @@ import trio
 import trio.testing
 
 from simulations.network import Counts, InvariantBroken
-from simulations.scheduling import Pauses, SeededEntropy, deterministic_scheduling
+from simulations.trio_run import Pauses, SeededEntropy, deterministic_scheduling
 from sparkle_mesh import limits
 from sparkle_mesh.collectives.group import CollectiveGroup
 from sparkle_mesh.errors import (

@@ -84,8 +84,8 @@ class AsyncCollectives(ABC):
             On every rank, if ranks called different collectives or gave other shapes, dtypes or ops.
         PeerLostError
             If a member died or left and the call is not made again; the next one is among those left.
-        QuorumLostError, ExcludedError
-            If too few are left to decide, or the others went on without this process: join again.
+        QuorumLostError, ExcludedError, MeshMergedError
+            If too few are left to decide, the others went on without this process, or another mesh was met: join again.
         CollectiveTimeoutError
             If the deadline passed; the message names the absent ranks.
         OutcomeUnknownError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -35,7 +34,6 @@ from sparkle_mesh.transport.connector import check_kinds
 if TYPE_CHECKING:
     from sparkle_mesh.status import PeerStatus
 
-logger = logging.getLogger(__name__)
 _DEFAULT_LISTEN = ("/ip4/0.0.0.0/tcp/0",)
 
 

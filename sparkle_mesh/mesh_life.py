@@ -293,10 +293,10 @@ async def _await_view(node: MeshNode, follower: ViewFollower, deadline: float, t
         view = follower.views[max(follower.views)]
         raise JoinTimeoutError(
             f"mesh {node.config.mesh!r} has a view of {view.size} members with this process, but not all of them were"
-            f" connected in {timeout_s:g} s; raise timeout_s"
+            f" connected in {timeout_s:.4g} s; raise timeout_s"
         )
     lines = [
-        f"mesh {node.config.mesh!r} did not form in {timeout_s:g} s: {node.membership.state_of_play()}",
+        f"mesh {node.config.mesh!r} did not form in {timeout_s:.4g} s: {node.membership.state_of_play()}",
         _advice(node),
         *list(refusals.values())[:3],
         *node.discovery.status(),

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import trio
 
+from sparkle_mesh.errors import PeerLostError, SparkleError
+
 
 @contextmanager
 def bare_errors() -> Iterator[None]:
@@ -22,6 +24,21 @@ def bare_errors() -> Iterator[None]:
             error = errors[0]
             raise error from error.__cause__
         raise
+
+
+@contextmanager
+def one_error() -> Iterator[None]:
+    """Raise one of several errors of ours that tasks have ended with: one that ends more than a view first.
+
+    Other errors are not hidden behind them: then the group passes as it is.
+    """
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        errors = [leaf for leaf in leaves(group) if not isinstance(leaf, trio.Cancelled)]
+        if not errors or not all(isinstance(error, SparkleError) for error in errors):
+            raise
+        raise min(errors, key=lambda error: isinstance(error, PeerLostError)) from group
 
 
 def is_cancellation(error: BaseException) -> bool:

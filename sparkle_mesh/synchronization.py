@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
@@ -29,10 +28,9 @@ from sparkle_mesh.errors import (
     DivergenceError,
     MismatchError,
     PeerLostError,
-    SparkleError,
     UsageError,
 )
-from sparkle_mesh.nurseries import leaves
+from sparkle_mesh.nurseries import one_error
 from sparkle_mesh.state_chunks import DIGEST_BYTES, StateChunks
 
 if TYPE_CHECKING:
@@ -284,19 +282,6 @@ class _Run:
             raise DivergenceError(f"{text}; nothing was changed")
         logger.warning("%s; repaired", text)
         return True
-
-
-@contextmanager
-def one_error() -> Iterator[None]:
-    """Raise one error for several out of a nursery: what nobody here knows first, then what ends more than a view."""
-    try:
-        yield
-    except BaseExceptionGroup as group:
-        errors = [leaf for leaf in leaves(group) if not isinstance(leaf, trio.Cancelled)]
-        if not errors or not all(isinstance(error, SparkleError) for error in errors):
-            raise
-        errors.sort(key=lambda error: isinstance(error, PeerLostError))
-        raise errors[0] from group
 
 
 _TAG = "\0state"

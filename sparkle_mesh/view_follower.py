@@ -26,8 +26,9 @@ from sparkle_mesh.errors import (
     SparkleError,
     UnreachableError,
 )
-from sparkle_mesh.membership.instructions import Entered, Excluded, Merged, QuorumMissing
+from sparkle_mesh.membership.instructions import Entered, Excluded, QuorumMissing
 from sparkle_mesh.membership.service import MembershipService, PeerAdmitted
+from sparkle_mesh.membership.succession import Merged
 from sparkle_mesh.membership.view import Member, View
 from sparkle_mesh.transport.link import Link
 from sparkle_mesh.transport.shared_memory import SharedMemory
@@ -176,7 +177,7 @@ class ViewFollower:
                         await self._leave_behind(view, outcomes)
                     case QuorumMissing(view, missing):
                         self._quorum_missing(view, missing)
-                    case Merged(view, _):
+                    case Merged(view):
                         self._merged(view)
 
     def _remember(self, view: View) -> None:

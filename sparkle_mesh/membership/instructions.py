@@ -56,12 +56,4 @@ class QuorumMissing:
     missing: tuple[Member, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Merged:
-    """The lineage of ``view`` has met another, ``into``, and dissolves."""
-
-    view: View
-    into: bytes
-
-
 Instruction: TypeAlias = SendTo | Frozen | Entered | Excluded | QuorumMissing

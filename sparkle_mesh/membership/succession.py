@@ -7,18 +7,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import trio
 
 from sparkle_mesh.fabric.interface import PeerId
-from sparkle_mesh.membership.instructions import Entered, Excluded, Frozen, Instruction, Merged, QuorumMissing, SendTo
+from sparkle_mesh.membership.instructions import Entered, Excluded, Frozen, Instruction, QuorumMissing, SendTo
 from sparkle_mesh.membership.messages import Agreement, Chosen
 from sparkle_mesh.membership.operations import OpenOperations
 from sparkle_mesh.membership.view import Member, View
 from sparkle_mesh.membership.view_change import ViewChange, is_quorum
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """The lineage of ``view`` has met another one, and dissolves."""
+
+    view: View
+
 
 Change: TypeAlias = Entered | Excluded | QuorumMissing | Merged
 
@@ -117,14 +126,14 @@ class Succession:
         trusted = self._machine.trusted
         return not self.ended and trusted[:1] == [self._member] and is_quorum(self.view, trusted)
 
-    def dissolve(self, into: bytes) -> None:
+    def dissolve(self) -> None:
         """This lineage has met another, and gives way: this process is a member no more."""
         if self.ended:
             return
         logger.info("this mesh has met another of its name, which goes on; view %d is its last", self.view.epoch)
         self._machine.excluded = self.ended = True
         self._notify()
-        self._tell(Merged(self.view, into))
+        self._tell(Merged(self.view))
 
     def stop(self) -> None:
         """Nothing is said or heard any more: whoever waits for another view waits in vain."""

@@ -153,19 +153,18 @@ class MembershipViews:
 
     def _meeting_due(self) -> float | None:
         """When to :meth:`_look_for_others`."""
-        if self._succession is None or self._succession.ended:
+        succession = self._succession
+        if succession is None or succession.ended or not (others := self._elsewhere()):
             return None
-        return self._meetings.next_wakeup(
-            self._weight(self._succession), self._elsewhere(), leads=self._succession.leads
-        )
+        return self._meetings.next_wakeup(self._weight(succession), others, leads=succession.leads)
 
     def _look_for_others(self) -> None:
         """Ask the other meshes of this name that were met which of them goes on, if that is due."""
         succession = self._succession
-        if succession is None or succession.ended:
+        if succession is None or succession.ended or not (others := self._elsewhere()):
             return
         mine, leads = self._weight(succession), succession.leads
-        for peer_id, message in self._meetings.tick(mine, self._elsewhere(), leads=leads, now=trio.current_time()):
+        for peer_id, message in self._meetings.tick(mine, others, leads=leads, now=trio.current_time()):
             self._channels[peer_id].send(message)
 
     def _elsewhere(self) -> dict[PeerId, bytes]:
@@ -197,7 +196,7 @@ class MembershipViews:
         if self._meetings.verdict is not None:
             for member in succession.view.members:
                 self._tell_of_merger(member)
-            succession.dissolve(self._meetings.verdict.into)
+            succession.dissolve()
 
     def _tell_of_merger(self, member: Member) -> None:
         """If this lineage has dissolved, ``member`` of it has to know."""

@@ -9,10 +9,13 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from sparkle_mesh.async_mesh import AsyncMesh
 
 WORKER = Path(__file__).with_name("worker.py")
 DEADLINE_S = 50.0
@@ -95,3 +98,32 @@ def start_worker(tmp_path: Path) -> Iterator[Callable[..., Worker]]:
     yield start
     for worker in workers:
         worker.destroy()
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Return what makes the arguments of a join: over TCP on this host, and apart from those with another folder."""
+
+    def make(folder: str = "", **changes: Any) -> dict[str, Any]:
+        return {
+            "min_peers": 2,
+            "timeout_s": 30,
+            "lan": False,
+            "listen": ["/ip4/127.0.0.1/tcp/0"],
+            "data_dir": tmp_path / folder,
+            "links": ["tcp"],
+        } | changes
+
+    return make
+
+
+@pytest.fixture
+def vanish() -> Callable[[AsyncMesh], Awaitable[None]]:
+    """Return what lets a member go as one that is cut off: its links end, and nobody hears of it again."""
+
+    async def go(mesh: AsyncMesh) -> None:
+        await mesh._node.membership.leave(hurry=True)
+        for link in list(mesh._follower.links.values()):
+            await link.aclose()
+
+    return go

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,17 +17,8 @@ from sparkle_mesh.async_mesh import AsyncMesh
 from sparkle_mesh.errors import CollectiveTimeoutError, MeshMergedError, QuorumLostError, UsageError
 from sparkle_mesh.membership.formation import Formation
 
-
-def options(tmp_path: Path, **changes: Any) -> dict[str, Any]:
-    # Each its own folder: they do not find each other.
-    return {
-        "min_peers": 1,
-        "timeout_s": 30,
-        "lan": False,
-        "listen": ["/ip4/127.0.0.1/tcp/0"],
-        "data_dir": tmp_path,
-        "links": ["tcp"],
-    } | changes
+Options = Callable[..., dict[str, Any]]
+Vanish = Callable[[AsyncMesh], Awaitable[None]]
 
 
 class Trainer:
@@ -63,21 +53,21 @@ class Trainer:
 async def dissolve(mesh: AsyncMesh) -> None:
     """Let ``mesh`` know that it has met another one, and end for it."""
     follower = mesh._follower
-    mesh._node.membership.succession.dissolve(bytes(32))
+    mesh._node.membership.succession.dissolve()
     while follower.failure is None:
         await follower.until_changed()
 
 
-async def test_of_two_meshes_that_meet_the_one_that_has_done_less_joins_the_other(tmp_path: Path) -> None:
+async def test_of_two_meshes_that_meet_the_one_that_has_done_less_joins_the_other(options: Options) -> None:
     older, younger, newcomer = Trainer(1000.0), Trainer(0.0), Trainer(-5.0)
     with trio.fail_after(50):
         async with (
-            sparkle.open_mesh("run", **options(tmp_path / "older")) as first,
+            sparkle.open_mesh("run", **options("older", min_peers=1)) as first,
             trio.open_nursery() as nursery,
         ):
             nursery.start_soon(older.run, first)
             await older.advanced.wait()
-            async with sparkle.open_mesh("run", **options(tmp_path / "younger")) as second:
+            async with sparkle.open_mesh("run", **options("younger", min_peers=1)) as second:
                 lineages = {first.view.lineage, second.view.lineage}
                 assert len(lineages) == 2
                 async with trio.open_nursery() as others:
@@ -85,9 +75,7 @@ async def test_of_two_meshes_that_meet_the_one_that_has_done_less_joins_the_othe
                     await younger.stepped.wait()
                     # Whoever knows both makes them know each other.
                     invites = [first.invite(), second.invite()]
-                    async with sparkle.open_mesh(
-                        "run", **options(tmp_path / "newcomer", join=invites, min_peers=3)
-                    ) as third:
+                    async with sparkle.open_mesh("run", **options("newcomer", join=invites, min_peers=3)) as third:
                         await newcomer.run(third)
                         lineage = third.view.lineage
                         lives = (first._lives.count, second._lives.count)
@@ -108,13 +96,13 @@ async def test_of_two_meshes_that_meet_the_one_that_has_done_less_joins_the_othe
 
 
 async def test_calls_say_that_the_mesh_has_dissolved_until_synchronize_brings_it_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "REJOIN_SETTLE_S", 0.2)
     views: list[int] = []
 
     async def member(met: trio.Event) -> None:
-        async with sparkle.open_mesh("run", **options(tmp_path, min_peers=2)) as mesh:
+        async with sparkle.open_mesh("run", **options(min_peers=2)) as mesh:
             mesh.on_view_change(lambda view: views.append(view.size))
             before = mesh.rank, mesh.view
             waits = trio.Event()
@@ -148,13 +136,13 @@ async def test_calls_say_that_the_mesh_has_dissolved_until_synchronize_brings_it
     assert views == [2, 2]
 
 
-def test_all_calls_of_a_thread_say_so_and_the_next_ones_too(tmp_path: Path) -> None:
+def test_all_calls_of_a_thread_say_so_and_the_next_ones_too(options: Options) -> None:
     """Over shared memory as well, whether anything was reduced there before or not."""
     met = threading.Barrier(2)
     raised: list[str] = []
 
     def member(reduces: bool) -> None:
-        with sparkle.join("run", **options(tmp_path, min_peers=2, links=None)) as mesh:
+        with sparkle.join("run", **options(min_peers=2, links=None)) as mesh:
             mesh.barrier() if reduces else mesh.all_gather(np.ones(2))
             met.wait(30)
 
@@ -188,9 +176,9 @@ def test_all_calls_of_a_thread_say_so_and_the_next_ones_too(tmp_path: Path) -> N
     assert len(raised) == 28
 
 
-async def test_who_does_not_come_back_in_time_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_who_does_not_come_back_in_time_is_told(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     with trio.fail_after(40):
-        async with sparkle.open_mesh("run", **options(tmp_path, timeout_s=2)) as mesh:
+        async with sparkle.open_mesh("run", **options(min_peers=1, timeout_s=2)) as mesh:
             monkeypatch.setattr(mesh._lives, "config", replace(mesh._lives.config, min_peers=2))
             await dissolve(mesh)
             # It is coming back, which takes longer than that.
@@ -203,9 +191,9 @@ async def test_who_does_not_come_back_in_time_is_told(tmp_path: Path, monkeypatc
             assert (await mesh.all_reduce(np.ones(2))).tolist() == [1, 1]
 
 
-async def test_joining_again_on_other_terms_goes_before_coming_back(tmp_path: Path) -> None:
+async def test_joining_again_on_other_terms_goes_before_coming_back(options: Options) -> None:
     with trio.fail_after(40):
-        async with sparkle.open_mesh("run", **options(tmp_path)) as mesh:
+        async with sparkle.open_mesh("run", **options(min_peers=1)) as mesh:
             await dissolve(mesh)
             await mesh.rejoin(min_peers=1)
             assert not mesh._lives.is_coming_back
@@ -221,7 +209,7 @@ async def test_joining_again_on_other_terms_goes_before_coming_back(tmp_path: Pa
 
 
 async def test_who_loses_its_quorum_goes_on_in_a_fork_if_it_is_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    vanish: Vanish, options: Options, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(limits, "QUORUM_MISSING_S", 0.2)
     monkeypatch.setattr(limits, "REJOIN_SETTLE_S", 0.5)
@@ -229,15 +217,12 @@ async def test_who_loses_its_quorum_goes_on_in_a_fork_if_it_is_to(
 
     async def member(kill: trio.CancelScope, *, task_status: trio.TaskStatus[AsyncMesh]) -> None:
         with kill:
-            settings = options(tmp_path, min_peers=2, on_quorum_loss="continue")
+            settings = options(min_peers=2, on_quorum_loss="continue")
             async with sparkle.open_mesh("run", **settings) as mesh:
                 task_status.started(mesh)
                 await both.wait()
                 if mesh.rank == 0:
-                    # As one that is cut off: its links end, and nobody hears of it again.
-                    await mesh._node.membership.leave(hurry=True)
-                    for link in list(mesh._follower.links.values()):
-                        await link.aclose()
+                    await vanish(mesh)
                     kill.cancel()
                 before = mesh.view
                 with pytest.raises(QuorumLostError):
@@ -260,9 +245,9 @@ async def test_who_loses_its_quorum_goes_on_in_a_fork_if_it_is_to(
     assert "in a fork of the mesh" in caplog.text
 
 
-async def test_a_fork_that_does_not_come_about_is_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_fork_that_does_not_come_about_is_the_end(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     with trio.fail_after(40):
-        async with sparkle.open_mesh("run", **options(tmp_path, on_quorum_loss="continue", timeout_s=2)) as mesh:
+        async with sparkle.open_mesh("run", **options(min_peers=1, on_quorum_loss="continue", timeout_s=2)) as mesh:
             monkeypatch.setattr(Formation, "_eligible", lambda self: [])
             mesh._follower._fail(QuorumLostError("lost"))
             with pytest.raises(QuorumLostError):
@@ -271,10 +256,10 @@ async def test_a_fork_that_does_not_come_about_is_the_end(tmp_path: Path, monkey
                 await mesh.synchronize()
 
 
-def test_threads_are_told_of_the_fork(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_told_of_the_fork(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "REJOIN_SETTLE_S", 0.2)
     views: list[bytes] = []
-    with sparkle.join("run", **options(tmp_path, on_quorum_loss="continue", max_silence_s=2)) as mesh:
+    with sparkle.join("run", **options(min_peers=1, on_quorum_loss="continue", max_silence_s=2)) as mesh:
         mesh.on_view_change(lambda view: views.append(view.lineage))
         before = mesh.view.lineage
         failed = threading.Event()
@@ -304,13 +289,13 @@ def test_threads_are_told_of_the_fork(tmp_path: Path, monkeypatch: pytest.Monkey
         {"timeout_s": True},
     ],
 )
-def test_wrong_terms_are_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
+def test_wrong_terms_are_refused(options: Options, wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(wrong))):
-        sparkle.join("run", **options(tmp_path, **wrong))
+        sparkle.join("run", **options(**wrong))
 
 
 async def test_a_mesh_that_dissolves_while_it_is_joined_is_joined_once_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits = mesh_life._await_view
     attempts = 0
@@ -325,16 +310,18 @@ async def test_a_mesh_that_dissolves_while_it_is_joined_is_joined_once_more(
     monkeypatch.setattr(mesh_life, "_await_view", dissolves_first)
     with trio.fail_after(40):
         dissolves = 2
-        async with sparkle.open_mesh("run", **options(tmp_path)) as mesh:
+        async with sparkle.open_mesh("run", **options(min_peers=1)) as mesh:
             assert (attempts, mesh.size) == (3, 1)
         # But not for ever.
         dissolves = 1_000
         with pytest.raises(MeshMergedError):
-            async with sparkle.open_mesh("run", **options(tmp_path, timeout_s=1)):
+            async with sparkle.open_mesh("run", **options(min_peers=1, timeout_s=1)):
                 pass
 
 
-async def test_who_is_a_member_no_more_is_in_nobodys_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_who_is_a_member_no_more_is_in_nobodys_way(
+    vanish: Vanish, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One that was told, and does nothing about it, neither keeps others from a mesh of their own, nor is in it."""
     monkeypatch.setattr(limits, "QUORUM_MISSING_S", 0.2)
     monkeypatch.setattr(limits, "REJOIN_SETTLE_S", 0.5)
@@ -343,13 +330,11 @@ async def test_who_is_a_member_no_more_is_in_nobodys_way(tmp_path: Path, monkeyp
 
     async def member(kill: trio.CancelScope, *, task_status: trio.TaskStatus[AsyncMesh]) -> None:
         with kill:
-            async with sparkle.open_mesh("run", **options(tmp_path, min_peers=4)) as mesh:
+            async with sparkle.open_mesh("run", **options(min_peers=4)) as mesh:
                 task_status.started(mesh)
                 await all_in.wait()
                 if mesh.rank < 2:
-                    await mesh._node.membership.leave(hurry=True)
-                    for link in list(mesh._follower.links.values()):
-                        await link.aclose()
+                    await vanish(mesh)
                     kill.cancel()
                 with pytest.raises(QuorumLostError):
                     await mesh.all_reduce(np.ones(2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
@@ -15,23 +15,15 @@ from sparkle_mesh import limits
 from sparkle_mesh.async_mesh import AsyncMesh
 from sparkle_mesh.errors import JoinTimeoutError, MeshClosedError, PeerLostError, QuorumLostError, UsageError
 
-
-def options(tmp_path: Path, **changes: Any) -> dict[str, Any]:
-    return {
-        "min_peers": 2,
-        "timeout_s": 30,
-        "lan": False,
-        "listen": ["/ip4/127.0.0.1/tcp/0"],
-        "data_dir": tmp_path,
-        "links": ["tcp"],
-    } | changes
+Options = Callable[..., dict[str, Any]]
+Vanish = Callable[[AsyncMesh], Awaitable[None]]
 
 
-async def test_who_joins_again_is_a_newcomer_of_the_others(tmp_path: Path) -> None:
+async def test_who_joins_again_is_a_newcomer_of_the_others(options: Options) -> None:
     views: list[list[int]] = [[], [], []]
 
     async def member(number: int) -> tuple[Any, ...]:
-        async with sparkle.open_mesh("run", **options(tmp_path, min_peers=3)) as mesh:
+        async with sparkle.open_mesh("run", **options(min_peers=3)) as mesh:
             mesh.on_view_change(lambda view: views[number].append(view.size))
             weights, step, first = np.zeros(3), 0, mesh.peer_id
             leaver = mesh.rank == 2
@@ -65,7 +57,7 @@ async def test_who_joins_again_is_a_newcomer_of_the_others(tmp_path: Path) -> No
 
 
 async def test_who_is_left_without_a_quorum_may_go_on_in_a_mesh_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    vanish: Vanish, options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "QUORUM_MISSING_S", 0.2)
     both = trio.Event()
@@ -73,14 +65,11 @@ async def test_who_is_left_without_a_quorum_may_go_on_in_a_mesh_of_its_own(
 
     async def member(kill: trio.CancelScope, *, task_status: trio.TaskStatus[AsyncMesh]) -> None:
         with kill:
-            async with sparkle.open_mesh("run", **options(tmp_path)) as mesh:
+            async with sparkle.open_mesh("run", **options()) as mesh:
                 task_status.started(mesh)
                 await both.wait()
                 if mesh.rank == 0:
-                    # As one that is cut off: its links end, and nobody hears of it again.
-                    await mesh._node.membership.leave(hurry=True)
-                    for link in list(mesh._follower.links.values()):
-                        await link.aclose()
+                    await vanish(mesh)
                     kill.cancel()
                 with pytest.raises(QuorumLostError, match="join again"):
                     await mesh.all_reduce(np.ones(2))
@@ -102,9 +91,9 @@ async def test_who_is_left_without_a_quorum_may_go_on_in_a_mesh_of_its_own(
     assert ended == {1: [1.0, 1.0]}
 
 
-async def test_joining_again_that_fails_can_be_tried_again(tmp_path: Path) -> None:
+async def test_joining_again_that_fails_can_be_tried_again(options: Options) -> None:
     with trio.fail_after(40):
-        async with sparkle.open_mesh("run", **options(tmp_path, min_peers=1)) as mesh:
+        async with sparkle.open_mesh("run", **options(min_peers=1)) as mesh:
             pending = mesh.all_reduce_async(np.ones(3), tag="first")
             for wrong in ({"min_peers": 0}, {"min_peers": "2"}, {"timeout_s": 0}):
                 with pytest.raises(UsageError):
@@ -121,12 +110,12 @@ async def test_joining_again_that_fails_can_be_tried_again(tmp_path: Path) -> No
             assert (mesh._lives.config.min_peers, mesh._lives.current.config.min_peers) == (1, 1)
 
 
-def test_threads_join_again(tmp_path: Path) -> None:
+def test_threads_join_again(options: Options) -> None:
     views: list[int] = []
     done = threading.Barrier(2)
 
     def run(results: list[Any]) -> None:
-        with sparkle.join("run", **options(tmp_path)) as mesh:
+        with sparkle.join("run", **options()) as mesh:
             mesh.on_view_change(lambda view: views.append(view.size))
             shared = mesh.allocate(3)
             mesh.all_reduce(shared)
@@ -145,12 +134,12 @@ def test_threads_join_again(tmp_path: Path) -> None:
     assert views == [2, 2]
 
 
-def test_a_peer_that_leaves_to_join_again_is_lost_to_calls_that_do_not_repeat(tmp_path: Path) -> None:
+def test_a_peer_that_leaves_to_join_again_is_lost_to_calls_that_do_not_repeat(options: Options) -> None:
     begun = threading.Event()
     seen: list[str] = []
 
     def stays() -> None:
-        with sparkle.join("run", **options(tmp_path)) as mesh:
+        with sparkle.join("run", **options()) as mesh:
             pending = mesh.all_reduce_async(np.ones(3), on_failure="raise")
             begun.set()
             try:
@@ -161,7 +150,7 @@ def test_a_peer_that_leaves_to_join_again_is_lost_to_calls_that_do_not_repeat(tm
                 seen.append("quorum")
 
     def goes() -> None:
-        with sparkle.join("run", **options(tmp_path)) as mesh:
+        with sparkle.join("run", **options()) as mesh:
             begun.wait(30)
             mesh.rejoin(min_peers=1)
             seen.append(f"{mesh.size} in its own")
@@ -174,7 +163,7 @@ def test_a_peer_that_leaves_to_join_again_is_lost_to_calls_that_do_not_repeat(tm
     assert "lost" in seen
 
 
-def test_closing_ends_a_rejoin_and_asking_twice_is_one(tmp_path: Path) -> None:
+def test_closing_ends_a_rejoin_and_asking_twice_is_one(options: Options) -> None:
     raised: list[BaseException | None] = []
 
     def rejoin(mesh: Any, **terms: Any) -> None:
@@ -184,7 +173,7 @@ def test_closing_ends_a_rejoin_and_asking_twice_is_one(tmp_path: Path) -> None:
         except BaseException as error:
             raised.append(error)
 
-    mesh = sparkle.join("run", **options(tmp_path, min_peers=1))
+    mesh = sparkle.join("run", **options(min_peers=1))
     for count, terms in ((2, {}), (3, {"min_peers": 1})):
         both = [threading.Thread(target=rejoin, args=(mesh,), kwargs=terms) for _ in range(2)]
         for thread in both:
@@ -204,10 +193,10 @@ def test_closing_ends_a_rejoin_and_asking_twice_is_one(tmp_path: Path) -> None:
     assert isinstance(raised[4], MeshClosedError)
 
 
-async def test_leaving_ends_a_rejoin(tmp_path: Path) -> None:
+async def test_leaving_ends_a_rejoin(options: Options) -> None:
     with trio.fail_after(40):
         async with trio.open_nursery() as nursery:
-            opened = sparkle.open_mesh("run", **options(tmp_path, min_peers=1))
+            opened = sparkle.open_mesh("run", **options(min_peers=1))
             mesh = await opened.__aenter__()
 
             async def rejoin() -> None:

@@ -19,6 +19,7 @@ from sparkle_mesh.errors import CollectiveTimeoutError, DivergenceError, Mismatc
 from sparkle_mesh.state_chunks import StateChunks
 from sparkle_mesh.synchronization import _Run as Synchronization
 
+Vanish = Callable[[AsyncMesh], Awaitable[None]]
 Program = Callable[[AsyncMesh], Awaitable[Any]]
 
 
@@ -173,7 +174,7 @@ def test_a_newcomer_comes_in_at_a_step_boundary_and_gets_the_state(tmp_path: Pat
 
 @pytest.mark.parametrize("another_knows", [False, True])
 async def test_a_state_of_which_a_part_has_come_is_no_reference(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, another_knows: bool
+    vanish: Vanish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, another_knows: bool
 ) -> None:
     """Whoever held the state dies while it hands it on: those left are told so, unless one of them holds it, too."""
     monkeypatch.setattr(limits, "STATE_CHUNK_BYTES", 800)
@@ -189,9 +190,7 @@ async def test_a_state_of_which_a_part_has_come_is_no_reference(
         takers.add(taker)
         if len(takers) == 2 + (not another_knows):
             handed_on.set()
-            await run._mesh._node.membership.leave(hurry=True)
-            for link in list(run._mesh._follower.links.values()):
-                await link.aclose()
+            await vanish(run._mesh)
         await handed_on.wait()
         await send(run, chunks[2:], taker)
 

@@ -1,4 +1,4 @@
-"""How the trio run of a simulated world schedules: in an order that follows from the seed, and with nodes that pause.
+"""The trio run of a simulated world: the order of its tasks, and all chance, follow from the seed; its nodes can pause.
 
 A node pauses as a stopped process or a sleeping laptop does: its tasks are not run when they are woken, but held until
 it goes on. Time passes for it all the same: its deadlines run out, and what others send waits in its buffers.
