@@ -121,7 +121,8 @@ def running_children(options: argparse.Namespace, steps: int, reports: Path) -> 
         trainer = [sys.executable, str(HERE / "train_digits.py"), "--mesh", mesh, "--min-peers", str(options.ranks)]
         step_ms = STEP_MS_SHORT if options.short else STEP_MS
         trainer += ["--steps", str(steps), "--seed", str(options.seed), "--json", "--timeout", "60"]
-        trainer += ["--step-ms", str(step_ms)]
+        # However long a newcomer takes to start on this machine, the others have not ended before it is in.
+        trainer += ["--step-ms", str(step_ms), "--end-together"]
         trainers: list[Child] = []
         node = Child(
             "node",

@@ -34,6 +34,7 @@ HIDDEN_UNITS = 96
 LEARNING_RATE = 0.08
 MOMENTUM = 0.9
 TEST_SHARE = 0.2
+LOOK_FOR_MISSING_S = 0.05
 
 Weights = dict[str, np.ndarray]  # every array float32
 
@@ -156,6 +157,10 @@ def train(mesh: Any, options: argparse.Namespace) -> dict[str, Any]:
         step = mesh.synchronize(state, step).step  # mesh: whoever is new gets the weights of the others
         if step == steps:
             break
+        if options.end_together and step == steps - 1 and mesh.size < options.min_peers:
+            time.sleep(LOOK_FOR_MISSING_S)
+            last = time.perf_counter()  # what was waited for others is no part of a step
+            continue
         images, labels = train_images[mesh.rank :: mesh.size], train_labels[mesh.rank :: mesh.size]  # mesh: my share
         first, step = step if first is None else first, step + 1
         batch = random.choice(len(labels), size=min(options.batch, len(labels)), replace=False)
@@ -213,6 +218,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--epochs", type=positive, default=30, help="passes over the data (%(default)s)")
     parser.add_argument("--batch", type=positive, default=32, help="images per rank and step (%(default)s)")
     parser.add_argument("--step-ms", type=float, default=0.0, help="let a step take as long, as of a larger model")
+    parser.add_argument("--end-together", action="store_true", help="last step only once --min-peers are here again")
     parser.add_argument("--seed", type=int, default=0, help="split, initial weights and batches (%(default)s)")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write this rank's results as JSON")
     parser.add_argument("--show-every", type=positive, default=10, help="steps between progress lines (%(default)s)")

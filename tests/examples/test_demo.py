@@ -85,7 +85,7 @@ def test_failing_trainer_fails_the_demo_and_shows_its_log(processes, tmp_path):
 
 def test_deadline_ends_everything(processes, short_folder, tmp_path):
     process = processes.start(DEMO, "--timeout", "0.1", "--out", tmp_path, TMPDIR=str(short_folder))
-    out, err = process.communicate(timeout=50)
+    out, err = process.communicate(timeout=processes.TIMEOUT_S)
     assert process.returncode == 1, out
     assert "did not finish in time" in err
     assert processes_of(short_folder) == []
@@ -109,7 +109,7 @@ def test_interrupted_demo_ends_its_processes(processes, short_folder, tmp_path, 
     children = processes_of(short_folder)
     assert len(children) == 3
     process.send_signal(number)
-    _, err = process.communicate(timeout=50)
+    _, err = process.communicate(timeout=processes.TIMEOUT_S)
     assert process.returncode == 130
     assert "interrupted" in err
     assert not any(child.is_running() for child in children)

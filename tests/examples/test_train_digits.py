@@ -71,6 +71,23 @@ def test_processes_end_with_one_model(processes, mesh_name, tmp_path):
     assert "accuracy" in ended[1].err
 
 
+def test_last_step_waits_for_a_late_one(processes, mesh_name, tmp_path):
+    """The twenty milliseconds that are left when one dies are over long before another has started."""
+    common = [TRAINER, "--mesh", mesh_name, "--min-peers", "2", "--steps", "30", "--step-ms", "1", "--json"]
+    commands = [[*common, "--end-together", "--report", tmp_path / f"{number}.json"] for number in range(3)]
+    first, victim = processes.start(*commands[0]), processes.start(*commands[1])
+    assert victim.stdout.readline()
+    victim.kill()
+    newcomer = processes.start(*commands[2])
+    for process in (first, newcomer):
+        _, err = process.communicate(timeout=processes.TIMEOUT_S)
+        assert process.returncode == 0, err
+    stayed, came = (json.loads((tmp_path / f"{number}.json").read_text()) for number in (0, 2))
+    assert stayed["weights_sha256"] == came["weights_sha256"]
+    assert (stayed["size"], came["size"]) == (2, 2)
+    assert (len(stayed["losses"]), len(came["losses"]), came["first_step"]) == (30, 1, 29)
+
+
 def test_key_file_admits(processes, mesh_name, tmp_path):
     key_file = tmp_path / "mesh.key"
     MeshKey.generate().save(key_file)
