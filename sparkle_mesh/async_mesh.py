@@ -17,6 +17,7 @@ from numpy.typing import DTypeLike
 
 from sparkle_mesh import limits
 from sparkle_mesh.async_collectives import AsyncCollectives
+from sparkle_mesh.capabilities.search import DeviceQuery, FoundDevice
 from sparkle_mesh.collectives.calls import check_timeout
 from sparkle_mesh.collectives.group import Outcome
 from sparkle_mesh.environment import resolve_data_dir
@@ -171,6 +172,43 @@ class AsyncMesh(AsyncCollectives):
             latency_ms=peer.latency_ms if stats.latency_s is None else stats.latency_s * 1e3,
             bandwidth_bytes_per_s=stats.bandwidth_bytes_per_s,
         )
+
+    async def find_devices(
+        self,
+        kind: str | None = None,
+        *,
+        min_memory: int | float | str = 0,
+        min_gflops: float = 0.0,
+        dtype: str = "float32",
+        limit: int = 100,
+        timeout_s: float = limits.LOOKUP_TIMEOUT_S,
+    ) -> list[FoundDevice]:
+        """Return the devices of all machines of this mesh that fit, this one's among them.
+
+        The fastest come first, then those with most memory. What a machine offers is known within seconds of its
+        coming, and forgotten within a minute of its death; each result says how fresh it is.
+
+        Parameters
+        ----------
+        kind
+            ``"cpu"``, ``"cuda"``, ``"rocm"`` or ``"opencl"``; None for any.
+        min_memory
+            In bytes, or as text: ``"16GB"``, ``"16GiB"``.
+        min_gflops, dtype
+            10^9 floating-point operations a second, measured with arrays of this dtype. Devices that were not measured
+            have none.
+        limit
+            How many to return at most.
+        timeout_s
+            For how long to look at most; what was found by then is returned.
+
+        Raises
+        ------
+        UsageError
+            If an argument is not of those that there are.
+        """
+        query = DeviceQuery.of(kind, min_memory=min_memory, min_gflops=min_gflops, dtype=dtype, limit=limit)
+        return await self._node.find_devices(query, timeout_s=timeout_s)
 
     def invite(self) -> str:
         """Return one line of text with which others can join this mesh; it holds the key if there is one."""

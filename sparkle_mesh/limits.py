@@ -203,6 +203,38 @@ REJOIN_ADDRESSES_MAX_COUNT = 64
 MACHINE_HISTORY_MAX_COUNT = 256
 NODE_EVENTS_MAX_COUNT = 1024
 
+# --- Capability records ---------------------------------------------------------------------------
+# A record stays at its holders for so long after it was last renewed: of a dead node it is gone within a minute.
+CAPABILITY_LIFETIME_S = 45.0
+CAPABILITY_LIFETIME_MAX_S = 600.0
+CAPABILITY_RENEW_S = 15.0
+# Peers that came later may be closer to its keys: how often its holders are looked for anew.
+CAPABILITY_REPUBLISH_S = 60.0
+# When newcomers come, once for all of them.
+CAPABILITY_SETTLE_S = 0.5
+CAPABILITY_HOLDERS_COUNT = 8
+CAPABILITY_RECORD_MAX_BYTES = 8 * KIB
+CAPABILITY_KEYS_MAX_COUNT = 33
+DEVICES_PER_RECORD_MAX_COUNT = 32
+DEVICE_DTYPES_MAX_COUNT = 32
+# What one process holds of others, whoever asks it to.
+CAPABILITIES_HELD_MAX_COUNT = 4096
+CAPABILITIES_HELD_MAX_BYTES = 8 * MIB
+CAPABILITIES_PER_KEY_MAX_COUNT = 512
+CAPABILITIES_PER_ADDRESS_MAX_COUNT = 256
+# Questions and answers of the mesh's own DHT.
+KAD_MESSAGE_MAX_BYTES = 256 * KIB
+# A message as it is sealed, and framed.
+KAD_FRAME_MAX_BYTES = KAD_MESSAGE_MAX_BYTES + 64
+KAD_ANSWER_RECORDS_MAX_BYTES = 192 * KIB
+KAD_QUESTION_TIMEOUT_S = 1.5
+KAD_STREAM_IDLE_S = 60.0
+KAD_STREAMS_PER_PEER_MAX_COUNT = 4
+# Of one peer, before its questions are answered later.
+KAD_QUESTIONS_PER_S_MAX = 50.0
+KAD_QUESTIONS_BURST_MAX_COUNT = 200
+FOUND_DEVICES_MAX_COUNT = 4096
+
 # --- Discovery -----------------------------------------------------------------------------------
 # More peers than a mesh has members, so that those of other meshes and the dead do not crowd out the rest.
 DISCOVERY_CONTACTS_MAX_COUNT = 2048
@@ -228,6 +260,22 @@ DISCOVERY_FORGET_S = 600.0
 DISCOVERY_FORGET_FAILURES_COUNT = 8
 DISCOVERY_CACHED_FAILURES_COUNT = 3
 DISCOVERY_EVENTS_RETRY_S = 1.0
+# The table of whom to ask: peers in each range of distance, and of one network (by these prefixes) in one and in all.
+ROUTING_BUCKET_MAX_COUNT = 20
+ROUTING_IPV4_PREFIX_BITS = 24
+ROUTING_IPV6_PREFIX_BITS = 48
+ROUTING_NETWORK_BUCKET_MAX_COUNT = 4
+ROUTING_NETWORK_MAX_COUNT = 16
+ROUTING_FAILURES_MAX_COUNT = 2
+ROUTING_REFRESH_S = 60.0
+# One lookup: its time, peers asked at once and in all, names taken from each, and after how long the next one is
+# asked beside one that has not answered.
+LOOKUP_TIMEOUT_S = 4.0
+LOOKUP_PARALLEL_COUNT = 4
+LOOKUP_PEERS_MAX_COUNT = 64
+LOOKUP_NAMED_MAX_COUNT = 16
+LOOKUP_PATIENCE_S = 0.3
+LOOKUPS_AT_ONCE_MAX_COUNT = 8
 DISCOVERY_STATUS_JOIN_MAX_COUNT = 32
 # 239.0.0.0/8 is for use within a site (RFC 2365); one hop, so that it stays on the local network.
 BEACON_GROUP = "239.83.80.75"
@@ -403,6 +451,10 @@ assert COLLECTIVE_DESCRIPTION_MAX_CHARS * 3 < LINK_HEADER_MAX_BYTES
 # A piece is whole blocks of every codec.
 assert CODEC_PIECE_COUNT % 256 == 0
 assert CONTROL_REQUEST_MAX_BYTES < CONTROL_REPLY_MAX_BYTES
+assert LOOKUP_TIMEOUT_S < CONTROL_CLIENT_TIMEOUT_S < CONTROL_ASK_TIMEOUT_S
+assert CAPABILITY_LIFETIME_S + CAPABILITY_RENEW_S <= 60.0
+assert CAPABILITY_RENEW_S * 2.5 < CAPABILITY_LIFETIME_S
+assert KAD_ANSWER_RECORDS_MAX_BYTES + LOOKUP_NAMED_MAX_COUNT * 4 * KIB <= KAD_MESSAGE_MAX_BYTES
 assert PING_INTERVAL_S * 3 < SILENCE_TIMEOUT_S
 assert PING_INTERVAL_S * 3 < SUSPICION_FLOOR_S < SUSPICION_CEILING_S < SILENCE_TIMEOUT_S
 assert MESH_PROOF_TIMEOUT_S < JOIN_TIMEOUT_S

@@ -15,6 +15,7 @@ from numpy.typing import DTypeLike
 
 from sparkle_mesh import limits
 from sparkle_mesh.async_mesh import AsyncMesh, MeshStats, open_mesh
+from sparkle_mesh.capabilities.search import FoundDevice
 from sparkle_mesh.membership.invite import is_invite
 from sparkle_mesh.membership.keys import KeyLike
 from sparkle_mesh.membership.view import Member, View
@@ -132,6 +133,25 @@ class Mesh(Collectives):
             return self._mesh.peers()
 
         return self._call(peers)
+
+    def find_devices(
+        self,
+        kind: str | None = None,
+        *,
+        min_memory: int | float | str = 0,
+        min_gflops: float = 0.0,
+        dtype: str = "float32",
+        limit: int = 100,
+        timeout_s: float = limits.LOOKUP_TIMEOUT_S,
+    ) -> list[FoundDevice]:
+        """Return the devices of all machines of this mesh that fit; see :meth:`AsyncMesh.find_devices`."""
+
+        async def find_devices() -> list[FoundDevice]:
+            return await self._mesh.find_devices(
+                kind, min_memory=min_memory, min_gflops=min_gflops, dtype=dtype, limit=limit, timeout_s=timeout_s
+            )
+
+        return self._call(find_devices)
 
     def invite(self) -> str:
         """Return one line of text with which others can join this mesh; it holds the key if there is one."""

@@ -1,4 +1,4 @@
-"""One process's presence in a mesh: fabric, discovery and membership run together.
+"""One process's presence in a mesh: fabric, discovery, membership and capabilities run together.
 
 ``sparkle-node`` is this with the role ``node``; a training process is this with the role ``trainer`` plus
 links and collectives (:mod:`sparkle_mesh.mesh`).
@@ -16,6 +16,8 @@ from typing import TypeAlias
 import trio
 
 from sparkle_mesh import limits
+from sparkle_mesh.capabilities.search import DeviceQuery, FoundDevice
+from sparkle_mesh.capabilities.service import CapabilityService
 from sparkle_mesh.clock import SYSTEM_CLOCK, SYSTEM_ENTROPY, Clock, Entropy
 from sparkle_mesh.devices.detect import DeviceInfo, detect_devices
 from sparkle_mesh.discovery.service import DiscoveryService
@@ -138,6 +140,16 @@ class MeshNode:
             heard=self.discovery.heard,
             entropy=config.entropy,
         )
+        self.capabilities = CapabilityService(
+            fabric,
+            config.identity,
+            self.secrets,
+            host_id=host_id(),
+            role=config.role,
+            software=f"sparkle-mesh {__version__}",
+            entropy=config.entropy,
+            clock=config.clock,
+        )
         self._presence = PresenceService(
             fabric,
             self.secrets,
@@ -156,23 +168,48 @@ class MeshNode:
 
     @property
     def devices(self) -> tuple[DeviceInfo, ...]:
-        """The machine's devices (nodes only; a trainer uses its own)."""
+        """The machine's devices; none before they are known, a moment after the start."""
         return self._devices
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Take part until cancelled."""
         if self.config.role == "node":
-            self._devices = await trio.to_thread.run_sync(detect_devices)
+            await self._offer_devices()
         with self.membership.events() as events:
             async with trio.open_nursery() as nursery:
+                if self.config.role != "node":
+                    # Its user waits for the mesh, not for a driver to answer.
+                    nursery.start_soon(self._offer_devices)
+                await nursery.start(self.capabilities.run)
                 await nursery.start(self.membership.run)
                 await nursery.start(self._presence.run)
                 await nursery.start(self.discovery.run)
                 task_status.started()
                 async for event in events:
-                    if isinstance(event, PeerRefused):
-                        self.discovery.refused(event.peer_id)
+                    match event:
+                        case PeerRefused(peer_id):
+                            self.discovery.refused(peer_id)
+                        case PeerAdmitted(peer_id, introduction):
+                            self.capabilities.admitted(peer_id, introduction.addresses)
+                        case PeerGone(peer_id, _, graceful):
+                            self.capabilities.gone(peer_id, for_good=graceful)
                 nursery.cancel_scope.cancel()
+
+    async def _offer_devices(self) -> None:
+        self._devices = await trio.to_thread.run_sync(detect_devices)
+        self.capabilities.offer(self._devices)
+
+    async def leave(self) -> None:
+        """Tell the others that this process leaves, and wait until they know."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.capabilities.leave)
+            nursery.start_soon(self.membership.leave)
+
+    async def find_devices(
+        self, query: DeviceQuery, *, timeout_s: float = limits.LOOKUP_TIMEOUT_S
+    ) -> list[FoundDevice]:
+        """Return the devices of the mesh that fit; see :meth:`.service.CapabilityService.find_devices`."""
+        return await self.capabilities.find_devices(query, timeout_s=timeout_s)
 
     def status(self) -> NodeStatus:
         """Return what this node is and knows, for people and programs."""
@@ -277,5 +314,5 @@ async def open_node(config: NodeConfig) -> AsyncIterator[MeshNode]:
                 try:
                     yield node
                 finally:
-                    await node.membership.leave()
+                    await node.leave()
                     nursery.cancel_scope.cancel()

@@ -15,7 +15,7 @@ import click
 from click.core import ParameterSource
 
 from sparkle_mesh import limits
-from sparkle_mesh.cli.render import failed, one_line, peers_text, printable, status_text, to_json
+from sparkle_mesh.cli.render import failed, found_devices_text, one_line, peers_text, printable, status_text, to_json
 from sparkle_mesh.cli.signals import StopSignals
 from sparkle_mesh.environment import resolve_data_dir
 from sparkle_mesh.errors import IdentityError, NoNodeError, SparkleError, UsageError
@@ -290,6 +290,46 @@ def show_peers(context: click.Context, data_dir: str | None, as_json: bool, wait
     peers = ask(_resolve_for(context, data_dir), "peers", wait_s=wait_s).peers
     assert peers is not None
     click.echo(to_json(peers) if as_json else peers_text(peers))
+
+
+@sparkle_node.command("devices", short_help="Find devices in the running node's mesh.")
+@click.option("--kind", metavar="KIND", help="Devices of this kind: cpu, cuda, rocm or opencl.  [default: all]")
+@click.option("--min-memory", metavar="SIZE", default="0", help="With at least this much memory: 16GB, 16GiB, 800MB.")
+@click.option(
+    "--min-gflops",
+    metavar="NUMBER",
+    type=float,
+    default=0.0,
+    help="That were measured to do at least as many 10^9 floating-point operations a second.",
+)
+@click.option("--dtype", metavar="NAME", default="float32", show_default=True, help="What --min-gflops is about.")
+@click.option("--limit", metavar="COUNT", type=int, default=100, show_default=True, help="How many to print at most.")
+@_data_dir_option
+@_json_option
+@_wait_option
+@click.pass_context
+def find_devices(
+    context: click.Context,
+    kind: str | None,
+    min_memory: str,
+    min_gflops: float,
+    dtype: str,
+    limit: int,
+    data_dir: str | None,
+    as_json: bool,
+    wait_s: int,
+) -> None:
+    """Find devices of all machines in the running node's mesh, the fastest first.
+
+    AGE tells how long ago those who keep a machine's record heard that it is still there.
+    """
+    from sparkle_mesh.capabilities.search import DeviceQuery
+    from sparkle_mesh.cli.control import ask
+
+    query = DeviceQuery.of(kind, min_memory=min_memory, min_gflops=min_gflops, dtype=dtype, limit=limit)
+    found = ask(_resolve_for(context, data_dir), "devices", devices=query, wait_s=wait_s).devices
+    assert found is not None
+    click.echo(to_json(found) if as_json else found_devices_text(found))
 
 
 @sparkle_node.command("invite", short_help="Print a line with which others can join.")

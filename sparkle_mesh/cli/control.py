@@ -21,6 +21,7 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 
 from sparkle_mesh import limits, wire
+from sparkle_mesh.capabilities.search import DeviceQuery, FoundDevice
 from sparkle_mesh.cli.lock import running_pid
 from sparkle_mesh.clock import SYSTEM_CLOCK
 from sparkle_mesh.errors import DeadlineError, NodeBusyError, NoNodeError, UsageError
@@ -30,7 +31,7 @@ VERSION = 1
 LENGTH_BYTES = 4
 SOCKET_NAME = "control.sock"
 
-Command: TypeAlias = Literal["status", "peers", "invite"]
+Command: TypeAlias = Literal["status", "peers", "devices", "invite"]
 
 
 class ControlRequest(wire.Message, frozen=True, kw_only=True):
@@ -38,6 +39,7 @@ class ControlRequest(wire.Message, frozen=True, kw_only=True):
 
     version: int
     command: wire.NameText
+    devices: DeviceQuery | None = None
 
 
 class ControlReply(wire.Message, frozen=True, kw_only=True):
@@ -47,6 +49,7 @@ class ControlReply(wire.Message, frozen=True, kw_only=True):
     error: wire.ReasonText | None = None
     status: NodeStatus | None = None
     peers: Annotated[tuple[PeerStatus, ...], msgspec.Meta(max_length=limits.MESH_PEERS_MAX_COUNT)] | None = None
+    devices: Annotated[tuple[FoundDevice, ...], msgspec.Meta(max_length=limits.FOUND_DEVICES_MAX_COUNT)] | None = None
     invite: Annotated[str, msgspec.Meta(max_length=limits.CONTROL_MESSAGE_MAX_BYTES)] | None = None
 
 
@@ -113,6 +116,7 @@ def ask(
     data_dir: Path,
     command: Command,
     *,
+    devices: DeviceQuery | None = None,
     timeout_s: float = limits.CONTROL_ASK_TIMEOUT_S,
     wait_s: float = 0.0,
 ) -> ControlReply:
@@ -120,6 +124,8 @@ def ask(
 
     Parameters
     ----------
+    devices
+        What the command ``"devices"`` looks for.
     wait_s
         For how long a node may be missing altogether; ``timeout_s`` comes on top of it.
 
@@ -139,7 +145,7 @@ def ask(
     patient_until = SYSTEM_CLOCK.now() + wait_s
     deadline = patient_until + timeout_s
     with _connect(data_dir, patient_until, deadline) as connection:
-        request = wire.encode(ControlRequest(version=VERSION, command=command))
+        request = wire.encode(ControlRequest(version=VERSION, command=command, devices=devices))
         try:
             # A node that refuses may do so before it has read: the reason is then still there to be read.
             with suppress(BrokenPipeError, ConnectionResetError):

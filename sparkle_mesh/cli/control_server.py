@@ -15,6 +15,7 @@ from typing import Protocol
 import trio
 
 from sparkle_mesh import limits, wire
+from sparkle_mesh.capabilities.search import DeviceQuery, FoundDevice
 from sparkle_mesh.cli.control import (
     LENGTH_BYTES,
     SOCKET_NAME,
@@ -40,6 +41,8 @@ class ControlHandler(Protocol):
     def peers(self) -> Sequence[PeerStatus]: ...
 
     def invite(self) -> str: ...
+
+    async def find_devices(self, query: DeviceQuery) -> Sequence[FoundDevice]: ...
 
 
 async def serve_control(
@@ -100,9 +103,9 @@ class _Server:
             request = await _receive_request(stream)
         except ProtocolError as error:
             return _refusal(str(error))
-        return self._reply_to(request)
+        return await self._reply_to(request)
 
-    def _reply_to(self, request: ControlRequest) -> ControlReply:
+    async def _reply_to(self, request: ControlRequest) -> ControlReply:
         if request.version != VERSION:
             return _refusal(f"it speaks version {VERSION} of its control protocol, not {request.version}")
         try:
@@ -112,6 +115,10 @@ class _Server:
                 case "peers":
                     peers = tuple(self._handler.peers())[: limits.MESH_PEERS_MAX_COUNT]
                     return ControlReply(version=VERSION, peers=peers)
+                case "devices":
+                    query = (request.devices or DeviceQuery.of()).checked()
+                    found = tuple(await self._handler.find_devices(query))
+                    return ControlReply(version=VERSION, devices=found)
                 case "invite":
                     return ControlReply(version=VERSION, invite=self._handler.invite())
                 case unknown:

@@ -15,6 +15,7 @@ import msgspec
 from sparkle_mesh.status import DeviceStatus, NodeStatus, PeerStatus, ViewStatus
 
 if TYPE_CHECKING:
+    from sparkle_mesh.capabilities.search import FoundDevice
     from sparkle_mesh.membership.view import View
 
 _LABEL_WIDTH = 11
@@ -171,9 +172,33 @@ def peers_text(peers: Sequence[PeerStatus]) -> str:
         )
         for peer in peers
     ]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return _table(table)
+
+
+def found_devices_text(found: Sequence[FoundDevice]) -> str:
+    """Return a table of devices of the mesh, one a line, with a heading."""
+    if not found:
+        return "no devices"
+    table = [("PEER", "DEVICE", "NAME", "MEMORY", "GFLOP/S", "AGE", "ADDRESS")]
+    table += [
+        (
+            printable(one.peer_id),
+            f"{printable(one.device.kind)} {one.device.index}",
+            printable(one.device.name),
+            f"{one.device.memory_bytes / 2**30:.1f} GiB" if one.device.memory_bytes else "-",
+            ", ".join(f"{printable(dtype)} {value:.0f}" for dtype, value in sorted(one.device.gflops.items())) or "-",
+            duration(one.age_s),
+            printable(one.addresses[0]) if one.addresses else "-",
+        )
+        for one in found
+    ]
+    return _table(table)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
 
 

@@ -39,6 +39,9 @@ _ARM_FEATURES = ("asimd", "asimdhp", "asimddp", "fphp", "sve", "sve2", "bf16", "
 
 FeatureList = Annotated[tuple[wire.NameText, ...], msgspec.Meta(max_length=limits.DEVICE_FEATURES_MAX_COUNT)]
 
+Gflops = Annotated[float, msgspec.Meta(ge=0)]
+GflopsByDtype = Annotated[dict[wire.NameText, Gflops], msgspec.Meta(max_length=limits.DEVICE_DTYPES_MAX_COUNT)]
+
 
 class DeviceInfo(wire.Message, frozen=True, kw_only=True):
     """One compute device.
@@ -61,6 +64,9 @@ class DeviceInfo(wire.Message, frozen=True, kw_only=True):
         Instruction sets (``"avx2"``) or the compute capability (``"sm_90"``).
     driver
         Version of the driver; empty for a CPU.
+    gflops
+        What it was measured to do, by the name of the dtype (``"float32"``), in 10^9 floating-point operations a
+        second; empty where nothing was measured.
     """
 
     kind: wire.NameText
@@ -71,6 +77,7 @@ class DeviceInfo(wire.Message, frozen=True, kw_only=True):
     logical_cores: wire.Count = 0
     features: FeatureList = ()
     driver: wire.NameText = ""
+    gflops: GflopsByDtype = msgspec.field(default_factory=dict)
 
 
 def detect_devices(*, timeout_s: float = limits.DEVICE_DETECTION_TIMEOUT_S) -> tuple[DeviceInfo, ...]:

@@ -169,6 +169,7 @@ class MeshSecrets:
         self.topic = "/sparkle/mesh/1/" + self._derive("topic").hex()
         self._proof_key = self._derive("proof")
         self._seal = AESGCM(self._derive("gossip seal"))
+        self._place_key = self._derive("places in the DHT")
 
     def __repr__(self) -> str:
         return f"MeshSecrets(name={self.name!r}, keyed={self.keyed})"
@@ -185,20 +186,24 @@ class MeshSecrets:
         """Whether ``proof`` is the MAC of ``transcript``; compared in constant time."""
         return hmac.compare_digest(self.proof(transcript), proof)
 
-    def seal(self, payload: bytes, entropy: Entropy = SYSTEM_ENTROPY) -> bytes:
-        """Encrypt a gossip payload for the holders of the key (AES-256-GCM, random nonce)."""
-        nonce = entropy.token(_NONCE_BYTES)
-        return nonce + self._seal.encrypt(nonce, payload, b"gossip")
+    def locate(self, label: str) -> bytes:
+        """Return the 32-byte key under which what ``label`` names is kept in the mesh's DHT."""
+        return hmac.digest(self._place_key, label.encode(), "sha256")
 
-    def unseal(self, sealed: bytes) -> bytes:
+    def seal(self, payload: bytes, entropy: Entropy = SYSTEM_ENTROPY, *, context: bytes = b"gossip") -> bytes:
+        """Encrypt ``payload`` for the holders of the key (AES-256-GCM, random nonce); it opens in ``context`` only."""
+        nonce = entropy.token(_NONCE_BYTES)
+        return nonce + self._seal.encrypt(nonce, payload, context)
+
+    def unseal(self, sealed: bytes, *, context: bytes = b"gossip") -> bytes:
         """Undo :meth:`seal`.
 
         Raises
         ------
         AuthenticationError
-            If it was not sealed under this mesh's key.
+            If it was not sealed under this mesh's key, in this context.
         """
         try:
-            return self._seal.decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], b"gossip")
+            return self._seal.decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], context)
         except (InvalidTag, ValueError) as error:
-            raise AuthenticationError("a gossip payload is not sealed under this mesh's key") from error
+            raise AuthenticationError("a payload is not sealed under this mesh's key") from error

@@ -54,7 +54,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "sparkle_mesh.devices": LEAVES,
     "sparkle_mesh.fabric": LEAVES,
     "sparkle_mesh.discovery": (*LEAVES, "sparkle_mesh.fabric"),
-    "sparkle_mesh.capabilities": (*LEAVES, "sparkle_mesh.fabric"),
+    "sparkle_mesh.capabilities": (
+        *LEAVES,
+        "sparkle_mesh.fabric",
+        "sparkle_mesh.devices.detect",
+        "sparkle_mesh.discovery.routing_table",
+        "sparkle_mesh.discovery.lookup",
+    ),
     "sparkle_mesh.membership": (*LEAVES, "sparkle_mesh.fabric"),
     # What a node tells about itself: plain records.
     "sparkle_mesh.status": (*LEAVES, "sparkle_mesh.devices"),

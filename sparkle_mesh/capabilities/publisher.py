@@ -1,0 +1,169 @@
+"""Keeps this process's capability record at those who are to hold it, while the process lives.
+
+Each ``limits.CAPABILITY_RENEW_S`` the holders are asked to keep it for another lifetime, in a few bytes; where it is
+not held any more, or its holders have changed, it is stored. A process that dies renews nothing, and is forgotten.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+
+import trio
+
+from sparkle_mesh import limits
+from sparkle_mesh.capabilities.messages import Answer, Done, Question, Refused, Renew, Store, Withdraw
+from sparkle_mesh.capabilities.records import CapabilityRecord, Secrets, SignedRecord, index_keys, sign_record
+from sparkle_mesh.clock import Clock, Entropy
+from sparkle_mesh.devices.detect import DeviceInfo
+from sparkle_mesh.discovery.lookup import Named
+from sparkle_mesh.errors import SparkleError
+from sparkle_mesh.fabric.identity import Identity
+from sparkle_mesh.fabric.interface import Address, PeerId
+
+logger = logging.getLogger(__name__)
+
+
+class Publisher:
+    """Publishes one record.
+
+    Parameters
+    ----------
+    identity, secrets
+        Who signs, and for which mesh.
+    host_id, role, software, addresses
+        What the record tells beside the devices; the addresses as they are when it is made.
+    holders_of
+        Returns who is to hold what is stored under a key.
+    ask
+        Asks one of them, or raises SparkleError.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        secrets: Secrets,
+        *,
+        host_id: bytes,
+        role: str,
+        software: str,
+        addresses: Callable[[], Sequence[Address]],
+        holders_of: Callable[[bytes], Awaitable[list[Named]]],
+        ask: Callable[[Named, Question], Awaitable[Answer]],
+        entropy: Entropy,
+        clock: Clock,
+    ) -> None:
+        self._identity, self._secrets, self._entropy, self._clock = identity, secrets, entropy, clock
+        self._host_id, self._role, self._software = host_id, role, software
+        self._addresses, self._holders_of, self._ask = addresses, holders_of, ask
+        self._devices: tuple[DeviceInfo, ...] | None = None
+        self._record: CapabilityRecord | None = None
+        self._signed: SignedRecord | None = None
+        self._keys: frozenset[bytes] = frozenset()
+        # Who holds it under which keys, as far as is known.
+        self._holders: dict[PeerId, tuple[Named, frozenset[bytes]]] = {}
+        self._looked_at = float("-inf")
+        self._hurry = trio.Event()
+        #: Of the record that is published; 0 before there is one.
+        self.sequence = 0
+
+    def offer(self, devices: Sequence[DeviceInfo]) -> None:
+        """Publish that the machine has ``devices``, from now on."""
+        self._devices = tuple(devices)[: limits.DEVICES_PER_RECORD_MAX_COUNT]
+        self.hurry()
+
+    def hurry(self) -> None:
+        """Look for holders now: there may be others than before."""
+        self._looked_at = float("-inf")
+        self._hurry.set()
+
+    def own_record(self) -> CapabilityRecord | None:
+        """Return what is told, as of now; None before :meth:`offer`."""
+        if self._devices is None:
+            return None
+        return CapabilityRecord(
+            host_id=self._host_id,
+            role=self._role,
+            software=self._software,
+            addresses=tuple(self._addresses())[: limits.ADDRESSES_PER_PEER_MAX_COUNT],
+            devices=self._devices,
+        )
+
+    async def run(self) -> None:
+        """Publish and renew until cancelled."""
+        while True:
+            self._hurry = trio.Event()
+            await self._publish()
+            with trio.move_on_after(limits.CAPABILITY_RENEW_S * self._entropy.uniform(0.75, 1.25)):
+                await self._hurry.wait()
+                # Newcomers come in crowds: once for all of them.
+                await trio.sleep(limits.CAPABILITY_SETTLE_S)
+
+    async def withdraw(self) -> None:
+        """Ask all holders to forget the record."""
+        async with trio.open_nursery() as nursery:
+            for peer, _ in self._holders.values():
+                nursery.start_soon(self._tell, peer, Withdraw())
+        self._holders.clear()
+
+    async def _publish(self) -> None:
+        record = self.own_record()
+        if record is None:
+            return
+        if record != self._record or self._signed is None:
+            self._sign(record, self.sequence)
+        now = trio.current_time()
+        if now - self._looked_at >= limits.CAPABILITY_REPUBLISH_S:
+            self._looked_at = now
+            await self._look_for_holders()
+        async with trio.open_nursery() as nursery:
+            for peer, keys in list(self._holders.values()):
+                nursery.start_soon(self._keep_at, peer, keys)
+
+    def _sign(self, record: CapabilityRecord, above: int) -> None:
+        """Sign ``record`` under a number above ``above``; the clock makes it higher than before a restart."""
+        self.sequence = max(above + 1, int(self._clock.wall_time() * 1000))
+        self._record = record
+        self._signed = sign_record(record, self._identity, self._secrets, sequence=self.sequence, entropy=self._entropy)
+        keys = index_keys(self._identity.peer_id, record, self._secrets)
+        if keys != self._keys:
+            self._keys, self._looked_at = keys, float("-inf")
+
+    async def _look_for_holders(self) -> None:
+        holders: dict[PeerId, tuple[Named, set[bytes]]] = {}
+
+        async def look(key: bytes) -> None:
+            for peer in await self._holders_of(key):
+                holders.setdefault(peer.peer_id, (peer, set()))[1].add(key)
+
+        async with trio.open_nursery() as nursery:
+            for key in sorted(self._keys):
+                nursery.start_soon(look, key)
+        self._holders = {peer_id: (peer, frozenset(keys)) for peer_id, (peer, keys) in holders.items()}
+
+    async def _keep_at(self, peer: Named, keys: frozenset[bytes]) -> None:
+        """Have ``peer`` hold the record under ``keys`` for another lifetime."""
+        assert self._signed is not None
+        signed = self._signed
+        renewed = await self._tell(peer, Renew(sequence=signed.sequence, keys=tuple(sorted(keys))))
+        if not isinstance(renewed, Done) or not renewed.missing:
+            return
+        stored = await self._tell(peer, Store(record=signed, keys=renewed.missing))
+        if not isinstance(stored, Refused):
+            return
+        if stored.held_sequence is not None and self._signed is signed and self._record is not None:
+            # Of a run of this identity before, whose clock was ahead.
+            self._sign(self._record, stored.held_sequence)
+            self._hurry.set()
+        else:
+            logger.info("peer %s does not hold this machine's record: %s", peer.peer_id, stored.reason)
+
+    async def _tell(self, peer: Named, question: Question) -> Answer | None:
+        try:
+            return await self._ask(peer, question)
+        except SparkleError as error:
+            logger.debug("a holder cannot be told: %s", error)
+            self._holders.pop(peer.peer_id, None)
+            # Others are to hold it in its place.
+            self._looked_at = float("-inf")
+            return None

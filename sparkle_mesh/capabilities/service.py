@@ -1,0 +1,265 @@
+"""The runner of the mesh's own DHT: tells what this machine offers, holds what others tell, and searches.
+
+Peers come in through :meth:`CapabilityService.admitted`, once they have proven that they are of the mesh; through
+them the lookups find the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+
+import trio
+
+from sparkle_mesh import limits
+from sparkle_mesh.capabilities.answers import Answers
+from sparkle_mesh.capabilities.messages import Answer, Find, Found, HeldRecord, Question
+from sparkle_mesh.capabilities.publisher import Publisher
+from sparkle_mesh.capabilities.records import Secrets, SignedRecord, open_filed
+from sparkle_mesh.capabilities.search import DeviceQuery, FoundDevice, FoundRecord, choose_devices
+from sparkle_mesh.capabilities.store import RecordStore
+from sparkle_mesh.capabilities.streams import Answerer, Asker
+from sparkle_mesh.clock import SYSTEM_CLOCK, SYSTEM_ENTROPY, Clock, Entropy
+from sparkle_mesh.devices.detect import DeviceInfo
+from sparkle_mesh.discovery.lookup import Lookup, Named
+from sparkle_mesh.discovery.routing_table import RoutingTable, distance, key_of_peer
+from sparkle_mesh.errors import ProtocolError, SparkleError
+from sparkle_mesh.fabric.identity import Identity
+from sparkle_mesh.fabric.interface import Address, Fabric, PeerId
+
+logger = logging.getLogger(__name__)
+
+
+class CapabilityService:
+    """This process's part of the mesh's DHT.
+
+    Parameters
+    ----------
+    fabric, identity, secrets
+        Who this process is, and of which mesh.
+    host_id
+        Stands for the machine (16 bytes).
+    role, software
+        What it says of itself.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        identity: Identity,
+        secrets: Secrets,
+        *,
+        host_id: bytes,
+        role: str,
+        software: str,
+        entropy: Entropy = SYSTEM_ENTROPY,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        self._fabric, self._secrets, self._entropy = fabric, secrets, entropy
+        self._table = RoutingTable(fabric.peer_id)
+        self._store = RecordStore(secrets)
+        self._answers = Answers(self._table, self._store)
+        self._asker = Asker(fabric, secrets, entropy)
+        self._answerer = Answerer(fabric, secrets, entropy, self._answer)
+        self._limiter = trio.CapacityLimiter(limits.LOOKUPS_AT_ONCE_MAX_COUNT)
+        self._publisher = Publisher(
+            identity,
+            secrets,
+            host_id=host_id,
+            role=role,
+            software=software,
+            addresses=lambda: fabric.addresses,
+            holders_of=self._holders_of,
+            ask=self._ask_holder,
+            entropy=entropy,
+            clock=clock,
+        )
+        #: Records that others handed out and that did not hold, since the start.
+        self.forged_count = 0
+
+    @property
+    def store(self) -> RecordStore:
+        """What this process holds of others; to be read only."""
+        return self._store
+
+    @property
+    def table(self) -> RoutingTable:
+        """Whom this process asks; to be read only."""
+        return self._table
+
+    # --- For the node ---------------------------------------------------------------------------
+
+    def offer(self, devices: Sequence[DeviceInfo]) -> None:
+        """Tell from now on that this machine has ``devices``."""
+        self._publisher.offer(devices)
+
+    def admitted(self, peer_id: PeerId, addresses: Iterable[Address]) -> None:
+        """``peer_id`` has proven that it is of the mesh."""
+        remote_address = self._fabric.remote_address(peer_id)
+        before = len(self._table)
+        self._table.answered(peer_id, addresses, trio.current_time(), remote_address=remote_address)
+        if before < limits.CAPABILITY_HOLDERS_COUNT < len(self._table) or not before:
+            # What was published when nobody was there to hold it.
+            self._publisher.hurry()
+
+    def gone(self, peer_id: PeerId, *, for_good: bool) -> None:
+        """``peer_id`` is no longer connected; ``for_good`` if it said that it leaves."""
+        self._table.gone(peer_id)
+        if for_good:
+            self._store.withdraw(peer_id)
+
+    async def find_devices(
+        self, query: DeviceQuery, *, timeout_s: float = limits.LOOKUP_TIMEOUT_S
+    ) -> list[FoundDevice]:
+        """Return the devices of the mesh that fit, this machine's own among them.
+
+        Takes ``timeout_s`` at the most, whoever does not answer: it returns what was found by then.
+        """
+        records: dict[PeerId, FoundRecord] = {}
+
+        async def find(label: str) -> None:
+            async with self._limiter:
+                for found in await self._find(self._secrets.locate(label), timeout_s):
+                    known = records.get(found.publisher)
+                    if known is None or (-known.sequence, known.age_s) > (-found.sequence, found.age_s):
+                        records[found.publisher] = found
+
+        with trio.move_on_after(timeout_s):
+            async with trio.open_nursery() as nursery:
+                for label in query.labels():
+                    nursery.start_soon(find, label)
+        own = self._publisher.own_record()
+        if own is not None:
+            records[self._fabric.peer_id] = FoundRecord(self._fabric.peer_id, self._publisher.sequence, own, 0.0)
+        return choose_devices(records.values(), query)
+
+    # --- Running --------------------------------------------------------------------------------
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Publish, answer and keep the table fresh until cancelled."""
+        self._answerer.start()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._publisher.run)
+            nursery.start_soon(self._refresh_forever)
+            nursery.start_soon(self._tidy_forever)
+            task_status.started()
+
+    async def leave(self) -> None:
+        """Ask the holders to forget this process's record; returns within ``limits.CLOSE_TIMEOUT_S``."""
+        with trio.move_on_after(limits.CLOSE_TIMEOUT_S) as scope:
+            scope.shield = True
+            await self._publisher.withdraw()
+
+    async def _tidy_forever(self) -> None:
+        while True:
+            await trio.sleep(limits.CAPABILITY_RENEW_S)
+            now = trio.current_time()
+            self._store.expire(now)
+            self._answerer.forget_idle(now)
+            await self._asker.close_idle(now)
+
+    async def _refresh_forever(self) -> None:
+        """Look for this process's own neighbours, and in turn for those of some other place."""
+        while True:
+            await trio.sleep(limits.ROUTING_REFRESH_S * self._entropy.uniform(0.5, 1.5))
+            await self._lookup(key_of_peer(self._fabric.peer_id))
+            await self._lookup(self._entropy.token(32))
+
+    # --- Questions ------------------------------------------------------------------------------
+
+    def _answer(self, question: Question, sender: PeerId) -> Answer:
+        return self._answers.answer(question, sender, self._fabric.remote_address(sender), trio.current_time())
+
+    async def _ask(self, peer: Named, question: Question) -> Answer:
+        try:
+            answer = await self._asker.ask(peer, question)
+        except SparkleError:
+            self._table.failed(peer.peer_id)
+            raise
+        remote_address = self._fabric.remote_address(peer.peer_id)
+        self._table.answered(peer.peer_id, peer.addresses, trio.current_time(), remote_address=remote_address)
+        return answer
+
+    async def _ask_holder(self, peer: Named, question: Question) -> Answer:
+        if peer.peer_id == self._fabric.peer_id:
+            return self._answer(question, peer.peer_id)
+        return await self._ask(peer, question)
+
+    async def _holders_of(self, key: bytes) -> list[Named]:
+        """Return who is to hold what is stored under ``key``, this process itself among them if it is that close."""
+        async with self._limiter:
+            closest = await self._lookup(key)
+        closest.append(Named(self._fabric.peer_id, ()))
+        closest.sort(key=lambda peer: distance(key, key_of_peer(peer.peer_id)))
+        return closest[: limits.CAPABILITY_HOLDERS_COUNT]
+
+    async def _find(self, key: bytes, timeout_s: float) -> list[FoundRecord]:
+        """Return the verified records under ``key``."""
+        now = trio.current_time()
+        held = [(self._fabric.peer_id, HeldRecord(record=r, age_s=age_s)) for r, age_s in self._store.get(key, now)]
+        await self._lookup(key, timeout_s=timeout_s, records=held)
+        best: dict[PeerId, FoundRecord] = {}
+        verdicts: dict[SignedRecord, FoundRecord | None] = {}
+        for holder, one in held:
+            if one.age_s >= one.record.lifetime_s:
+                continue
+            if one.record not in verdicts:
+                verdicts[one.record] = self._verified(key, one)
+            found = verdicts[one.record]
+            if found is None:
+                self.forged_count += 1
+                self._table.failed(holder)
+                continue
+            known = best.get(found.publisher)
+            if known is None or (found.sequence, -one.age_s) > (known.sequence, -known.age_s):
+                best[found.publisher] = FoundRecord(found.publisher, found.sequence, found.record, one.age_s)
+        return list(best.values())
+
+    def _verified(self, key: bytes, held: HeldRecord) -> FoundRecord | None:
+        try:
+            record = open_filed(held.record, [key], self._secrets)
+        except SparkleError as error:
+            logger.debug("a record that was found is not used: %s", error)
+            return None
+        return FoundRecord(held.record.publisher, held.record.sequence, record, held.age_s)
+
+    async def _lookup(
+        self,
+        key: bytes,
+        *,
+        timeout_s: float = limits.LOOKUP_TIMEOUT_S,
+        records: list[tuple[PeerId, HeldRecord]] | None = None,
+    ) -> list[Named]:
+        """Ask ever closer peers; return the closest that answered. What they hold under ``key`` goes to ``records``."""
+        routes = self._table.closest(key, limits.ROUTING_BUCKET_MAX_COUNT)
+        start = [Named(route.peer_id, route.addresses) for route in routes]
+        lookup = Lookup(key, self._fabric.peer_id, start, now=trio.current_time(), timeout_s=timeout_s)
+        question = Find(key=key, records=records is not None, addresses=self._own_addresses())
+        progress = trio.Event()
+
+        async def ask(peer: Named) -> None:
+            try:
+                answer = await self._ask(peer, question)
+                if not isinstance(answer, Found):
+                    raise ProtocolError(f"peer {peer.peer_id} answered a Find with a {type(answer).__name__}")
+            except SparkleError as error:
+                logger.debug("in a lookup: %s", error)
+                lookup.failed(peer.peer_id)
+            else:
+                lookup.answered(peer.peer_id, [Named(named.peer_id, named.addresses) for named in answer.peers])
+                if records is not None:
+                    records.extend((peer.peer_id, held) for held in answer.records)
+            progress.set()
+
+        async with trio.open_nursery() as nursery:
+            while not lookup.is_over(trio.current_time()):
+                progress = trio.Event()
+                for peer in lookup.due(trio.current_time()):
+                    nursery.start_soon(ask, peer)
+                with trio.move_on_at(lookup.next_wakeup(trio.current_time())):
+                    await progress.wait()
+            nursery.cancel_scope.cancel()
+        return lookup.closest()
+
+    def _own_addresses(self) -> tuple[Address, ...]:
+        return tuple(self._fabric.addresses)[: limits.ADDRESSES_PER_PEER_MAX_COUNT]

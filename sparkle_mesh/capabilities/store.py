@@ -1,0 +1,157 @@
+"""What this process holds of others' capability records: bounded, whoever asks it to hold more.
+
+A machine without I/O. One record per publisher, under the keys that are its own. When it is full, whoever shares an
+address with most others makes way, so that a flood from one address displaces itself and nobody else.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from sparkle_mesh import limits
+from sparkle_mesh.capabilities.records import Secrets, SignedRecord, open_filed
+from sparkle_mesh.errors import ProtocolError
+from sparkle_mesh.fabric.interface import PeerId
+
+
+@dataclass(slots=True)
+class _Held:
+    record: SignedRecord
+    keys: frozenset[bytes]
+    #: What its publisher is connected from: an IP address, or whatever stands for one.
+    origin: str
+    renewed_at: float
+
+    def is_over(self, now: float) -> bool:
+        return now >= self.renewed_at + self.record.lifetime_s
+
+
+class RecordStore:
+    """The records held.
+
+    Parameters
+    ----------
+    secrets
+        Of the mesh: what is not signed and sealed for it is refused.
+    max_count, max_bytes, per_key_max_count, per_origin_max_count
+        Bounds; see ``limits``.
+    """
+
+    def __init__(
+        self,
+        secrets: Secrets,
+        *,
+        max_count: int = limits.CAPABILITIES_HELD_MAX_COUNT,
+        max_bytes: int = limits.CAPABILITIES_HELD_MAX_BYTES,
+        per_key_max_count: int = limits.CAPABILITIES_PER_KEY_MAX_COUNT,
+        per_origin_max_count: int = limits.CAPABILITIES_PER_ADDRESS_MAX_COUNT,
+    ) -> None:
+        self._secrets = secrets
+        self._max_count, self._max_bytes = max_count, max_bytes
+        self._per_key_max_count, self._per_origin_max_count = per_key_max_count, per_origin_max_count
+        self._held: dict[PeerId, _Held] = {}
+        self._by_key: dict[bytes, dict[PeerId, _Held]] = {}
+        self._nbytes = 0
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    @property
+    def nbytes(self) -> int:
+        """What all records held count for."""
+        return self._nbytes
+
+    def store(self, record: SignedRecord, keys: Iterable[bytes], now: float, *, sender: PeerId, origin: str) -> None:
+        """Hold ``record`` under ``keys``.
+
+        Parameters
+        ----------
+        sender, origin
+            Who sent it, authenticated, and the address it is connected from.
+
+        Raises
+        ------
+        ProtocolError
+            If it is not the sender's own, is not signed and sealed as it should be, is filed under keys that are not
+            its own, or is older than one that is held; or if there is no room for it.
+        """
+        wanted = frozenset(keys)
+        if record.publisher != sender:
+            raise ProtocolError(f"{sender} sent a record of {record.publisher}; everybody stores their own")
+        if not wanted:
+            raise ProtocolError(f"a record of {sender} is filed under no key")
+        held = self._held.get(sender)
+        if held is not None and held.record.sequence > record.sequence:
+            raise StaleRecordError(sender, record.sequence, held.record.sequence)
+        if held is not None and held.record.sequence == record.sequence and held.record != record:
+            raise StaleRecordError(sender, record.sequence, held.record.sequence)
+        open_filed(record, wanted, self._secrets)
+        if held is not None:
+            wanted |= held.keys if held.record == record else frozenset()
+            self._remove(sender)
+        self._make_room(record, wanted, origin, now)
+        entry = _Held(record, wanted, origin, now)
+        self._held[sender] = entry
+        self._nbytes += record.nbytes
+        for key in wanted:
+            self._by_key.setdefault(key, {})[sender] = entry
+
+    def renew(self, publisher: PeerId, sequence: int, keys: Iterable[bytes], now: float) -> frozenset[bytes]:
+        """Keep what ``publisher`` has stored for another lifetime; return those of ``keys`` it is not held under."""
+        held = self._held.get(publisher)
+        if held is None or held.is_over(now) or held.record.sequence != sequence:
+            return frozenset(keys)
+        held.renewed_at = now
+        return frozenset(keys) - held.keys
+
+    def withdraw(self, publisher: PeerId) -> None:
+        """Forget what ``publisher`` has stored; no error if that is nothing."""
+        if publisher in self._held:
+            self._remove(publisher)
+
+    def get(self, key: bytes, now: float) -> Iterator[tuple[SignedRecord, float]]:
+        """Yield the records under ``key`` with their age in seconds, those renewed last first."""
+        entries = sorted(self._by_key.get(key, {}).values(), key=lambda held: -held.renewed_at)
+        return ((held.record, now - held.renewed_at) for held in entries if not held.is_over(now))
+
+    def expire(self, now: float) -> None:
+        """Forget what has outlived itself."""
+        for publisher in [publisher for publisher, held in self._held.items() if held.is_over(now)]:
+            self._remove(publisher)
+
+    def _make_room(self, record: SignedRecord, keys: frozenset[bytes], origin: str, now: float) -> None:
+        if self._crowd(record, keys):
+            self.expire(now)
+        if sum(held.origin == origin for held in self._held.values()) >= self._per_origin_max_count:
+            raise ProtocolError(f"{self._per_origin_max_count} records are held for peers at {origin}; no more are")
+        while crowd := self._crowd(record, keys):
+            counts = Counter(held.origin for held in crowd.values())
+            busiest, count = counts.most_common(1)[0]
+            if count <= counts[origin] + 1:
+                raise ProtocolError(f"there is no room for another record: {len(self._held)} are held")
+            self._remove(next(publisher for publisher, held in crowd.items() if held.origin == busiest))
+
+    def _crowd(self, record: SignedRecord, keys: frozenset[bytes]) -> dict[PeerId, _Held] | None:
+        """Return those of whom one has to make way for ``record``; None if there is room."""
+        if len(self._held) >= self._max_count or (self._held and self._nbytes + record.nbytes > self._max_bytes):
+            return self._held
+        full = (self._by_key[key] for key in keys if len(self._by_key.get(key, ())) >= self._per_key_max_count)
+        return next(full, None)
+
+    def _remove(self, publisher: PeerId) -> None:
+        held = self._held.pop(publisher)
+        self._nbytes -= held.record.nbytes
+        for key in held.keys:
+            del self._by_key[key][publisher]
+            if not self._by_key[key]:
+                del self._by_key[key]
+
+
+class StaleRecordError(ProtocolError):
+    """A record is older than the one that is held, or another of the same number."""
+
+    def __init__(self, publisher: PeerId, sequence: int, held_sequence: int) -> None:
+        super().__init__(f"record {sequence} of {publisher} is stale: number {held_sequence} is held")
+        self.held_sequence = held_sequence

@@ -1,0 +1,149 @@
+"""One lookup: asking ever closer peers until those closest to a key have answered.
+
+Kademlia's node lookup (see :mod:`.routing_table` for the source) as a machine without I/O. A peer that takes long
+does not hold the lookup up: after ``limits.LOOKUP_PATIENCE_S`` the next one is asked beside it. Of each answer
+``limits.LOOKUP_NAMED_MAX_COUNT`` peers are taken at most, in all no more than ``limits.LOOKUP_PEERS_MAX_COUNT`` are
+asked, and the lookup has a deadline: so that one who names peers that it made up costs little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sparkle_mesh import limits
+from sparkle_mesh.discovery.addresses import dialable, is_peer_id_text
+from sparkle_mesh.discovery.routing_table import distance, key_of_peer
+from sparkle_mesh.fabric.interface import Address, PeerId
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A peer, and where it is said to listen."""
+
+    peer_id: PeerId
+    addresses: tuple[Address, ...]
+
+
+@dataclass(slots=True)
+class _Candidate:
+    named: Named
+    distance: int
+    #: None before it is asked.
+    asked_at: float | None = None
+    answered: bool = False
+    failed: bool = False
+
+    @property
+    def in_flight(self) -> bool:
+        return self.asked_at is not None and not self.answered and not self.failed
+
+    def is_slow(self, now: float) -> bool:
+        return self.asked_at is not None and now >= self.asked_at + limits.LOOKUP_PATIENCE_S
+
+
+class Lookup:
+    """The state of one lookup.
+
+    Parameters
+    ----------
+    key
+        What is looked for: 32 bytes.
+    me
+        This process's peer id; it is never asked.
+    start
+        Peers to begin with.
+    now, timeout_s
+        The lookup is over at ``now + timeout_s`` at the latest.
+    count
+        How many of the closest peers are to have answered.
+    """
+
+    def __init__(
+        self,
+        key: bytes,
+        me: PeerId,
+        start: Iterable[Named],
+        *,
+        now: float,
+        timeout_s: float = limits.LOOKUP_TIMEOUT_S,
+        count: int = limits.CAPABILITY_HOLDERS_COUNT,
+    ) -> None:
+        self._key, self._me, self._count = key, me, count
+        self._deadline = now + timeout_s
+        self._candidates: dict[PeerId, _Candidate] = {}
+        self._add(start)
+
+    def _add(self, peers: Iterable[Named]) -> None:
+        for named in peers:
+            peer_id = named.peer_id
+            if peer_id != self._me and peer_id not in self._candidates:
+                self._candidates[peer_id] = _Candidate(named, distance(self._key, key_of_peer(peer_id)))
+
+    def due(self, now: float) -> list[Named]:
+        """Return whom to ask now; tell ``answered`` or ``failed`` of each."""
+        if now >= self._deadline:
+            return []
+        waiting = sum(c.in_flight and not c.is_slow(now) for c in self._all())
+        room = min(limits.LOOKUP_PARALLEL_COUNT - waiting, limits.LOOKUP_PEERS_MAX_COUNT - self._asked_count())
+        chosen = [candidate for candidate in self._front(now) if candidate.asked_at is None][: max(room, 0)]
+        for candidate in chosen:
+            candidate.asked_at = now
+        return [candidate.named for candidate in chosen]
+
+    def next_wakeup(self, now: float) -> float:
+        """Return when to call :meth:`due` again if nothing happens before."""
+        patience = [
+            c.asked_at + limits.LOOKUP_PATIENCE_S for c in self._all() if c.in_flight and c.asked_at is not None
+        ]
+        return min([self._deadline, *(time for time in patience if time > now)])
+
+    def answered(self, peer_id: PeerId, closer: Iterable[Named]) -> None:
+        """``peer_id`` has answered, and names peers that it holds to be closer."""
+        candidate = self._candidates.get(peer_id)
+        if candidate is None or not candidate.in_flight:
+            return
+        candidate.answered = True
+        named = [peer for peer in closer if is_peer_id_text(peer.peer_id)]
+        named.sort(key=lambda peer: distance(self._key, key_of_peer(peer.peer_id)))
+        self._add(
+            Named(peer.peer_id, dialable(peer.peer_id, peer.addresses))
+            for peer in named[: limits.LOOKUP_NAMED_MAX_COUNT]
+        )
+
+    def failed(self, peer_id: PeerId) -> None:
+        """``peer_id`` could not be asked, or did not answer."""
+        candidate = self._candidates.get(peer_id)
+        if candidate is not None and candidate.in_flight:
+            candidate.failed = True
+
+    def is_over(self, now: float) -> bool:
+        """Whether the closest have answered, nobody is left to ask, or the time is up."""
+        if now >= self._deadline:
+            return True
+        unanswered = [candidate for candidate in self._front(now) if not candidate.answered]
+        if any(candidate.in_flight for candidate in unanswered):
+            return False
+        if unanswered and self._asked_count() < limits.LOOKUP_PEERS_MAX_COUNT:
+            return False
+        # Those that are slow are waited for only where too few others have answered.
+        answered = sum(candidate.answered for candidate in self._all())
+        return answered >= self._count or not any(candidate.in_flight for candidate in self._all())
+
+    def closest(self) -> list[Named]:
+        """Return those that have answered, the closest first, ``count`` at most."""
+        return [candidate.named for candidate in self._ordered() if candidate.answered][: self._count]
+
+    def _all(self) -> Iterable[_Candidate]:
+        return self._candidates.values()
+
+    def _ordered(self) -> list[_Candidate]:
+        return sorted(self._candidates.values(), key=lambda candidate: candidate.distance)
+
+    def _asked_count(self) -> int:
+        return sum(candidate.asked_at is not None for candidate in self._all())
+
+    def _front(self, now: float) -> list[_Candidate]:
+        """Those that matter now: the closest ``count``, without those that have failed or are slow."""
+        usable = [c for c in self._ordered() if not c.failed and not (c.in_flight and c.is_slow(now))]
+        return usable[: self._count]

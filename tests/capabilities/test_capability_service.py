@@ -1,0 +1,111 @@
+"""The mesh's own DHT as a whole, over a fabric in memory and in virtual time."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import trio
+
+from sparkle_mesh import limits
+from sparkle_mesh.devices.detect import DeviceInfo
+
+GIB = 1 << 30
+
+
+def device(kind: str = "cpu", gib: float = 8, index: int = 0, **more) -> DeviceInfo:
+    return DeviceInfo(kind=kind, index=index, name=f"a {kind}", memory_bytes=int(gib * GIB), **more)
+
+
+async def test_every_one_finds_every_others_devices(open_mesh, autojump_clock):
+    async with open_mesh() as mesh:
+        peers = []
+        for _ in range(12):
+            peers.append(await mesh.add([device()], peers))
+        await trio.sleep(5.0)
+        everyone = sorted(peer.peer_id for peer in peers)
+        for peer in peers:
+            assert sorted(await peer.finds("cpu")) == everyone
+
+
+async def test_peers_that_know_a_few_find_the_devices_of_all(open_mesh, autojump_clock):
+    chooser = random.Random(1)
+    async with open_mesh() as mesh:
+        peers = []
+        for number in range(40):
+            devices = [device()] if number % 3 else [device(), device("cuda", 24)]
+            peers.append(await mesh.add(devices, chooser.sample(peers, min(len(peers), 2))))
+        await trio.sleep(2.5 * limits.CAPABILITY_REPUBLISH_S)
+        with_gpu = sorted(peer.peer_id for peer in peers[::3])
+        times = []
+        for peer in chooser.sample(peers, 10):
+            started = trio.current_time()
+            assert sorted(await peer.finds("cuda", min_memory="16GB")) == with_gpu
+            times.append(trio.current_time() - started)
+        assert sorted(times)[len(times) // 2] < 0.3
+        # Nobody holds more than their share: each has three keys at most.
+        held = sum(len(peer.service.store) for peer in peers)
+        assert held <= 40 * 3 * 2 * limits.CAPABILITY_HOLDERS_COUNT
+
+
+async def test_the_dead_are_gone_within_a_minute_and_lookups_stay_fast(open_mesh, autojump_clock):
+    async with open_mesh(delay_s=0.02) as mesh:
+        peers = []
+        for _ in range(30):
+            peers.append(await mesh.add([device()], peers))
+        await trio.sleep(20.0)
+        for dead in peers[::3]:
+            dead.kill()
+        left = [peer for number, peer in enumerate(peers) if number % 3]
+        killed_at = trio.current_time()
+        times = []
+        while trio.current_time() < killed_at + 60.0:
+            started = trio.current_time()
+            found = await left[0].finds("cpu")
+            times.append(trio.current_time() - started)
+            assert {peer.peer_id for peer in left} <= set(found)
+            await trio.sleep(1.0)
+        assert sorted(await left[0].finds("cpu")) == sorted(peer.peer_id for peer in left)
+        assert sorted(times)[len(times) // 2] < 0.5
+        assert max(times) < 2.0
+
+
+async def test_who_leaves_is_gone_at_once(open_mesh, autojump_clock):
+    async with open_mesh() as mesh:
+        peers = []
+        for _ in range(5):
+            peers.append(await mesh.add([device()], peers))
+        await trio.sleep(5.0)
+        await peers[0].service.leave()
+        peers[0].kill()
+        await trio.sleep(0.1)
+        assert peers[0].peer_id not in await peers[1].finds("cpu")
+
+
+async def test_what_is_offered_anew_is_found_and_what_was_before_is_not(open_mesh, autojump_clock):
+    async with open_mesh() as mesh:
+        peers = []
+        for _ in range(12):
+            peers.append(await mesh.add([device("cuda", 80)], peers))
+        await trio.sleep(5.0)
+        changed = peers[3]
+        changed.service.offer([device("cuda", 8)])
+        await trio.sleep(5.0)
+        assert changed.peer_id not in await peers[0].finds("cuda", min_memory="16GB")
+        found = await peers[0].finds("cuda", min_memory="4GB")
+        assert sorted(found) == sorted(peer.peer_id for peer in peers)
+        # The largest first.
+        assert found[-1] == changed.peer_id
+
+
+@pytest.mark.parametrize("alone", [True, False])
+async def test_alone_one_finds_its_own(open_mesh, autojump_clock, alone):
+    async with open_mesh() as mesh:
+        peer = await mesh.add([device("cuda", 24, gflops={"float32": 80_000.0}), device()])
+        if not alone:
+            await mesh.add([], [peer])
+            await trio.sleep(5.0)
+        assert await peer.finds("cuda", min_gflops=50_000) == [peer.peer_id]
+        assert await peer.finds("cuda", min_gflops=50_000, dtype="float64") == []
+        assert await peer.finds() == [peer.peer_id, peer.peer_id]
+        assert await peer.finds(limit=1) == [peer.peer_id]

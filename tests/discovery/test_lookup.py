@@ -1,0 +1,128 @@
+"""Lookups: that they find the closest, whoever is silent, dead or lies."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparkle_mesh import limits
+from sparkle_mesh.discovery.lookup import Lookup, Named
+from sparkle_mesh.discovery.routing_table import distance, key_of_peer
+
+ME = "12D3KooWMe"
+COUNT = limits.CAPABILITY_HOLDERS_COUNT
+KEY = b"\x17" * 32
+
+
+def named(*names: str) -> list[Named]:
+    return [Named(name, ("/ip4/10.0.0.1/tcp/1",)) for name in names]
+
+
+def closest_of(names, count: int = COUNT) -> list[str]:
+    return sorted(names, key=lambda name: distance(KEY, key_of_peer(name)))[:count]
+
+
+def run(lookup: Lookup, knows, *, silent=(), dead=(), answer_s: float = 0.05, start: float = 0.0):
+    """Answer what the lookup asks as a network would; return the time that it took and who was asked."""
+    now, flying, asked = start, [], []
+    while not lookup.is_over(now):
+        for peer in lookup.due(now):
+            asked.append(peer.peer_id)
+            if peer.peer_id in dead:
+                flying.append((now + limits.KAD_QUESTION_TIMEOUT_S, peer.peer_id))
+            elif peer.peer_id not in silent:
+                flying.append((now + answer_s, peer.peer_id))
+        flying.sort()
+        wakeup = lookup.next_wakeup(now)
+        if flying and flying[0][0] <= wakeup:
+            now, name = flying.pop(0)
+            if name in dead:
+                lookup.failed(name)
+            else:
+                lookup.answered(name, named(*knows(name)))
+        else:
+            assert wakeup > now, "it would spin"
+            now = wakeup
+    return now - start, asked
+
+
+@given(seed=st.integers(0, 2**32), size=st.integers(1, 120))
+def test_the_closest_of_all_are_found_from_any_start(seed, size):
+    chooser = random.Random(seed)
+    names = [f"peer{n}" for n in range(size)]
+
+    def knows(name: str) -> list[str]:
+        # As tables do: those nearest to the key of those one knows, who are many nearby and some far away.
+        near = sorted(names, key=lambda other: distance(key_of_peer(name), key_of_peer(other)))[1:21]
+        return closest_of({*near, *chooser.sample(names, min(size, 10))})
+
+    start = chooser.sample(names, min(size, 3))
+    lookup = Lookup(KEY, ME, named(*start), now=0.0)
+    took_s, asked = run(lookup, knows)
+    assert len(asked) == len(set(asked)) <= limits.LOOKUP_PEERS_MAX_COUNT
+    assert [peer.peer_id for peer in lookup.closest()] == closest_of(names)
+    assert took_s < limits.LOOKUP_TIMEOUT_S
+
+
+def test_nobody_to_ask_is_over_at_once():
+    lookup = Lookup(KEY, ME, named(ME), now=5.0)
+    assert lookup.is_over(5.0)
+    assert lookup.due(5.0) == []
+    assert lookup.closest() == []
+
+
+def test_silent_peers_cost_a_moment_and_dead_ones_are_left_out():
+    names = [f"peer{n}" for n in range(40)]
+    in_order = closest_of(names, 40)
+    silent, dead = set(in_order[0:6:2]), set(in_order[1:6:2])
+    lookup = Lookup(KEY, ME, named(*names), now=0.0)
+    took_s, _ = run(lookup, lambda name: closest_of(names), silent=silent, dead=dead)
+    assert took_s < 1.0
+    assert [peer.peer_id for peer in lookup.closest()] == [n for n in in_order if n not in silent | dead][:COUNT]
+
+
+def test_where_all_are_slow_they_are_waited_for():
+    names = [f"peer{n}" for n in range(5)]
+    lookup = Lookup(KEY, ME, named(*names), now=0.0)
+    took_s, _ = run(lookup, lambda name: names, answer_s=3 * limits.LOOKUP_PATIENCE_S)
+    assert {peer.peer_id for peer in lookup.closest()} == set(names)
+    assert took_s < 5 * limits.LOOKUP_PATIENCE_S
+
+
+def test_the_deadline_ends_it():
+    lookup = Lookup(KEY, ME, named("a", "b"), now=10.0, timeout_s=2.0)
+    took_s, _ = run(lookup, lambda name: [], silent={"a", "b"}, start=10.0)
+    assert took_s == 2.0
+    assert lookup.due(12.0) == []
+    assert lookup.closest() == []
+
+
+def test_one_that_names_peers_it_made_up_costs_little():
+    """Each of those that were made up leads to more of them: they are all closer, and none is there."""
+    made_up = iter(range(10**6))
+
+    def knows(name: str) -> list[str]:
+        return [f"ghost{next(made_up)}" for _ in range(1000)]
+
+    names = [f"peer{n}" for n in range(20)]
+    lookup = Lookup(KEY, ME, named(*names), now=0.0)
+    took_s, asked = run(lookup, lambda name: knows(name) if name in ("peer3", "peer7") else names)
+    assert len(asked) <= limits.LOOKUP_PEERS_MAX_COUNT
+    assert took_s <= limits.LOOKUP_TIMEOUT_S
+
+
+def test_answers_that_nobody_asked_for_and_bad_names_are_left_alone():
+    lookup = Lookup(KEY, ME, named("a"), now=0.0)
+    lookup.answered("stranger", named("b"))
+    lookup.failed("stranger")
+    assert [peer.peer_id for peer in lookup.due(0.0)] == ["a"]
+    lookup.answered(
+        "a", [Named("b\n\x1b[31m", ()), Named(ME, ()), Named("c", ("/ip4/1.2.3.4/udp/1", "/ip4/10.0.0.2/tcp/4"))]
+    )
+    lookup.answered("a", named("late"))
+    assert lookup.due(0.1) == [Named("c", ("/ip4/10.0.0.2/tcp/4",))]
+    lookup.failed("c")
+    assert lookup.is_over(0.2)
+    assert [peer.peer_id for peer in lookup.closest()] == ["a"]
