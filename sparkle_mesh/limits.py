@@ -155,6 +155,9 @@ VIEWS_REMEMBERED_MAX_COUNT = 8
 # Lives of processes that are believed to be over.
 MEMBERS_SUSPECTED_MAX_COUNT = 4 * MESH_MEMBERS_MAX_COUNT
 PING_INTERVAL_S = 2.0
+# Nobody waits for a node: it is asked seldom, and may be silent for longer.
+NODE_PING_INTERVAL_S = 20.0
+NODE_SILENCE_TIMEOUT_S = 90.0
 # Of a larger mesh only so many are asked at a time, so that the load of a process does not grow with it.
 PINGS_AT_ONCE_MAX_COUNT = 32
 # A member that compiles or loads may hold the interpreter for long; one that died is noticed by its closed connection.
@@ -184,7 +187,9 @@ ADMISSION_PAUSE_S = 10.0
 # What is verified and sent at a time of a training state.
 STATE_CHUNK_BYTES = 4 * MIB
 STATE_ATTEMPTS_MAX_COUNT = 3
-PRESENCE_INTERVAL_S = 10.0
+# News of a peer that was met: the pause in which another may tell it first; how often one looks for own news.
+PRESENCE_SETTLE_S = 0.5
+PRESENCE_LOOK_S = 10.0
 MESH_PEERS_MAX_COUNT = 2048
 MESH_OUTBOX_MAX_COUNT = 4096
 PEER_EXCHANGE_MAX_COUNT = 64
@@ -456,6 +461,7 @@ assert CAPABILITY_LIFETIME_S + CAPABILITY_RENEW_S <= 60.0
 assert CAPABILITY_RENEW_S * 2.5 < CAPABILITY_LIFETIME_S
 assert KAD_ANSWER_RECORDS_MAX_BYTES + LOOKUP_NAMED_MAX_COUNT * 4 * KIB <= KAD_MESSAGE_MAX_BYTES
 assert PING_INTERVAL_S * 3 < SILENCE_TIMEOUT_S
+assert NODE_PING_INTERVAL_S * 3 < NODE_SILENCE_TIMEOUT_S
 assert PING_INTERVAL_S * 3 < SUSPICION_FLOOR_S < SUSPICION_CEILING_S < SILENCE_TIMEOUT_S
 assert MESH_PROOF_TIMEOUT_S < JOIN_TIMEOUT_S
 assert VIEW_SETTLE_S < PROPOSER_STAGGER_S < PROPOSAL_TIMEOUT_S < SILENCE_TIMEOUT_S

@@ -147,6 +147,7 @@ class MeshNode:
             host_id=host_id(),
             role=config.role,
             software=f"sparkle-mesh {__version__}",
+            heard=self.discovery.heard,
             entropy=config.entropy,
             clock=config.clock,
         )
@@ -191,8 +192,10 @@ class MeshNode:
                             self.discovery.refused(peer_id)
                         case PeerAdmitted(peer_id, introduction):
                             self.capabilities.admitted(peer_id, introduction.addresses)
+                            self._presence.met(peer_id, introduction.addresses)
                         case PeerGone(peer_id, _, graceful):
                             self.capabilities.gone(peer_id, for_good=graceful)
+                            self._presence.gone(peer_id)
                 nursery.cancel_scope.cancel()
 
     async def _offer_devices(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -14,6 +14,7 @@ from sparkle_mesh.errors import UsageError
 
 if TYPE_CHECKING:
     from sparkle_mesh.capabilities.records import CapabilityRecord
+    from sparkle_mesh.fabric.interface import PeerId
 
 #: The kinds of devices that there are. A search for any kind asks for each of them.
 DEVICE_KINDS = ("cpu", "cuda", "rocm", "opencl")
@@ -151,15 +152,19 @@ class FoundRecord:
     age_s: float
 
 
-def choose_devices(records: Iterable[FoundRecord], query: DeviceQuery) -> list[FoundDevice]:
+def choose_devices(records: Collection[FoundRecord], query: DeviceQuery) -> list[FoundDevice]:
     """Return the devices that fit, the fastest first, then the largest, then those heard of last.
 
-    Of several processes of one machine the node is believed, or whoever was heard of last: they tell of the same
-    devices.
+    What the trainers of a machine tell is left out where a node of it tells the same, or another trainer. Several nodes
+    of one machine (in containers, say) are several offers.
     """
-    by_host: dict[bytes, FoundRecord] = {}
-    for found in sorted(records, key=lambda found: (found.record.role != "node", found.age_s, found.publisher)):
-        by_host.setdefault(found.record.host_id, found)
+    offers: dict[bytes | PeerId, FoundRecord] = {}
+    hosts_with_node = {found.record.host_id for found in records if found.record.role == "node"}
+    for found in sorted(records, key=lambda found: (found.age_s, found.publisher)):
+        if found.record.role == "node":
+            offers[found.publisher] = found
+        elif found.record.host_id not in hosts_with_node:
+            offers.setdefault(found.record.host_id, found)
     devices = [
         FoundDevice(
             peer_id=found.publisher,
@@ -170,7 +175,7 @@ def choose_devices(records: Iterable[FoundRecord], query: DeviceQuery) -> list[F
             device=device,
             age_s=round(found.age_s, 3),
         )
-        for found in by_host.values()
+        for found in offers.values()
         for device in found.record.devices
         if query.fits(device)
     ]

@@ -7,7 +7,7 @@ them the lookups find the rest.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import trio
 
@@ -41,6 +41,8 @@ class CapabilityService:
         Stands for the machine (16 bytes).
     role, software
         What it says of itself.
+    heard
+        Takes a peer that was named in a lookup, where it is said to listen, and ``"exchange"``.
     """
 
     def __init__(
@@ -52,10 +54,12 @@ class CapabilityService:
         host_id: bytes,
         role: str,
         software: str,
+        heard: Callable[[PeerId, Sequence[Address], str], object] = lambda *_: None,
         entropy: Entropy = SYSTEM_ENTROPY,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._fabric, self._secrets, self._entropy = fabric, secrets, entropy
+        self._heard = heard
         self._table = RoutingTable(fabric.peer_id)
         self._store = RecordStore(secrets)
         self._answers = Answers(self._table, self._store)
@@ -246,7 +250,10 @@ class CapabilityService:
                 logger.debug("in a lookup: %s", error)
                 lookup.failed(peer.peer_id)
             else:
-                lookup.answered(peer.peer_id, [Named(named.peer_id, named.addresses) for named in answer.peers])
+                named = [Named(one.peer_id, one.addresses) for one in answer.peers]
+                lookup.answered(peer.peer_id, named)
+                for one in named:
+                    self._heard(one.peer_id, one.addresses, "exchange")
                 if records is not None:
                     records.extend((peer.peer_id, held) for held in answer.records)
             progress.set()

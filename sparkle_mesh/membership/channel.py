@@ -37,6 +37,7 @@ class PeerChannel:
         self._stream = stream
         self._outbox, self._to_send = trio.open_memory_channel[MeshMessage](limits.MESH_OUTBOX_MAX_COUNT)
         self._written = trio.Event()
+        self.pinged_at = float("-inf")
         self._pings: dict[int, float] = {}
         #: Those that somebody here waits for; their numbers are above those of pings.
         self._asked: dict[int, trio.Event] = {}
@@ -77,7 +78,7 @@ class PeerChannel:
     def ping(self, probe: int, *, now: float) -> None:
         """Send a ping and remember when."""
         self._pings = {old: sent for old, sent in self._pings.items() if now - sent < limits.SILENCE_TIMEOUT_S}
-        self._pings[probe] = now
+        self._pings[probe] = self.pinged_at = now
         self.send(Ping(probe=probe))
 
     def ponged(self, probe: int, *, now: float) -> None:

@@ -18,6 +18,8 @@ class Heartbeat:
 
     Parameters
     ----------
+    nodes_only
+        Whether this process is no trainer: then nobody waits for its peers.
     max_silence_s
         For how long a peer may be silent at most, whatever is usual for it.
     """
@@ -27,11 +29,13 @@ class Heartbeat:
         channels: Mapping[str, PeerChannel],
         entropy: Entropy,
         *,
+        nodes_only: bool = False,
         max_silence_s: float = limits.SUSPICION_CEILING_S,
         suspected: Callable[[Member, str], None],
         trusted: Callable[[Member], None],
     ) -> None:
         self._channels, self._entropy = channels, entropy
+        self._nodes_only = nodes_only
         self._max_silence_s = max_silence_s
         self._suspected, self._trusted = suspected, trusted
         #: Who is to be asked, one after the other.
@@ -58,20 +62,31 @@ class Heartbeat:
             if now >= ping_at:
                 ping_at = now + ping_s
                 probe += 1
-                for peer_id in self._next_turns():
+                for peer_id in self._next_turns(now):
                     self._channels[peer_id].ping(probe, now=now)
 
-    def _next_turns(self) -> list[str]:
-        """Whom to ask now: all, or those of many that were not asked for longest."""
+    def _is_of_node(self, channel: PeerChannel) -> bool:
+        """Whether at one of its ends is a node: that may be silent for longer."""
+        return self._nodes_only or channel.introduction.role == "node"
+
+    def _next_turns(self, now: float) -> list[str]:
+        """Whom to ask now: all, or those of many that were not asked for longest; nodes more seldom."""
         self._turns = deque(peer_id for peer_id in self._turns if peer_id in self._channels)
         known = set(self._turns)
         self._turns.extend(peer_id for peer_id in self._channels if peer_id not in known)
         asked = [self._turns.popleft() for _ in range(min(len(self._turns), limits.PINGS_AT_ONCE_MAX_COUNT))]
         self._turns.extend(asked)
-        return asked
+        return [peer_id for peer_id in asked if self._is_due(self._channels[peer_id], now)]
+
+    def _is_due(self, channel: PeerChannel, now: float) -> bool:
+        return not self._is_of_node(channel) or now - channel.pinged_at >= limits.NODE_PING_INTERVAL_S
 
     def _look_at(self, channel: PeerChannel, now: float, at_least_s: float) -> None:
         silence = now - channel.last_heard
+        if self._is_of_node(channel):
+            if silence > limits.NODE_SILENCE_TIMEOUT_S:
+                channel.drop(f"it was silent for {silence:.1f} s")
+            return
         if silence > limits.SILENCE_TIMEOUT_S:
             channel.drop(f"it was silent for {silence:.1f} s")
         elif silence > max(patience_s(channel.silences, self._max_silence_s), at_least_s) and not channel.suspected:

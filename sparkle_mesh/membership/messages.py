@@ -117,8 +117,14 @@ class PeerExchange(wire.Message, tag="peers", frozen=True):
     peers: Annotated[tuple[PeerAddress, ...], msgspec.Meta(max_length=limits.PEER_EXCHANGE_MAX_COUNT)]
 
 
+class Met(wire.Message, tag="met", frozen=True):
+    """Gossiped by whoever meets peers that nobody has told of yet: others may reach them there. Sealed."""
+
+    peers: Annotated[tuple[PeerAddress, ...], msgspec.Meta(max_length=limits.PEER_EXCHANGE_MAX_COUNT)]
+
+
 class Presence(wire.Message, tag="presence", frozen=True):
-    """Gossiped now and then: the publisher is in this mesh and listens there. Sealed when the mesh has a key."""
+    """Gossiped when the publisher's addresses have changed. Sealed."""
 
     role: Role
     incarnation: wire.Bytes16

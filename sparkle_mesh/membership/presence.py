@@ -1,12 +1,14 @@
-"""Presence over gossip: each peer publishes now and then that it is in the mesh and where it listens.
+"""News of peers over gossip: who has come, and who has moved.
 
-It is the safety net under discovery: halves of a mesh that know each other through one common peer learn of
-all the rest. With a key the payloads are sealed; what does not unseal or decode is dropped and counted.
+It is how halves of a mesh that meet through one common peer become one: whoever meets a peer that nobody has told of
+yet publishes where it listens, once. Nobody publishes that nothing has changed; what gets lost, the lookups of the
+mesh's DHT find. The payloads are sealed; what does not unseal or decode is dropped and counted.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import trio
@@ -16,13 +18,21 @@ from sparkle_mesh.clock import SYSTEM_ENTROPY, Entropy
 from sparkle_mesh.errors import ProtocolError
 from sparkle_mesh.fabric.interface import Address, Fabric, PeerId
 from sparkle_mesh.membership.keys import MeshSecrets
-from sparkle_mesh.membership.messages import Presence, Role
+from sparkle_mesh.membership.messages import Met, PeerAddress, Presence, Role
 
 logger = logging.getLogger(__name__)
 
 
 class PresenceService:
-    """Publishes this process's presence and reports that of others to ``heard``."""
+    """Publishes news of peers, and reports those of others to ``heard``.
+
+    Parameters
+    ----------
+    role, incarnation
+        What this process tells of itself.
+    heard
+        Takes a peer id, where it is said to listen, and whether it said so itself (``"gossip"``, else ``"exchange"``).
+    """
 
     def __init__(
         self,
@@ -38,7 +48,23 @@ class PresenceService:
         self._role: Role = role
         self._incarnation = incarnation
         self._heard = heard
+        # What the mesh was told already, by whomever.
+        self._told: OrderedDict[PeerId, tuple[Address, ...]] = OrderedDict()
+        self._to_tell: dict[PeerId, tuple[Address, ...]] = {}
+        self._wake = trio.Event()
         self.refused_count = 0
+
+    def met(self, peer_id: PeerId, addresses: Sequence[Address]) -> None:
+        """``peer_id`` has proven that it is of the mesh; the others are told unless they were."""
+        told = tuple(addresses)
+        if told and self._told.get(peer_id) != told and len(self._to_tell) < limits.MESH_PEERS_MAX_COUNT:
+            self._to_tell[peer_id] = told
+            self._wake.set()
+
+    def gone(self, peer_id: PeerId) -> None:
+        """``peer_id`` is connected no more; should it come back, that is news."""
+        self._told.pop(peer_id, None)
+        self._to_tell.pop(peer_id, None)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Publish and listen until cancelled."""
@@ -48,23 +74,55 @@ class PresenceService:
             async for message in published:
                 self._take(message.peer_id, message.data)
 
-    def _take(self, peer_id: PeerId, sealed: bytes) -> None:
+    def _take(self, publisher: PeerId, sealed: bytes) -> None:
         try:
-            presence = wire.decode(self._secrets.unseal(sealed), Presence)
+            news: Presence | Met = wire.decode(self._secrets.unseal(sealed), Presence | Met)
         except ProtocolError as error:
             self.refused_count += 1
-            logger.debug("presence of %s dropped: %s", peer_id, error)
+            logger.debug("news from %s dropped: %s", publisher, error)
             return
-        self._heard(peer_id, presence.addresses, "gossip")
+        if isinstance(news, Presence):
+            self._take_in(publisher, news.addresses, "gossip")
+        else:
+            for peer in news.peers:
+                self._take_in(peer.peer_id, peer.addresses, "exchange")
+
+    def _take_in(self, peer_id: PeerId, addresses: tuple[Address, ...], source: str) -> None:
+        self._note_told(peer_id, addresses)
+        if peer_id != self._fabric.peer_id:
+            self._heard(peer_id, addresses, source)
+
+    def _note_told(self, peer_id: PeerId, addresses: tuple[Address, ...]) -> None:
+        self._told[peer_id] = addresses
+        self._told.move_to_end(peer_id)
+        if len(self._told) > limits.MESH_PEERS_MAX_COUNT:
+            self._told.popitem(last=False)
+        if self._to_tell.get(peer_id) == addresses:
+            del self._to_tell[peer_id]
 
     async def _publish_forever(self) -> None:
+        mine = self._own_addresses()
         while True:
-            # Late enough for the first links of a start-up to stand, so that the first one is heard.
-            await trio.sleep(limits.PRESENCE_INTERVAL_S * self._entropy.uniform(0.5, 1.5))
-            presence = Presence(
-                role=self._role,
-                incarnation=self._incarnation,
-                addresses=tuple(self._fabric.addresses)[: limits.ADDRESSES_PER_PEER_MAX_COUNT],
-            )
-            sealed = self._secrets.seal(wire.encode(presence), self._entropy)
-            await self._fabric.publish(self._secrets.topic, sealed)
+            with trio.move_on_after(limits.PRESENCE_LOOK_S):
+                await self._wake.wait()
+                # Several may have met the same peer: the first to tell spares the rest.
+                await trio.sleep(limits.PRESENCE_SETTLE_S * self._entropy.uniform(0.5, 1.5))
+            self._wake = trio.Event()
+            while self._to_tell:
+                await self._publish_met()
+            if self._own_addresses() != mine:
+                mine = self._own_addresses()
+                await self._publish(Presence(role=self._role, incarnation=self._incarnation, addresses=mine))
+
+    async def _publish_met(self) -> None:
+        some = list(self._to_tell.items())[: limits.PEER_EXCHANGE_MAX_COUNT]
+        for peer_id, addresses in some:
+            self._note_told(peer_id, addresses)
+        await self._publish(Met(peers=tuple(PeerAddress(peer_id=who, addresses=where) for who, where in some)))
+
+    async def _publish(self, news: Presence | Met) -> None:
+        sealed = self._secrets.seal(wire.encode(news), self._entropy)
+        await self._fabric.publish(self._secrets.topic, sealed)
+
+    def _own_addresses(self) -> tuple[Address, ...]:
+        return tuple(self._fabric.addresses)[: limits.ADDRESSES_PER_PEER_MAX_COUNT]

@@ -110,7 +110,12 @@ class MembershipService(MembershipViews):
         self._opening: set[PeerId] = set()
         self._leaving = False
         self._heartbeat = Heartbeat(
-            self._channels, entropy, max_silence_s=max_silence_s, suspected=self.suspect, trusted=self.trust
+            self._channels,
+            entropy,
+            nodes_only=role == "node",
+            max_silence_s=max_silence_s,
+            suspected=self.suspect,
+            trusted=self.trust,
         )
 
     # --- What it knows --------------------------------------------------------------------------

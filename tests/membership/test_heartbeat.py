@@ -14,7 +14,7 @@ from sparkle_mesh import limits
 from sparkle_mesh.clock import Entropy
 from sparkle_mesh.membership.channel import PeerChannel
 from sparkle_mesh.membership.heartbeat import Heartbeat, patience_s
-from sparkle_mesh.membership.messages import Introduction
+from sparkle_mesh.membership.messages import Introduction, Role
 from sparkle_mesh.membership.view import Member
 
 STEADY = cast(Entropy, SimpleNamespace(uniform=lambda low, high: 1.0))
@@ -23,7 +23,8 @@ STEADY = cast(Entropy, SimpleNamespace(uniform=lambda low, high: 1.0))
 class Peers:
     """Channels to peers that answer pings, or do not; and what is said of them."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, *, role: Role = "trainer") -> None:
+        self.role = role
         self.asked: Counter[str] = Counter()
         self.silent: set[str] = set()
         self.suspected: dict[str, float] = {}
@@ -33,12 +34,13 @@ class Peers:
 
     def _channel(self, name: str) -> PeerChannel:
         introduction = Introduction(
-            role="trainer", member=Member(name, bytes(16)), host_id=bytes(16), min_peers=1, addresses=()
+            role=self.role, member=Member(name, bytes(16)), host_id=bytes(16), min_peers=1, addresses=()
         )
         stream: Any = SimpleNamespace(peer_id=name)
         channel = PeerChannel(stream, introduction, now=trio.current_time())
 
         def ping(probe: int, *, now: float) -> None:
+            channel.pinged_at = now
             self.asked[name] += 1
             if name not in self.silent:
                 self.heartbeat.heard(channel)
@@ -109,3 +111,19 @@ def test_patience_is_learned_between_floor_and_ceiling() -> None:
     assert patience_s([0.1, floor]) == 2 * floor
     assert patience_s([100.0]) == ceiling
     assert patience_s([0.1, 2.0], 3.0) == patience_s([floor], 3.0) == 3.0
+
+
+@pytest.mark.parametrize("nodes_only", [False, True])
+async def test_nodes_are_asked_seldom_and_may_be_silent_for_longer(
+    autojump_clock: trio.testing.MockClock, nodes_only: bool
+) -> None:
+    peers = Peers(3, role="trainer" if nodes_only else "node")
+    peers.silent.add("peer-001")
+    await peers.watch(limits.NODE_SILENCE_TIMEOUT_S - 1.0, nodes_only=nodes_only)
+    rounds = limits.NODE_SILENCE_TIMEOUT_S / limits.NODE_PING_INTERVAL_S
+    assert all(1 < count <= rounds + 1 for count in peers.asked.values())
+    assert not any(channel.gone_reason for channel in peers.channels.values())
+    await peers.watch(3.0, nodes_only=nodes_only)
+    # Nobody waits for it: it is let go, not suspected.
+    assert peers.suspected == {}
+    assert [name for name, channel in peers.channels.items() if channel.gone_reason] == ["peer-001"]
