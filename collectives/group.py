@@ -23,6 +23,7 @@ tag alone: ranks may make those of different tags in any order.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Callable, Hashable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -30,6 +31,7 @@ from typing import Any, TypeVar
 
 import trio
 
+from sparkle_mesh import limits
 from sparkle_mesh.collectives.calls import (
     Call,
     all_reduce_call,
@@ -57,6 +59,8 @@ from sparkle_mesh.errors import (
 )
 
 __all__ = ["CollectiveGroup", "Outcome"]
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -167,8 +171,13 @@ class CollectiveGroup(GroupViews):
         begun: Callable[[Operation], None] | None = None,
     ) -> Outcome | None:
         def make() -> Call:
+            if not repeats:
+                self._check_ranks_are_known()
             if least is not None and self.size < least:
-                raise PeerLostError(f"{self.size} ranks are left, and min_contributors is {least}")
+                raise PeerLostError(
+                    f"{self.size} ranks are left, and min_contributors is {least}; wait for others in synchronize, or "
+                    "ask for fewer"
+                )
             if weighted is None:
                 call = all_reduce_call(data, op, algorithm, self.topology, compression)
             else:
@@ -265,6 +274,8 @@ class CollectiveGroup(GroupViews):
 
         def make() -> PartsCall:
             nonlocal call
+            if epoch is None:
+                self._check_ranks_are_known()
             place = None if member is None else self._rank_of(member)
             call = parts_call(kind, data, self.rank, self.size, op=op, root=place)
             return call
@@ -335,11 +346,27 @@ class CollectiveGroup(GroupViews):
         ranks = self.shown[1]
         return ranks[check_rank(name, rank, len(ranks))]
 
+    def _check_ranks_are_known(self) -> None:
+        """Raise PeerLostError if ranks are lost of which the caller, whose call depends on them, does not know."""
+        lost = [
+            f"rank {rank} ({self.describe_member(member)})"
+            for rank, member in enumerate(self.shown[1])
+            if member not in self.members
+        ]
+        if lost:
+            before = len(self.shown[1])
+            self._show(self.epoch, self.members)
+            raise PeerLostError(
+                f"lost {', '.join(lost)} since the last call: there were {before} ranks, and are {self.size}. This "
+                "call is not made; the next one is among those left"
+            )
+
     def _rank_of(self, member: Hashable) -> int:
         """Return the rank of ``member`` now. Raises PeerLostError if it has none."""
         try:
             return self.members.index(member)
         except ValueError:
+            self._show(self.epoch, self.members)
             lost = self.describe_member(member)
             raise PeerLostError(f"{lost} is lost, and this call is of no use without it") from None
 
@@ -376,8 +403,20 @@ class CollectiveGroup(GroupViews):
                     self._nursery = None
                     self._end(MeshClosedError("the mesh was left while the collective was in flight"))
         finally:
-            if self._host is not None:
+            if self._host is not None and await self._keep_threads_out():
                 self._host.close()
+
+    async def _keep_threads_out(self) -> bool:
+        """Return once no thread is in a call, and none comes in any more; False if one is in for too long.
+
+        A thread may be reading what closing lets go of. Its call has failed, and it has been woken.
+        """
+        with trio.move_on_after(limits.CLOSE_TIMEOUT_S) as scope:
+            scope.shield = True
+            await self.gate.enter()
+            return True
+        logger.warning("a thread is still in a collective of a mesh that was left; its shared memory is kept")
+        return False
 
     def close(self) -> None:
         """Let the operation in flight and all later calls raise MeshClosedError; the links are their owner's."""

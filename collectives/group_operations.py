@@ -161,14 +161,24 @@ class GroupOperations(GroupState):
                     attempt.push(tried.pop_all())
                     return host
 
-    def _abandon(self, stream: Stream, ticket: Ticket | None, again: int | None = None) -> None:
+    def give_up_next(self, reason: str) -> None:
+        """The others make one more call, and this rank will not: it fails on all, wherever they are."""
+        self._abandon(ALL, self.take_turn(ALL), reason=reason)
+
+    def _abandon(
+        self,
+        stream: Stream,
+        ticket: Ticket | None,
+        again: int | None = None,
+        reason: str = "its call was given up before it began",
+    ) -> None:
         """A call is given up that has not begun, or not again: it counts all the same, because the others make it."""
 
         async def skip() -> None:
             if ticket is not None:
                 await ticket.wait()
             await self.until_may_begin(stream, again)
-            self._skip("its call was given up before it began", stream, again)
+            self._skip(reason, stream, again)
             if ticket is not None:
                 ticket.leave()
 
@@ -217,11 +227,20 @@ class GroupOperations(GroupState):
                 await host.run(operation)
             await operation.finished.wait()
         except BaseException as stop:
+            cancelled = isinstance(stop, trio.Cancelled)
+            if cancelled and operation.sent_prepared:
+                # In doubt: a moment later it is known how it has ended, unless somebody is lost just now.
+                with trio.move_on_after(limits.DOUBT_PATIENCE_S, shield=True):
+                    await operation.finished.wait()
             if not operation.finished.is_set():
-                timed_out = isinstance(stop, trio.Cancelled) and trio.current_time() >= scope.deadline
+                timed_out = cancelled and trio.current_time() >= scope.deadline
                 self._give_up(operation, f"in {timeout_s:g} s" if timed_out else None)
             elif isinstance(operation.failure, SupersededError):
                 self._abandon(Stream(operation.begin.tag), None, operation.number)
+            elif cancelled and operation.succeeded:
+                # It counts on all ranks, and the arrays hold it: the caller gets to know, and is cancelled where it
+                # waits next.
+                return
             raise
         finally:
             self._finish(operation)
@@ -311,8 +330,8 @@ class GroupOperations(GroupState):
         before = self._streams.get(stream.number, 0)
         self._register(operation)
         if host is not None:
-            if self.freezing:
-                # Of a thread here and what ends the view at least one sees the other.
+            if self.freezing or self._ended is not None:
+                # Of a thread here and what ends the view, or the group, at least one sees the other.
                 self.hosted = None
                 del self.operations[number]
                 self._streams[stream.number] = before

@@ -82,7 +82,7 @@ class AsyncPendingReduction(Generic[D]):
         ------
         CollectiveTimeoutError
             If it has not ended by then; it goes on.
-        CollectiveError
+        SparkleError
             Whatever ended it, as ``all_reduce`` raises it.
         """
         if timeout_s is None:
@@ -92,10 +92,18 @@ class AsyncPendingReduction(Generic[D]):
                 await self._ended.wait()
         if not self.done():
             raise CollectiveTimeoutError(f"{self._description} has not ended in {timeout_s} s; it goes on: wait again")
+        return self.result()
+
+    def result(self) -> D:
+        """Return the data of one that has ended, or raise what ended it."""
         if self._error is not None:
             self._told = True
             raise self._error
         return self._data
+
+    def given_up_by_waiter(self) -> None:
+        """Whoever waited was told that the mesh is closed: nobody else need be."""
+        self._told = True
 
     # --- For the group ---------------------------------------------------------------------------
 

@@ -411,6 +411,8 @@ SHARED_YIELDS_COUNT = 30
 
 # How long a rank that was cancelled goes on with what is committed, so that nobody is left with half of it.
 SHARED_FINISH_S = 1.0
+# A call that is given up where all ranks are about to return may still hear how it has ended.
+DOUBT_PATIENCE_S = 0.5
 SHARED_WORK_KEPT_MAX_BYTES = 256 * MIB
 
 # --- Devices, status, the node's control socket ---------------------------------------------------

@@ -13,7 +13,7 @@ import numpy as np
 
 from sparkle_mesh import limits
 from sparkle_mesh.clock import SYSTEM_CLOCK
-from sparkle_mesh.errors import CollectiveTimeoutError, UsageError
+from sparkle_mesh.errors import CollectiveTimeoutError, MeshClosedError, UsageError
 from sparkle_mesh.portal import Portal
 from sparkle_mesh.uneven import NO_BATCH, UnevenSteps
 
@@ -67,7 +67,8 @@ class PendingReduction(Generic[D]):
         async def cancel() -> None:
             self._pending.cancel()
 
-        self._portal.call(cancel)
+        if not self.done():
+            self._portal.call(cancel)
 
     def wait(self, timeout_s: float | None = None, *, on_progress: Callable[[float], object] | None = None) -> D:
         """Return the data, which hold the result then; raise what ended it otherwise.
@@ -89,7 +90,11 @@ class PendingReduction(Generic[D]):
             on_progress(self.progress)
         left_s = None if deadline is None else max(deadline - SYSTEM_CLOCK.now(), 0.0)
         try:
-            return self._portal.call(partial(self._pending.wait, left_s))
+            # What has ended can be had after the mesh was closed, too.
+            return self._pending.result() if self.done() else self._portal.call(partial(self._pending.wait, left_s))
+        except MeshClosedError:
+            self._pending.given_up_by_waiter()
+            raise
         finally:
             self._ended()
 

@@ -150,7 +150,9 @@ def _largest_difference(mine: Array, theirs: Array) -> float:
     if not mine.size or np.array_equal(mine.view(np.uint8), theirs.view(np.uint8)):
         return 0.0
     if mine.dtype.kind in "biu":
-        return float(np.max(np.abs(mine.astype(np.float64) - theirs.astype(np.float64))))
+        # Modulo 2^64 the difference of the larger and the smaller is exact, whatever their signs.
+        larger, smaller = np.maximum(mine, theirs), np.minimum(mine, theirs)
+        return float(np.max(larger.astype(np.uint64) - smaller.astype(np.uint64)))
     wide = np.complex128 if mine.dtype.kind == "c" else np.float64
     with np.errstate(all="ignore"):
         gaps = np.abs(mine.astype(wide) - theirs.astype(wide))
@@ -161,5 +163,5 @@ def _largest_difference(mine: Array, theirs: Array) -> float:
 
 
 def _check_dtype(dtype: np.dtype[Any], what: str) -> None:
-    if dtype.hasobject or dtype.kind not in "biufcV":
+    if dtype.hasobject or dtype.kind not in "biufcV" or dtype.type is np.void:
         raise UsageError(f"{what} is of dtype {dtype}; a state to synchronise holds numbers alone")

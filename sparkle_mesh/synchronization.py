@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from sparkle_mesh.errors import (
     PeerLostError,
     UsageError,
 )
-from sparkle_mesh.nurseries import one_error
+from sparkle_mesh.nurseries import is_cancellation, one_error
 from sparkle_mesh.state_chunks import DIGEST_BYTES, StateChunks
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ class Synchronized:
     bytes_received
         Of this member's state that came from others.
     largest_difference
-        By how much this member's numbers differed from the reference at most; 0 if not at all, or if it is new.
+        By how much this member's numbers differed from the reference at most; 0 if not at all, if it is new, or if only
+        in the sign of a zero or the bits of what is not a number.
     """
 
     step: int
@@ -91,11 +93,12 @@ class Synchronizer:
 
     async def run(self, state: object, step: int, *, on_drift: str, check: bool, timeout_s: float) -> Synchronized:
         """Synchronise; see :meth:`Mesh.synchronize`."""
-        if isinstance(step, bool) or not isinstance(step, int | np.integer) or not 0 <= step < 2**62:
-            raise UsageError(f"step is {step!r}; give how many steps this member has done, a whole number from 0")
-        if on_drift not in ("repair", "raise"):
-            raise UsageError(f"on_drift is {on_drift!r}; it must be 'repair' or 'raise'")
-        run = _Run(self._mesh, self, StateChunks(state), int(step), on_drift, check)
+        with _awaited_by_others(self._mesh):
+            if isinstance(step, bool) or not isinstance(step, int | np.integer) or not 0 <= step < 2**62:
+                raise UsageError(f"step is {step!r}; give how many steps this member has done, a whole number from 0")
+            if on_drift not in ("repair", "raise"):
+                raise UsageError(f"on_drift is {on_drift!r}; it must be 'repair' or 'raise'")
+            run = _Run(self._mesh, self, StateChunks(state), int(step), on_drift, check)
         with trio.move_on_after(timeout_s):
             while True:
                 try:
@@ -103,7 +106,8 @@ class Synchronizer:
                 except PeerLostError as error:
                     # Another view: whoever is in it begins again.
                     logger.info("synchronising again: %s", error)
-                    await trio.lowlevel.checkpoint()
+                    with _awaited_by_others(self._mesh):
+                        await trio.lowlevel.checkpoint()
                     continue
                 if done is not None:
                     self.standing = _OLD
@@ -143,6 +147,7 @@ class _Run:
         self._damaged = 0
         self._attempts = 0
         self._largest = 0.0
+        self._differs = False
         self._newcomers = 0
 
     async def once(self, standing: int) -> Synchronized | None:
@@ -152,23 +157,26 @@ class _Run:
         """
         group, owner = self._mesh._group, self._owner
         # All that follows is of one view: in another one, members begin again, with the first round.
-        await group.until_may_begin()
+        with _awaited_by_others(self._mesh):
+            await group.until_may_begin()
         self._epoch = group.epoch
         rows = await self._tell(standing, b"\0" * DIGEST_BYTES)
         if rows[:, 2].all():
             # Who is not connected to all members yet is not taken in.
             before = set(group.members)
-            await owner.admit()
+            with _awaited_by_others(self._mesh):
+                await owner.admit()
             self._newcomers += len(set(group.members) - before)
             return None
         steps, fresh = rows[:, 0], rows[:, 1].astype(bool)
         self._check_layouts(rows)
         if (steps == steps[0]).all() and not fresh.any() and not self._check:
             return Synchronized(int(steps[0]), self._newcomers, tuple(range(len(rows))), 0, 0.0)
-        if self._chunks.nbytes > limits.STATE_CHUNK_BYTES:
-            mine = await trio.to_thread.run_sync(self._chunks.digests)
-        else:
-            mine = self._chunks.digests()
+        with _awaited_by_others(self._mesh):
+            if self._chunks.nbytes > limits.STATE_CHUNK_BYTES:
+                mine = await trio.to_thread.run_sync(self._chunks.digests)
+            else:
+                mine = self._chunks.digests()
         rows = await self._tell(standing, blake2b(mine.tobytes(), digest_size=DIGEST_BYTES).digest())
         sources = _choose_sources(rows)
         if not sources:
@@ -218,10 +226,11 @@ class _Run:
         wanted = (
             (await group.all_gather(lacking.view(np.uint8), epoch=self._epoch)).astype(bool)
             if len(mine)
-            else np.zeros((1, 0), bool)
+            else np.zeros((group.size, 0), bool)
         )
         writes = self._on_drift == "repair" or bool(fresh[group.rank])
         total, done = int(lacking.sum()), 0
+        self._differs = bool(total) and not fresh[group.rank]
         takers = [rank for rank in range(group.size) if rank not in sources]
 
         async def take(chunks: Array, source: int) -> None:
@@ -231,7 +240,7 @@ class _Run:
                 done += 1
                 self._owner.progress = done / total
 
-        with one_error():
+        with _awaited_by_others(self._mesh), one_error():
             async with trio.open_nursery() as nursery:
                 for place, source in enumerate(sources):
                     for taker in takers:
@@ -262,7 +271,7 @@ class _Run:
     async def _report(self, fresh: Array) -> bool:
         """Tell all how far those were off that should not have been; return whether all have what they lacked."""
         group = self._mesh._group
-        said = np.array([self._largest if not fresh[group.rank] else 0.0, self._damaged])
+        said = np.array([self._largest if not fresh[group.rank] else 0.0, self._damaged, self._differs])
         rows = await group.all_gather(said, epoch=self._epoch)
         damaged = [rank for rank, row in enumerate(rows) if row[1]]
         if damaged:
@@ -274,10 +283,10 @@ class _Run:
                     f" {self._attempts} times: memory may be faulty, or a state changes while it is synchronised"
                 )
             return False
-        drifted = [f"rank {rank} by {row[0]:.3g}" for rank, row in enumerate(rows) if row[0] > 0]
+        drifted = [_describe_drift(rank, float(row[0])) for rank, row in enumerate(rows) if row[2]]
         if not drifted:
             return True
-        text = f"states had drifted apart: {', '.join(drifted)} at most from the reference"
+        text = f"states had drifted apart from the reference: {', '.join(drifted)}"
         if self._on_drift == "raise":
             raise DivergenceError(f"{text}; nothing was changed")
         logger.warning("%s; repaired", text)
@@ -285,6 +294,28 @@ class _Run:
 
 
 _TAG = "\0state"
+
+
+@contextmanager
+def _awaited_by_others(mesh: AsyncMesh) -> Iterator[None]:
+    """Of what is done between two rounds: whatever ends it here (an error, a cancellation) ends the next one on all.
+
+    Within a round that is the collectives' affair: each has one outcome on all ranks. A view that ends has all begin
+    again.
+    """
+    try:
+        yield
+    except PeerLostError:
+        raise
+    except BaseException as error:
+        why = "it was given up" if is_cancellation(error) else f"{type(error).__name__}: {error}"
+        mesh._group.give_up_next(f"its synchronize ended early: {why}"[: limits.REASON_MAX_CHARS])
+        raise
+
+
+def _describe_drift(rank: int, largest: float) -> str:
+    by = f"by {largest:.3g} at most" if largest else "in bits alone (the sign of a zero, or of what is not a number)"
+    return f"rank {rank} {by}"
 
 
 def _choose_sources(rows: Array) -> list[int]:
