@@ -174,6 +174,7 @@ class CollectiveGroup(GroupViews):
             if not repeats:
                 self._check_ranks_are_known()
             if least is not None and self.size < least:
+                self._show(self.epoch, self.members)
                 raise PeerLostError(
                     f"{self.size} ranks are left, and min_contributors is {least}; wait for others in synchronize, or "
                     "ask for fewer"

@@ -24,6 +24,7 @@ from sparkle_mesh.errors import (
     CollectiveAbortedError,
     CollectiveTimeoutError,
     MeshClosedError,
+    MeshMergedError,
     MismatchError,
     OutcomeUnknownError,
     PeerLostError,
@@ -522,6 +523,80 @@ async def test_memory_that_a_threads_rank_lacks_ends_the_call_for_all(monkeypatc
         arrays = [np.ones(10) for _ in range(2)]
         await on.all(lambda rank: on.groups[rank].all_reduce(arrays[rank]))
         assert all((array == 2).all() for array in arrays)
+
+
+async def test_a_thread_is_out_before_what_it_reads_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mesh ends, and is left, while a thread looks at the boards: it gets to know how that has ended."""
+    async with host(2) as on:
+        await on.all(lambda rank: on.groups[rank].barrier())
+        group = on.groups[0]
+        assert group._host is not None
+        boards, looks, go_on = group._host._boards, threading.Event(), threading.Event()
+        rest = boards._rest
+
+        async def slow_rest() -> None:
+            looks.set()
+            assert go_on.wait(10)
+            boards.get(1, Word.BEGUN)  # ValueError if they were closed
+            await rest()
+
+        monkeypatch.setattr(boards, "_rest", slow_rest)
+        ended: list[str] = []
+
+        def call() -> None:
+            with pytest.raises(MeshMergedError, match="met another"):
+                Caller(group).all_reduce(np.ones(3))
+            ended.append("call")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.to_thread.run_sync, call)
+            await trio.to_thread.run_sync(looks.wait)
+            group.end(MeshMergedError("this mesh has met another"))
+            on.scopes[0].cancel()
+            await trio.sleep(0.05)
+            assert ended == []
+            go_on.set()
+        assert ended == ["call"]
+        # Nobody comes in any more.
+        with pytest.raises(MeshMergedError):
+            await trio.to_thread.run_sync(Caller(group).all_reduce, np.ones(3))
+
+
+async def test_a_thread_that_stays_in_does_not_keep_a_mesh_from_being_left(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(limits, "CLOSE_TIMEOUT_S", 0.05)
+    async with host(2) as on:
+        await on.all(lambda rank: on.groups[rank].barrier())
+        group = on.groups[0]
+        assert group.gate.try_to_enter()
+        group.close()
+        on.scopes[0].cancel()
+        await wait_all_tasks_blocked(0.2)
+        assert "a thread is still in a collective" in caplog.text
+        assert group._host is not None
+        assert group._host._boards.get(1, Word.BEGUN) > 0  # still to be read
+
+
+async def test_a_call_that_begins_as_the_mesh_ends_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with host(2) as on:
+        await on.all(lambda rank: on.groups[rank].barrier())
+        group = on.groups[0]
+        path = group._host
+        assert path is not None
+        stage = path.stage
+
+        def end_meanwhile(arrays: Any) -> Any:
+            group.end(MeshMergedError("this mesh has met another"))
+            return stage(arrays)
+
+        quick = group.quick_all_reduce(np.ones(3), "sum", "auto", None)
+        assert quick is not None
+        monkeypatch.setattr(path, "stage", end_meanwhile)
+        assert not await trio.to_thread.run_sync(quick.run)
+        with pytest.raises(MeshMergedError):
+            await quick.finish()
+        assert group.operations == {}
 
 
 async def test_what_others_may_still_take_is_kept_through_calls_that_are_given_up(small: None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, suppress
@@ -13,7 +14,14 @@ import pytest
 import trio
 
 import sparkle_mesh as sparkle
-from sparkle_mesh.errors import CollectiveAbortedError, CollectiveTimeoutError, SparkleError, UsageError
+from sparkle_mesh.errors import (
+    CollectiveAbortedError,
+    CollectiveTimeoutError,
+    MeshClosedError,
+    MismatchError,
+    SparkleError,
+    UsageError,
+)
 
 
 def on_both(data_dir: Path, call: Callable[[sparkle.Mesh], Any], **changes: Any) -> list[Any]:
@@ -128,6 +136,39 @@ def test_what_is_cancelled_raises_on_all(tmp_path: Path, links: list[str]) -> No
         return str(mesh.all_reduce(np.ones(2)).tolist())
 
     assert on_both(tmp_path, call, links=links) == ["[2.0, 2.0]"] * 2
+
+
+def test_what_has_ended_is_told_after_the_mesh_was_closed_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def call(mesh: sparkle.Mesh) -> list[Any]:
+        done = mesh.all_reduce_async(np.ones(3))
+        done.wait(20)
+        failed = mesh.all_reduce_async(np.ones(3 + mesh.rank), tag="other")
+        with pytest.raises(MismatchError):
+            failed.wait(20)
+        # Nobody else makes it.
+        alone = mesh.all_reduce_async(np.ones(3), tag=f"alone {mesh.rank}")
+        told: list[str] = []
+
+        def wait() -> None:
+            with pytest.raises(MeshClosedError):
+                alone.wait(20)
+            told.append("closed")
+
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        mesh.barrier()
+        mesh.close()
+        waiting.join(20)
+        assert told == ["closed"]
+        assert (done.wait() == 2).all()
+        done.cancel()
+        with pytest.raises(MismatchError):
+            failed.wait()
+        return [done.contributors]
+
+    assert on_both(tmp_path, call, links=["tcp"]) == [[(0, 1)]] * 2
+    gc.collect()
+    assert "nobody waited" not in caplog.text
 
 
 def test_ranks_with_more_batches_go_on_without_the_others(tmp_path: Path) -> None:

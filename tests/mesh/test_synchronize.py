@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -15,7 +16,15 @@ import trio
 import sparkle_mesh as sparkle
 from sparkle_mesh import limits
 from sparkle_mesh.async_mesh import AsyncMesh
-from sparkle_mesh.errors import CollectiveTimeoutError, DivergenceError, MismatchError, QuorumLostError, UsageError
+from sparkle_mesh.collectives.group import CollectiveGroup
+from sparkle_mesh.errors import (
+    CollectiveAbortedError,
+    CollectiveTimeoutError,
+    DivergenceError,
+    MismatchError,
+    QuorumLostError,
+    UsageError,
+)
 from sparkle_mesh.state_chunks import StateChunks
 from sparkle_mesh.synchronization import _Run as Synchronization
 
@@ -106,6 +115,161 @@ async def test_what_cannot_be_synchronised_is_refused(tmp_path: Path) -> None:
         await done.wait()
 
     await run_members(tmp_path, 2, program)
+
+
+@pytest.mark.parametrize("state", [None, {}, [], np.zeros(0), {"a": np.zeros((3, 0))}])
+async def test_nothing_to_synchronise_is_brought_to_one_step(tmp_path: Path, state: Any) -> None:
+    async def program(mesh: AsyncMesh) -> Any:
+        return await mesh.synchronize(state, mesh.rank)
+
+    for done in await run_members(tmp_path, 3, program):
+        assert (done.step, done.bytes_received, done.largest_difference) == (2, 0, 0.0)
+
+
+async def test_what_one_cannot_synchronise_ends_it_on_all(tmp_path: Path) -> None:
+    frozen = np.zeros(3)
+    frozen.flags.writeable = False
+    wrong: list[tuple[Any, int, str]] = [
+        (frozen, 0, "read-only"),
+        (np.zeros(3, [("a", "<f4"), ("b", "<i2")]), 0, "numbers alone"),
+        (np.zeros(3, object), 0, "numbers alone"),
+        (np.zeros(3), -5, "step is -5"),
+    ]
+
+    async def program(mesh: AsyncMesh) -> Any:
+        for state, step, why in wrong:
+            expected = pytest.raises(UsageError, match=why)
+            if mesh.rank != 1:
+                expected = pytest.raises(CollectiveAbortedError, match=f"given up by rank 1 .*UsageError: .*{why}")
+                state, step = np.zeros(3), 0
+            with expected:
+                await mesh.synchronize(state, step, timeout_s=20)
+        # The next calls are the same on all.
+        await mesh.synchronize(np.zeros(3), 0, timeout_s=20)
+        return (await mesh.all_reduce(np.ones(1), timeout_s=20))[0]
+
+    assert await run_members(tmp_path, 3, program) == [3.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("mine", "others", "by"),
+    [
+        (np.uint64(2**63 + 1), np.uint64(2**63), "by 1 at most"),
+        (np.int64(-(2**60) - 1), np.int64(2**60), "by 2.31e+18 at most"),
+        (np.float32(-0.0), np.float32(0.0), "in bits alone"),
+        (np.uint32(0x7FC00001).view(np.float32), np.float32(np.nan), "in bits alone"),
+    ],
+)
+async def test_every_bit_that_differs_is_drift(tmp_path: Path, mine: Any, others: Any, by: str) -> None:
+    async def program(mesh: AsyncMesh) -> Any:
+        state = np.full(5, others)
+        await mesh.synchronize(state, 0)
+        if mesh.rank == 2:
+            state[3] = mine
+        before = state.tobytes()
+        with pytest.raises(DivergenceError, match=f"rank 2 {re.escape(by)}"):
+            await mesh.synchronize(state, 1, check=True, on_drift="raise")
+        assert state.tobytes() == before
+        await mesh.synchronize(state, 1, check=True)
+        return state.tobytes()
+
+    assert await run_members(tmp_path, 3, program) == [np.full(5, others).tobytes()] * 3
+
+
+class Cancelling:
+    """Has one member give up its synchronisation when ``what`` of it is called for the ``count``-th time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: Any, what: str, count: int) -> None:
+        self.scope: trio.CancelScope | None = None
+        self._left = count
+        original = getattr(owner, what)
+
+        async def patched(this: Any, *arguments: Any, **options: Any) -> Any:
+            if self.scope is not None and trio.lowlevel.current_task() is self.task:
+                self._left -= 1
+                if not self._left:
+                    self.scope.cancel()
+            return await original(this, *arguments, **options)
+
+        monkeypatch.setattr(owner, what, patched)
+
+    async def synchronize(self, mesh: AsyncMesh, state: Any) -> bool:
+        """Return whether it was cancelled."""
+        with trio.CancelScope() as self.scope:
+            self.task = trio.lowlevel.current_task()
+            await mesh.synchronize(state, mesh.rank, timeout_s=20)
+        return self.scope.cancelled_caught
+
+
+@pytest.mark.parametrize(
+    ("owner", "what", "count"),
+    [
+        (CollectiveGroup, "all_gather", 1),
+        (CollectiveGroup, "all_gather", 2),
+        (CollectiveGroup, "broadcast", 1),
+        (CollectiveGroup, "all_gather", 3),
+        (CollectiveGroup, "until_may_begin", 1),
+        (Synchronization, "_transfer", 1),
+        (Synchronization, "_report", 1),
+    ],
+)
+async def test_who_gives_it_up_between_two_rounds_ends_it_on_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, what: str, count: int
+) -> None:
+    monkeypatch.setattr(limits, "STATE_CHUNK_BYTES", 1000)
+    cancelling = Cancelling(monkeypatch, owner, what, count)
+
+    async def program(mesh: AsyncMesh) -> Any:
+        state = np.full(1000, float(mesh.rank))
+        if mesh.rank == 1:
+            ended = "cancelled" if await cancelling.synchronize(mesh, state) else "done"
+        else:
+            try:
+                await mesh.synchronize(state, mesh.rank, timeout_s=20)
+                ended = "done"
+            except CollectiveAbortedError as error:
+                assert "given up by rank" in str(error)  # noqa: PT017
+                ended = "aborted"
+        # The next calls are the same on all.
+        await mesh.synchronize(state, mesh.rank, timeout_s=20)
+        return ended, float(state.max()), (await mesh.all_reduce(np.ones(1), timeout_s=20))[0]
+
+    ended = await run_members(tmp_path, 3, program)
+    assert [(largest, total) for _, largest, total in ended] == [(2.0, 3.0)] * 3
+    assert [how for how, *_ in ended] == ["aborted", "cancelled", "aborted"]
+
+
+async def test_who_gives_it_up_while_chunks_are_sent_ends_it_on_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waits for its chunks, and whoever has all of theirs."""
+    monkeypatch.setattr(limits, "STATE_CHUNK_BYTES", 1000)
+    scope, took = trio.CancelScope(), 0
+    take = Synchronization._take
+
+    async def patched(this: Any, *arguments: Any, **options: Any) -> None:
+        nonlocal took
+        if this._mesh.rank == 1:
+            took += 1
+            if took == 3:
+                scope.cancel()
+        await take(this, *arguments, **options)
+
+    monkeypatch.setattr(Synchronization, "_take", patched)
+
+    async def program(mesh: AsyncMesh) -> Any:
+        state = np.full(1000, float(mesh.rank))
+        if mesh.rank == 1:
+            with scope:
+                await mesh.synchronize(state, mesh.rank, timeout_s=20)
+            assert scope.cancelled_caught
+        else:
+            with pytest.raises(CollectiveAbortedError):
+                await mesh.synchronize(state, mesh.rank, timeout_s=20)
+        await mesh.synchronize(state, mesh.rank, timeout_s=20)
+        return float(state.min()), (await mesh.all_reduce(np.ones(1), timeout_s=20))[0]
+
+    assert await run_members(tmp_path, 3, program) == [(2.0, 3.0)] * 3
 
 
 async def test_a_chunk_that_comes_damaged_is_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
