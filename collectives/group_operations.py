@@ -228,9 +228,11 @@ class GroupOperations(GroupState):
             await operation.finished.wait()
         except BaseException as stop:
             cancelled = isinstance(stop, trio.Cancelled)
-            if cancelled and operation.sent_prepared:
+            if cancelled and not operation.finished.is_set() and not self._is_mine_to_abort(operation):
                 # In doubt: a moment later it is known how it has ended, unless somebody is lost just now.
                 with trio.move_on_after(limits.DOUBT_PATIENCE_S, shield=True):
+                    if operation.one_sided and host is not None:
+                        await host.run(operation)
                     await operation.finished.wait()
             if not operation.finished.is_set():
                 timed_out = cancelled and trio.current_time() >= scope.deadline

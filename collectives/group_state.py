@@ -423,6 +423,8 @@ class GroupState:
     ) -> None:
         """Fail ``operation`` here and, passing the news on, everywhere."""
         operation.fail(error)
+        if operation.one_sided and self._host is not None:
+            self._host.wake()
         message = self._abort_message(operation.number, cause, origin=origin, lost=lost, reason=reason)
         self._post(message, operation.agreement.ranks)
 

@@ -396,6 +396,16 @@ async def test_a_rank_that_is_done_may_leave_before_others_have_taken(
         assert all((array == 3).all() for array in arrays)
 
 
+async def test_what_is_cancelled_ends_though_nobody_else_calls() -> None:
+    async with host(2) as on:
+        await on.all(lambda rank: on.groups[rank].barrier())
+        pending = on.groups[0].all_reduce_async(np.ones(3))
+        await wait_all_tasks_blocked()
+        pending.cancel()
+        with pytest.raises(CollectiveAbortedError, match="was cancelled"):
+            await pending.wait(5)
+
+
 # --- Calls that threads make -----------------------------------------------------------------------
 
 
