@@ -224,7 +224,7 @@ class World(SmallCollectives):
         if other.runs and not other.asleep and (process.member, other.member) not in self.severed:
             self._tell(process, lambda machine: machine.trust(other.member, now=self.now_of(process)))
             if self.random.random() < 0.5:
-                # Its connection had ended: then it comes as newcomers do, whether it knows what has become of it or not.
+                # Its connection had ended: it comes as newcomers do, whether it knows what has become of it or not.
                 self._tell(process, lambda machine: machine.candidate_came(other.member, now=self.now_of(process)))
 
     def _cut(self, process: Process) -> None:

@@ -68,9 +68,9 @@ class AsyncCollectives(ABC):
             Keeps calls apart that ranks may make in different orders, from several threads for example: those with the
             same tag are matched with each other, in their order.
         on_failure
-            What happens when members are lost before the result is there. ``"retry"``: those left agree on a view and
-            make the call again, from untouched arrays; ``last_outcome.contributors`` says whose data are in the result.
-            ``"raise"``: PeerLostError on all of them; the next call is among those left.
+            What happens when members are lost after the last call and before the result is there. ``"retry"``: those
+            left agree on a view and make the call again, from untouched arrays; ``last_outcome.contributors`` says
+            whose data are in the result. ``"raise"``: PeerLostError on all of them; the next call is among those left.
         min_contributors
             The least number of ranks whose data must be in the result; with fewer left, PeerLostError on every rank.
             Members that are late are waited for all the same, until ``timeout_s``: slow is not dead.

@@ -218,7 +218,7 @@ class Lives:
             self.config,
             identity=Identity.generate(),
             min_peers=self.config.min_peers if min_peers is None else min_peers,
-            join=tuple(dict.fromkeys((*self.config.join, *self._known))),
+            known=tuple(self._known),
             settle_s=min(limits.REJOIN_SETTLE_S, timeout_s / 4),
         )
         life = await self._live(config, timeout_s)

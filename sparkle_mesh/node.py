@@ -72,6 +72,8 @@ class NodeConfig:
         Multiaddrs to listen on.
     join
         Addresses with ``/p2p/…`` tails, or invites to this same mesh.
+    known
+        Addresses likewise, of peers that were there lately: tried, and not missed.
     data_dir
         Where things are kept; see :func:`sparkle_mesh.environment.resolve_data_dir`.
     lan
@@ -91,6 +93,7 @@ class NodeConfig:
     identity: Identity
     listen: tuple[str, ...]
     join: tuple[str, ...] = ()
+    known: tuple[str, ...] = ()
     data_dir: Path
     lan: bool = True
     min_peers: int = 1
@@ -123,6 +126,7 @@ class MeshNode:
             role=config.role,
             data_dir=config.data_dir,
             join=join_addresses(config.join),
+            known=config.known,
             lan=config.lan,
             entropy=config.entropy,
         )

@@ -95,7 +95,7 @@ class Portal:
                         future.set_exception(error)
                         return
                     torn_down = not (scope.cancel_called or self._stop.is_set() or self._scope.cancel_called)
-                    future.set_exception(MeshClosedError("the mesh was closed, or the call given up, while it ran"))
+                    future.set_exception(MeshClosedError("the mesh was closed while the call ran; join again to go on"))
                     raise
 
         def start() -> None:

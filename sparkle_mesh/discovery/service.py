@@ -19,7 +19,7 @@ from sparkle_mesh import limits
 from sparkle_mesh.clock import SYSTEM_CLOCK, SYSTEM_ENTROPY, Clock, Entropy
 from sparkle_mesh.discovery.addresses import parse_join_address
 from sparkle_mesh.discovery.cache import CachedPeer, PeerCache
-from sparkle_mesh.discovery.directory import CACHE, HOST, JOIN, Contact, Dial, Directory, Hint
+from sparkle_mesh.discovery.directory import CACHE, EXCHANGE, HOST, JOIN, Contact, Dial, Directory, Hint
 from sparkle_mesh.discovery.lan import LanBeacons
 from sparkle_mesh.discovery.local import LocalRegistry, RegistryEntry, Role
 from sparkle_mesh.errors import SparkleError
@@ -59,6 +59,8 @@ class DiscoveryService:
         Holds the registry of this host's processes (``run/``) and the cache (``peers/``).
     join
         Addresses with ``/p2p/<peer id>`` tails.
+    known
+        Addresses likewise, of peers that were there lately; nobody is told where they cannot be reached.
     lan
         Whether to use multicast.
     any_node
@@ -82,6 +84,7 @@ class DiscoveryService:
         role: Role,
         data_dir: Path,
         join: Sequence[str] = (),
+        known: Sequence[str] = (),
         lan: bool = True,
         any_node: bool = False,
         entropy: Entropy = SYSTEM_ENTROPY,
@@ -97,6 +100,7 @@ class DiscoveryService:
         self._any_node = any_node
         self._clock = clock
         self._join = [parse_join_address(text) for text in join]
+        self._known = [parse_join_address(text) for text in known]
         self._directory = Directory(fabric.peer_id, entropy=entropy)
         self._registry: Registry = registry or LocalRegistry(data_dir, clock=clock, entropy=entropy)
         self._cache = cache or PeerCache(data_dir, mesh_tag, clock=clock, entropy=entropy)
@@ -200,6 +204,8 @@ class DiscoveryService:
             if peer_id == self._fabric.peer_id:
                 logger.warning("address %s/p2p/%s to join at is this process's own; ignored", address, peer_id)
             self._take(Hint(peer_id, (address,), JOIN))
+        for peer_id, address in self._known:
+            self._take(Hint(peer_id, (address,), EXCHANGE))
         for peer in self._cache.load():
             self._cached.add(peer.peer_id)
             self._take(Hint(peer.peer_id, peer.addresses, CACHE))

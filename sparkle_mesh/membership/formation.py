@@ -191,7 +191,7 @@ class Formation(BallotMachine[str, Instruction]):
         """Say in a few words what this process waits for."""
         count = len(self._free_candidates()) + 1
         need = self._me.min_peers if self._me is not None else 0
-        text = f"{count} of {need} peers are here"
+        text = f"{count} of {need} peers are here" if count < need else f"{count} peers are here, as many as it takes"
         if self.views_elsewhere:
             view = next(iter(self.views_elsewhere.values()))
             text += f"; a view of {view.size} members formed without this process"
