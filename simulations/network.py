@@ -9,6 +9,9 @@ from dataclasses import dataclass, fields
 
 from sparkle_mesh.membership.view import Member
 
+#: Of a slow way at most: several times as long as any on Earth.
+_SLOW_MEAN_DELAY_S = 0.5
+
 
 class InvariantBroken(AssertionError):
     """A safety or progress property does not hold; the message tells which, and the seed."""
@@ -46,6 +49,9 @@ class Network:
         self.trace: list[str] = []
         self.severed: set[tuple[Member, Member]] = set()
         self.mean_delay_s = self.random.choice([0.001, 0.02, 0.2])
+        #: How likely one way is slower than others, so that news come by a third sooner.
+        self._slow_share = self.random.choice([0.0, 0.0, 0.15])
+        self._slowness: dict[tuple[Member, Member], float] = {}
         self._held: dict[tuple[Member, Member], list[Callable[[], None]]] = {}
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._sequence = 0
@@ -84,7 +90,10 @@ class Network:
             else:
                 arrive()
 
-        delay = self.random.expovariate(1 / self.mean_delay_s)
+        if key not in self._slowness:
+            slow = self.random.random() < self._slow_share
+            self._slowness[key] = min(20.0, _SLOW_MEAN_DELAY_S / self.mean_delay_s) if slow else 1.0
+        delay = self.random.expovariate(1 / self.mean_delay_s) * self._slowness[key]
         self._arrivals[key] = max(self._arrivals.get(key, 0.0), self.now + delay)
         self.at(self._arrivals[key], deliver)
 

@@ -352,12 +352,7 @@ class ViewChange(BallotMachine[Member, Instruction]):
     def _on_declined(self, sender: Member, declined: Declined, now: float) -> list[Instruction]:
         if declined.epoch <= self.view.epoch:
             # It waits for a view that was chosen already.
-            known = [chosen for chosen in self._chosen if chosen.view.epoch == declined.epoch]
-            if not known and sender in self.view.members:
-                # All that were heard for this view know it, and those who came with it begin with it: this one has come
-                # by an earlier view, and missed that it was left out since. What came between is not for it.
-                return self.suspect(sender, now=now)
-            return [SendTo(sender, chosen) for chosen in known]
+            return [SendTo(sender, chosen) for chosen in self._chosen if chosen.view.epoch == declined.epoch]
         if declined.epoch > self.view.epoch + 1:
             return []
         if declined.promised is not None:
@@ -437,9 +432,7 @@ class ViewChange(BallotMachine[Member, Instruction]):
         if view.lineage != self.view.lineage or view.epoch <= self.view.epoch or not view.is_sound():
             return []
         if view.epoch > self.view.epoch + 1:
-            if self._me in view.members:
-                # What lies between is on its way.
-                return []
+            # Whoever is in a view has promised in the one before it, or begins with it: so this process is not in it.
             self._note(now, f"is out, and missed the views up to {view.epoch}")
             self.excluded = True
             self.view = view

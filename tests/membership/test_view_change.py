@@ -172,7 +172,6 @@ def test_answers_nobody_asked_for_change_nothing() -> None:
         Promise(lineage=view.lineage, epoch=1, ballot=ballot),
         Accepted(epoch=1, ballot=ballot),
         Declined(epoch=1, ballot=ballot, promised=None, reason=""),
-        Chosen(view=following(following(view, 0, 1), 0, 1)),
         Chosen(view=msgspec.structs.replace(following(view, 0), lineage=bytes(32))),
         Chosen(view=view),
     ):
