@@ -14,6 +14,7 @@ from typing import Any
 
 import trio
 
+from sparkle_mesh.capabilities.search import DeviceQuery, FoundDevice
 from sparkle_mesh.cli.settings import DEFAULT_LISTEN, NodeSettings
 from sparkle_mesh.devices.detect import DeviceInfo
 from sparkle_mesh.errors import UsageError
@@ -25,6 +26,12 @@ PEER_ID = "12D3KooWFakeNode"
 def peer(peer_id: str = "12D3KooWPeer", **changes: Any) -> PeerStatus:
     fields: dict[str, Any] = {"role": "trainer", "addresses": ("/ip4/10.0.0.2/tcp/4",), "connected_s": 61.5}
     return PeerStatus(peer_id=peer_id, **{**fields, "latency_ms": 0.25, "rank": 1, "admitted": True, **changes})
+
+
+def found(peer_id: str = "12D3KooWPeer", **changes: Any) -> FoundDevice:
+    device = DeviceInfo(kind="cuda", index=1, name="A GPU", memory_bytes=24 * 2**30, gflops={"float32": 82600.0})
+    fields: dict[str, Any] = {"host_id": "ab" * 16, "role": "node", "software": "sparkle-mesh 0.1.0", "device": device}
+    return FoundDevice(peer_id=peer_id, **{**fields, "addresses": ("/ip4/10.0.0.2/tcp/4",), "age_s": 7.5, **changes})
 
 
 def status(settings: NodeSettings | None = None, **changes: Any) -> NodeStatus:
@@ -65,6 +72,11 @@ class FakeNode:
 
     def invite(self) -> str:
         return "sparkle-invite-1:fake"
+
+    async def find_devices(self, query: DeviceQuery) -> list[FoundDevice]:
+        if query.limit == 4096:
+            raise UsageError("it has no devices to tell of")
+        return [] if query.kind == "opencl" else [found()]
 
     @contextmanager
     def events(self) -> Iterator[AsyncIterator[Any]]:

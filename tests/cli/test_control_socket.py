@@ -14,11 +14,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 from trio.testing import MockClock
 
 from sparkle_mesh import limits, wire
+from sparkle_mesh.capabilities.search import DeviceQuery
 from sparkle_mesh.cli import control, control_server
 from sparkle_mesh.cli.control import ControlReply, ControlRequest, ask, make_run_dir, run_dir
 from sparkle_mesh.cli.control_server import serve_control
@@ -34,8 +36,8 @@ async def serving(handler: Any, data_dir: Path, **options: Any) -> AsyncIterator
         nursery.cancel_scope.cancel()
 
 
-async def ask_in_thread(data_dir: Path, command: Any, timeout_s: float = 30) -> ControlReply:
-    return await trio.to_thread.run_sync(partial(ask, data_dir, command, timeout_s=timeout_s))
+async def ask_in_thread(data_dir: Path, command: Any, timeout_s: float = 30, **more: Any) -> ControlReply:
+    return await trio.to_thread.run_sync(partial(ask, data_dir, command, timeout_s=timeout_s, **more))
 
 
 async def connect(data_dir: Path) -> trio.SocketStream:
@@ -77,6 +79,12 @@ async def test_commands_are_answered(fake: ModuleType, data_dir: Path) -> None:
         assert (await ask_in_thread(data_dir, "status")).status == fake.status()
         assert (await ask_in_thread(data_dir, "peers")).peers == (fake.peer(),)
         assert (await ask_in_thread(data_dir, "invite")).invite == "sparkle-invite-1:fake"
+        assert (await ask_in_thread(data_dir, "devices")).devices == (fake.found(),)
+        query = DeviceQuery.of("opencl")
+        assert (await ask_in_thread(data_dir, "devices", devices=query)).devices == ()
+        # What did not come from this command is checked all the same.
+        with pytest.raises(NodeBusyError, match="limit 0 must be"):
+            await ask_in_thread(data_dir, "devices", devices=msgspec.structs.replace(query, limit=0))
 
 
 async def test_only_the_owner_can_open_it_and_nothing_is_left(fake: ModuleType, data_dir: Path) -> None:

@@ -99,6 +99,17 @@ def test_a_table_of_peers(fake: ModuleType) -> None:
     assert render.peers_text([]) == "no peers"
 
 
+def test_a_table_of_devices_that_were_found(fake: ModuleType) -> None:
+    unmeasured = type(fake.found().device)(kind="cpu", index=0, name="A CPU", memory_bytes=0)
+    found = [fake.found(), fake.found("12D3", device=unmeasured, addresses=(), age_s=0.0)]
+    assert render.found_devices_text(found).splitlines() == [
+        "PEER          DEVICE  NAME   MEMORY    GFLOP/S        AGE  ADDRESS",
+        "12D3KooWPeer  cuda 1  A GPU  24.0 GiB  float32 82600  7 s  /ip4/10.0.0.2/tcp/4",
+        "12D3          cpu 0   A CPU  -         -              0 s  -",
+    ]
+    assert render.found_devices_text([]) == "no devices"
+
+
 def test_devices_for_people(fake: ModuleType) -> None:
     cpu = fake.status().devices[0]
     gpu = type(cpu)(
@@ -126,6 +137,7 @@ def test_rates(bytes_per_s: float, text: str) -> None:
 
 
 def test_peers_cannot_write_on_the_terminal(fake: ModuleType) -> None:
+    hostile = type(fake.found().device)(kind=HOSTILE, index=0, name=HOSTILE, memory_bytes=1, gflops={HOSTILE: 1.0})
     texts = [
         render.peer_joined(fake.peer(HOSTILE, role=HOSTILE, addresses=(HOSTILE,))).text,
         render.peer_left(HOSTILE, HOSTILE).text,
@@ -133,6 +145,7 @@ def test_peers_cannot_write_on_the_terminal(fake: ModuleType) -> None:
         render.log_line("info", "x", HOSTILE).text,
         render.failed(HOSTILE).text,
         *render.peers_text([fake.peer(HOSTILE, role=HOSTILE, addresses=(HOSTILE,))]).splitlines(),
+        *render.found_devices_text([fake.found(HOSTILE, addresses=(HOSTILE,), device=hostile)]).splitlines(),
         *render.status_text(fake.status(peer_id=HOSTILE, mesh=HOSTILE, discovery=(HOSTILE,))).splitlines(),
     ]
     for text in texts:

@@ -57,6 +57,9 @@ WRONG = {
     ("--listen", "45654"): "--listen '45654'",
     ("--join", "10.0.0.1"): "--join '10.0.0.1'",
     ("--key-file", "/there/is/no/such/file"): "/there/is/no/such/file",
+    ("devices", "--kind", "gpu"): "kind 'gpu' is not one of",
+    ("devices", "--min-memory", "lots"): "'lots' is no amount of memory",
+    ("devices", "--limit", "0"): "limit 0",
     ("--mesh", ""): "mesh name",
     ("--data-dir", "/dev/null"): "/dev/null",
     ("new-key",): "PATH",
@@ -79,7 +82,7 @@ def test_the_processes_exit_code_is_the_commands(ask_node: Ask) -> None:
 
 
 def test_no_node_is_one_line_and_exit_code_1(call: Any, data_dir: Path) -> None:
-    for command in ("status", "peers", "invite"):
+    for command in ("status", "peers", "devices", "invite"):
         assert call(command) == (1, "", f"sparkle-node: no node runs on {data_dir}; start one with `sparkle-node`\n")
 
 
@@ -118,12 +121,13 @@ def test_help_has_examples_and_every_option(call: Any) -> None:
         "id ",
         "status",
         "peers",
+        "devices",
         "invite",
         "new-key",
         "Exit codes",
     ):
         assert text in out
-    for command in ("id", "status", "peers", "invite"):
+    for command in ("id", "status", "peers", "devices", "invite"):
         assert "--json" in call(command, "--help")[1]
 
 
@@ -186,6 +190,13 @@ def test_commands_ask_the_running_node(call: Any, fake: ModuleType, start: Start
     assert (status["mesh"], status["pid"], status["keyed"]) == ("ours", node.process.pid, False)
     assert call("peers")[1].startswith("PEER")
     assert json.loads(call("peers", "--json")[1])[0]["peer_id"] == "12D3KooWPeer"
+    assert call("devices", "--kind", "cuda", "--min-memory", "16GB")[1].startswith("PEER")
+    (found,) = json.loads(call("devices", "--json")[1])
+    assert (found["peer_id"], found["device"]["memory_bytes"], found["age_s"]) == ("12D3KooWPeer", 24 * 2**30, 7.5)
+    assert call("devices", "--kind", "opencl") == (0, "no devices\n", "")
+    assert call("devices", "--kind", "opencl", "--json") == (0, "[]\n", "")
+    code, out, err = call("devices", "--limit", "4096")
+    assert (code, out, err) == (1, "", "sparkle-node: the node answers: it has no devices to tell of\n")
     assert call("invite")[1] == "sparkle-invite-1:fake\n"
     assert json.loads(call("invite", "--json")[1]) == {"invite": "sparkle-invite-1:fake"}
     assert call("id")[1] == f"{fake.PEER_ID}\n"

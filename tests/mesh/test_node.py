@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import trio
 
+from sparkle_mesh.capabilities.search import DeviceQuery
 from sparkle_mesh.errors import UsageError
 from sparkle_mesh.fabric.identity import Identity
 from sparkle_mesh.membership.invite import Invite
@@ -68,6 +69,33 @@ async def test_trainers_and_a_node_of_one_host_meet_by_themselves(tmp_path: Path
         assert all(peer.role == "trainer" for peer in node.peers())
         assert {peer.role for peer in trainers[0].peers()} == {"trainer", "node"}
         assert any("this host" in line for line in status.discovery)
+
+
+async def until_found(node: MeshNode, query: DeviceQuery, peer_ids: set[str]) -> None:
+    """Look until devices of all these are found: they are published within a second or two."""
+    with trio.fail_after(30):
+        while True:
+            found = {one.peer_id for one in await node.find_devices(query)}
+            if found == peer_ids:
+                return
+            await trio.sleep(0.1)
+
+
+async def test_devices_of_all_are_found_by_all(tmp_path: Path) -> None:
+    query = DeviceQuery.of("cpu")
+    async with AsyncExitStack() as stack:
+        nodes: list[MeshNode] = []
+        for number in range(3):
+            join = tuple(f"{address}/p2p/{node.peer_id}" for node in nodes for address in node.fabric.addresses)
+            opened = open_node(config(tmp_path / str(number), join=join[:1]))
+            nodes.append(await stack.enter_async_context(opened))
+        everyone = {node.peer_id for node in nodes}
+        for node in nodes:
+            await until_found(node, query, everyone)
+        assert await nodes[0].find_devices(DeviceQuery.of("opencl")) == []
+        # One that leaves is gone at once.
+        await nodes[2].leave()
+        assert nodes[2].peer_id not in {found.peer_id for found in await nodes[0].find_devices(query)}
 
 
 async def test_an_invite_leads_from_one_data_dir_to_another(tmp_path: Path) -> None:
