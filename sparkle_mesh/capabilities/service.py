@@ -100,11 +100,15 @@ class CapabilityService:
     def admitted(self, peer_id: PeerId, addresses: Iterable[Address]) -> None:
         """``peer_id`` has proven that it is of the mesh."""
         remote_address = self._fabric.remote_address(peer_id)
-        before = len(self._table)
+        known = peer_id in self._table
         self._table.answered(peer_id, addresses, trio.current_time(), remote_address=remote_address)
-        if before < limits.CAPABILITY_HOLDERS_COUNT < len(self._table) or not before:
-            # What was published when nobody was there to hold it.
+        if not known and any(self._is_to_hold(peer_id, key) for key in self._publisher.keys):
             self._publisher.hurry()
+
+    def _is_to_hold(self, peer_id: PeerId, key: bytes) -> bool:
+        """Whether ``peer_id`` is among those that are to hold what is stored under ``key``."""
+        closest = self._table.closest(key, limits.CAPABILITY_HOLDERS_COUNT)
+        return any(route.peer_id == peer_id for route in closest)
 
     def gone(self, peer_id: PeerId, *, for_good: bool) -> None:
         """``peer_id`` is no longer connected; ``for_good`` if it said that it leaves."""

@@ -79,7 +79,11 @@ class Heartbeat:
         return [peer_id for peer_id in asked if self._is_due(self._channels[peer_id], now)]
 
     def _is_due(self, channel: PeerChannel, now: float) -> bool:
-        return not self._is_of_node(channel) or now - channel.pinged_at >= limits.NODE_PING_INTERVAL_S
+        if not self._is_of_node(channel):
+            return True
+        # What one asks shows the other that it is there, too: the other need not ask.
+        at = max(channel.pinged_at, channel.last_heard)
+        return now - at >= limits.NODE_PING_INTERVAL_S
 
     def _look_at(self, channel: PeerChannel, now: float, at_least_s: float) -> None:
         silence = now - channel.last_heard

@@ -35,7 +35,7 @@ async def test_peers_that_know_a_few_find_the_devices_of_all(open_mesh, autojump
         for number in range(40):
             devices = [device()] if number % 3 else [device(), device("cuda", 24)]
             peers.append(await mesh.add(devices, chooser.sample(peers, min(len(peers), 2))))
-        await trio.sleep(2.5 * limits.CAPABILITY_REPUBLISH_S)
+        await trio.sleep(1.5 * limits.CAPABILITY_REPUBLISH_S)
         with_gpu = sorted(peer.peer_id for peer in peers[::3])
         times = []
         for peer in chooser.sample(peers, 10):
