@@ -98,6 +98,24 @@ async def test_devices_of_all_are_found_by_all(tmp_path: Path) -> None:
         assert nodes[2].peer_id not in {found.peer_id for found in await nodes[0].find_devices(query)}
 
 
+async def test_two_groups_are_one_once_one_address_is_known_to_one(tmp_path: Path) -> None:
+    async with AsyncExitStack() as stack:
+        groups: list[list[MeshNode]] = [[], []]
+        for name, group in zip("ab", groups, strict=True):
+            for number in range(5):
+                join = tuple(f"{address}/p2p/{node.peer_id}" for node in group for address in node.fabric.addresses)
+                opened = open_node(config(tmp_path / f"{name}{number}", join=join[:1]))
+                group.append(await stack.enter_async_context(opened))
+            for node in group:
+                await until_joined(node, 4)
+        one, other = groups[0][4], groups[1][2]
+        started = trio.current_time()
+        one.discovery.heard(other.peer_id, other.fabric.addresses, "exchange")
+        for node in groups[0] + groups[1]:
+            await until_joined(node, 9)
+        assert trio.current_time() - started < 15.0
+
+
 async def test_an_invite_leads_from_one_data_dir_to_another(tmp_path: Path) -> None:
     async with open_node(config(tmp_path / "a")) as inviting:
         invite = Invite.decode(inviting.invite())
