@@ -33,7 +33,7 @@ from libp2p.stream_muxer.yamux.yamux import Yamux, YamuxStream
 from libp2p.transport.upgrader import TransportUpgrader
 
 from sparkle_mesh import limits
-from sparkle_mesh.errors import ClosedError, LinkClosedError, ProtocolError, SparkleError
+from sparkle_mesh.errors import LinkClosedError, ProtocolError, SparkleError, UnreachableError
 from sparkle_mesh.fabric.hubs import FabricCounters, run_guarded
 
 logger = logging.getLogger("sparkle_mesh.fabric")
@@ -326,7 +326,8 @@ class GuardedHost(BasicHost):
         """Open a stream on a standing connection; the caller sets the deadline."""
         connections = [conn for conn in self._network.get_connections(peer_id) if not conn.is_closed]
         if not connections:
-            raise ClosedError("there is no connection")
+            # It has just ended, and the news of that are on their way.
+            raise UnreachableError(f"peer {peer_id.to_base58()} is not connected any more; connect to it again")
         muxed_conn = connections[0].muxed_conn
         if isinstance(muxed_conn, GuardedYamux):
             await muxed_conn.wait_for_place()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from sparkle_mesh import limits
-from sparkle_mesh.errors import LinkClosedError, ProtocolError, UnreachableError, UsageError
+from sparkle_mesh.errors import ClosedError, LinkClosedError, ProtocolError, UnreachableError, UsageError
 from sparkle_mesh.fabric.hubs import EventHub, FabricCounters, run_guarded
 from sparkle_mesh.fabric.identity import Identity, public_key_of_peer_id
 from sparkle_mesh.fabric.importing import import_libp2p
@@ -329,9 +329,13 @@ class Libp2pFabric:
         connections = self._connections.get(peer_id)
         if not connections:
             raise UnreachableError(f"peer {peer_id} is not connected; connect to it first")
+        what = f"a {protocol} stream to {peer_id} could not be opened"
         with trio.move_on_after(timeout_s):
-            with translated(f"a {protocol} stream to {peer_id} could not be opened", UnreachableError):
-                return Libp2pStream(await self._new_stream(connections[0], protocol), self._tasks)
+            try:
+                with translated(what, UnreachableError):
+                    return Libp2pStream(await self._new_stream(connections[0], protocol), self._tasks)
+            except (ClosedError, ProtocolError) as error:
+                raise UnreachableError(f"{what}: {error}") from error
         raise UnreachableError(
             f"peer {peer_id} did not answer within {timeout_s:g} s when a {protocol} stream was opened"
         )

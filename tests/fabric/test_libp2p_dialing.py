@@ -9,7 +9,7 @@ from libp2p.utils import dns_utils
 from multiaddr import Multiaddr
 
 from sparkle_mesh import limits
-from sparkle_mesh.errors import UnreachableError
+from sparkle_mesh.errors import LinkClosedError, ProtocolError, UnreachableError
 from sparkle_mesh.fabric import importing
 from sparkle_mesh.fabric.identity import Identity
 from sparkle_mesh.fabric.libp2p_fabric import open_libp2p_fabric
@@ -197,3 +197,25 @@ def test_packages_of_others_and_loaded_modules_are_left_alone() -> None:
         assert "no_such_module_anywhere" not in sys.modules
         assert sys.modules["subprocess"] is subprocess
     assert "dial_peer" in dir(loaded.Swarm)
+
+
+async def test_a_connection_that_has_just_ended_is_no_other_error(two, monkeypatch):
+    """Whoever opens a stream is told what the interface says, before the news of the end have come, too."""
+    one, other = two
+    await one.connect(other.peer_id, other.addresses)
+    monkeypatch.setattr(one._swarm, "get_connections", lambda peer_id: [])
+    with pytest.raises(UnreachableError, match=f"peer {other.peer_id} is not connected any more; connect to it again"):
+        await one.open_stream(other.peer_id, "/test/1")
+
+
+@pytest.mark.parametrize("error", [LinkClosedError("it was reset"), ProtocolError("no such thing")])
+async def test_whatever_ends_the_opening_of_a_stream_is_told_as_one_error(two, monkeypatch, error):
+    one, other = two
+    await one.connect(other.peer_id, other.addresses)
+
+    async def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(one, "_new_stream", fail)
+    with pytest.raises(UnreachableError, match=f"could not be opened: {error}"):
+        await one.open_stream(other.peer_id, "/test/1")
