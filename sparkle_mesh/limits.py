@@ -191,6 +191,16 @@ STATE_ATTEMPTS_MAX_COUNT = 3
 PRESENCE_SETTLE_S = 0.5
 PRESENCE_LOOK_S = 10.0
 MESH_PEERS_MAX_COUNT = 2048
+# How many of them one public network may bring into a mesh without a key; what counts as one.
+MESH_PEERS_PER_NETWORK_MAX_COUNT = 64
+NETWORK_IPV4_PREFIX_BITS = 24
+NETWORK_IPV6_PREFIX_BITS = 48
+# Who breaks the protocol so often in so long is banned, each time for twice as long.
+OFFENCES_MAX_COUNT = 3
+OFFENCES_REMEMBERED_S = 600.0
+BAN_MIN_S = 600.0
+BAN_MAX_S = 86400.0
+BANS_MAX_COUNT = 4096
 MESH_OUTBOX_MAX_COUNT = 4096
 PEER_EXCHANGE_MAX_COUNT = 64
 LINK_METRICS_MAX_COUNT = 4096
@@ -265,10 +275,8 @@ DISCOVERY_FORGET_S = 600.0
 DISCOVERY_FORGET_FAILURES_COUNT = 8
 DISCOVERY_CACHED_FAILURES_COUNT = 3
 DISCOVERY_EVENTS_RETRY_S = 1.0
-# The table of whom to ask: peers in each range of distance, and of one network (by these prefixes) in one and in all.
+# The table of whom to ask: peers in each range of distance, and of one network in one and in all.
 ROUTING_BUCKET_MAX_COUNT = 20
-ROUTING_IPV4_PREFIX_BITS = 24
-ROUTING_IPV6_PREFIX_BITS = 48
 ROUTING_NETWORK_BUCKET_MAX_COUNT = 4
 ROUTING_NETWORK_MAX_COUNT = 16
 ROUTING_FAILURES_MAX_COUNT = 2

@@ -152,6 +152,7 @@ class MeshNode:
             role=config.role,
             software=f"sparkle-mesh {__version__}",
             heard=self.discovery.heard,
+            offended=self.membership.offended,
             entropy=config.entropy,
             clock=config.clock,
         )

@@ -41,6 +41,8 @@ class CapabilityService:
         Stands for the machine (16 bytes).
     role, software
         What it says of itself.
+    offended
+        Takes a peer that asked what is no question, or did not seal it for this mesh.
     heard
         Takes a peer that was named in a lookup, where it is said to listen, and ``"exchange"``.
     """
@@ -55,6 +57,7 @@ class CapabilityService:
         role: str,
         software: str,
         heard: Callable[[PeerId, Sequence[Address], str], object] = lambda *_: None,
+        offended: Callable[[PeerId], object] = lambda peer_id: None,
         entropy: Entropy = SYSTEM_ENTROPY,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
@@ -64,7 +67,7 @@ class CapabilityService:
         self._store = RecordStore(secrets)
         self._answers = Answers(self._table, self._store)
         self._asker = Asker(fabric, secrets, entropy)
-        self._answerer = Answerer(fabric, secrets, entropy, self._answer)
+        self._answerer = Answerer(fabric, secrets, entropy, self._answer, offended)
         self._limiter = trio.CapacityLimiter(limits.LOOKUPS_AT_ONCE_MAX_COUNT)
         self._publisher = Publisher(
             identity,

@@ -123,13 +123,18 @@ class _Allowance:
 
 
 class Answerer:
-    """Serves the protocol: ``answer(question, sender)`` for each question."""
+    """Serves the protocol: ``answer(question, sender)`` for each question, ``offended(sender)`` for what is none."""
 
     def __init__(
-        self, fabric: Fabric, secrets: Secrets, entropy: Entropy, answer: Callable[[Question, PeerId], Answer]
+        self,
+        fabric: Fabric,
+        secrets: Secrets,
+        entropy: Entropy,
+        answer: Callable[[Question, PeerId], Answer],
+        offended: Callable[[PeerId], object],
     ) -> None:
         self._fabric, self._secrets, self._entropy = fabric, secrets, entropy
-        self._answer = answer
+        self._answer, self._offended = answer, offended
         self._streams: Counter[PeerId] = Counter()
         self._allowances: dict[PeerId, _Allowance] = {}
         #: Streams that ended with something that is no question, since the start.
@@ -153,6 +158,7 @@ class Answerer:
             await stream.aclose()
         except SparkleError:
             self.malformed_count += 1
+            self._offended(peer_id)
             raise
         finally:
             self._streams[peer_id] -= 1

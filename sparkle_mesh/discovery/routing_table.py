@@ -9,14 +9,13 @@ a joining peer.
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 
 from sparkle_mesh import limits
-from sparkle_mesh.discovery.addresses import parse_endpoint
 from sparkle_mesh.fabric.interface import Address, PeerId
+from sparkle_mesh.fabric.networks import network_of
 
 KEY_BITS = 256
 
@@ -29,21 +28,6 @@ def key_of_peer(peer_id: PeerId) -> bytes:
 def distance(one: bytes, other: bytes) -> int:
     """Return the XOR of two keys of 32 bytes as a number."""
     return int.from_bytes(one, "big") ^ int.from_bytes(other, "big")
-
-
-def network_of(address: Address | None) -> str | None:
-    """Return the network that ``address`` is in, for limits by subnet; None where none apply.
-
-    Those of this host and of private networks are not limited: whoever is there is there by permission.
-    """
-    endpoint = parse_endpoint(address) if address is not None else None
-    if endpoint is None or not endpoint.kind.startswith("ip"):
-        return None
-    ip = ipaddress.ip_address(endpoint.host)
-    if not ip.is_global:
-        return None
-    prefix = limits.ROUTING_IPV4_PREFIX_BITS if ip.version == 4 else limits.ROUTING_IPV6_PREFIX_BITS
-    return str(ipaddress.ip_network((ip, prefix), strict=False))
 
 
 @dataclass(slots=True)

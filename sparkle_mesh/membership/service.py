@@ -8,10 +8,8 @@ decides: the machines of :mod:`.proof`, :mod:`.formation` and :mod:`.view_change
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import trio
@@ -29,6 +27,7 @@ from sparkle_mesh.errors import (
 from sparkle_mesh.fabric.framing import receive_message, send_message
 from sparkle_mesh.fabric.interface import Address, Fabric, FabricStream, PeerConnected, PeerId
 from sparkle_mesh.membership.channel import PeerChannel
+from sparkle_mesh.membership.door import Door
 from sparkle_mesh.membership.events import PeerAdmitted, PeerGone, PeerRefused, ViewChanged
 from sparkle_mesh.membership.formation import Candidate
 from sparkle_mesh.membership.heartbeat import Heartbeat
@@ -104,7 +103,7 @@ class MembershipService(MembershipViews):
         self._fabric = fabric
         self._secrets = secrets
         self._host_id, self._min_peers, self._software = host_id, min_peers, software
-        self._open_to_all = public or secrets.keyed
+        self._door = Door(keyed=secrets.keyed, public=public)
         self._heard = heard
         self._entropy = entropy
         self._opening: set[PeerId] = set()
@@ -216,6 +215,10 @@ class MembershipService(MembershipViews):
     async def _open(self, peer_id: PeerId) -> None:
         if peer_id in self._opening or peer_id in self._channels or self._leaving:
             return
+        banned = self._door.ban(peer_id, trio.current_time())
+        if banned is not None:
+            self._events.send(PeerRefused(peer_id, banned.reason, wrong_key=False))
+            return
         self._opening.add(peer_id)
         try:
             stream = await self._open_stream(peer_id)
@@ -252,12 +255,12 @@ class MembershipService(MembershipViews):
     def _reason_to_refuse(self, peer_id: PeerId) -> Refused | None:
         if self._leaving:
             return Refused(code="left", reason="this process has left the mesh")
-        if len(self._channels) >= limits.MESH_PEERS_MAX_COUNT:
-            return Refused(code="full", reason=f"{limits.MESH_PEERS_MAX_COUNT} peers are connected already")
-        address = self._fabric.remote_address(peer_id)
-        if not self._open_to_all and not is_local_address(address):
-            return Refused(code="not_local", reason="a mesh without a key is open to this host and its LAN only")
-        return None
+        present = (self._fabric.remote_address(other) for other in self._channels if other != peer_id)
+        return self._door.refusal(peer_id, self._fabric.remote_address(peer_id), present, trio.current_time())
+
+    def offended(self, peer_id: PeerId) -> None:
+        """``peer_id`` has broken a protocol of the mesh: who does so often is banned for a time."""
+        self._door.offended(peer_id, trio.current_time())
 
     async def _greet_and_follow(
         self, stream: FabricStream, proof: OpenerProof | AnswererProof, first: list[Instruction]
@@ -383,6 +386,7 @@ class MembershipService(MembershipViews):
                 return
             except ProtocolError as error:
                 logger.warning("peer %s broke the protocol: %s", channel.peer_id, error)
+                self.offended(channel.peer_id)
                 channel.gone_reason = f"it broke the protocol: {error}"
                 return
             self._heartbeat.heard(channel)
@@ -407,17 +411,6 @@ class MembershipService(MembershipViews):
                 case Meeting() | Merger():
                     self._meet(channel, message)
                 case _:
+                    self.offended(channel.peer_id)
                     channel.gone_reason = f"it broke the protocol: {type(message).__name__} out of place"
                     return
-
-
-def is_local_address(address: Address | None) -> bool:
-    """Whether a multiaddr is on this host, a private network, or link-local."""
-    if address is None:
-        return False
-    parts = address.split("/")
-    for protocol, value in pairwise(parts[1:]):
-        if protocol in ("ip4", "ip6"):
-            ip = ipaddress.ip_address(value.split("%")[0])
-            return ip.is_private or ip.is_loopback or ip.is_link_local
-    return address.startswith("/memory/")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sparkle_mesh import limits
-from sparkle_mesh.discovery.routing_table import KEY_BITS, RoutingTable, distance, key_of_peer, network_of
+from sparkle_mesh.discovery.routing_table import KEY_BITS, RoutingTable, distance, key_of_peer
 
 ME = "12D3KooWMe"
 
@@ -82,23 +81,6 @@ def test_an_answer_makes_up_for_failures_and_tells_new_addresses():
     table.answered("a", (), 6.0)
     assert table.get("a").addresses == ("/new",)
     assert table.get("a").failures == 0
-
-
-@pytest.mark.parametrize(
-    ("address", "network"),
-    [
-        ("/ip4/8.8.4.4/tcp/1", "8.8.4.0/24"),
-        ("/ip6/2607:f8b0:4005:805::1/tcp/1", "2607:f8b0:4005::/48"),
-        ("/ip4/192.168.1.5/tcp/1", None),
-        ("/ip4/127.0.0.1/tcp/1", None),
-        ("/ip6/::1/tcp/1", None),
-        ("/dns4/example.org/tcp/1", None),
-        ("/memory/1", None),
-        (None, None),
-    ],
-)
-def test_networks(address, network):
-    assert network_of(address) == network
 
 
 def test_one_network_fills_neither_a_range_nor_the_table():

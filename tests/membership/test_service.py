@@ -36,7 +36,6 @@ from sparkle_mesh.membership.service import (
     PeerGone,
     PeerRefused,
     ViewChanged,
-    is_local_address,
 )
 from sparkle_mesh.membership.view import Member, View
 from sparkle_mesh.nurseries import bare_errors
@@ -368,6 +367,29 @@ async def test_garbage_after_the_proof_ends_that_peer_alone(autojump_clock: trio
         assert b.service.is_admitted("c")
 
 
+async def test_who_breaks_the_protocol_again_and_again_is_banned_for_a_time(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with open_mesh() as mesh:
+        b = await mesh.start("b")
+        for count in range(1, limits.OFFENCES_MAX_COUNT + 1):
+            async with impostor(mesh, "a") as (stream, _):
+                await b.until(PeerAdmitted, count)
+                await stream.write(b"\x00\x00\x00\x04junk")  # type: ignore[attr-defined]
+                await b.until(PeerGone, count)
+        async with mesh.network.open("a") as fabric:
+            await fabric.connect("b", b.fabric.addresses)
+            stream = await fabric.open_stream("b", PROTOCOL)
+            assert "too often: not for another 600 s" in str(await receive_message(stream, Greeting))
+            assert "too often" in str((await b.until(PeerRefused))[-1])
+            # Nor is it asked in.
+            await b.service._open("a")
+            assert len(await b.until(PeerRefused, 2)) == 2
+        await trio.sleep(limits.BAN_MIN_S)
+        async with impostor(mesh, "a"):
+            await b.until(PeerAdmitted, limits.OFFENCES_MAX_COUNT + 1)
+
+
 async def test_an_introduction_under_another_name_is_refused(autojump_clock: trio.testing.MockClock) -> None:
     async with open_mesh() as mesh:
         b = await mesh.start("b")
@@ -454,25 +476,6 @@ async def test_news_are_sealed_and_told_once(autojump_clock: trio.testing.MockCl
         await trio.sleep(1)
         assert services[0].refused_count == 2
         nursery.cancel_scope.cancel()
-
-
-@pytest.mark.parametrize(
-    ("address", "local"),
-    [
-        ("/ip4/127.0.0.1/tcp/1", True),
-        ("/ip4/192.168.3.4/tcp/1", True),
-        ("/ip4/10.0.0.1/tcp/1", True),
-        ("/ip6/::1/tcp/1", True),
-        ("/ip6/fe80::1%eth0/tcp/1", True),
-        ("/ip4/8.8.8.8/tcp/1", False),
-        ("/ip6/2001:4860:4860::8888/tcp/1", False),
-        ("/dns4/example.org/tcp/1", False),
-        ("/memory/7", True),
-        (None, False),
-    ],
-)
-def test_which_addresses_are_local(address: str | None, local: bool) -> None:
-    assert is_local_address(address) is local
 
 
 async def test_a_message_for_a_peer_that_does_not_read_lets_it_go(
