@@ -73,19 +73,20 @@ def test_processes_end_with_one_model(processes, mesh_name, tmp_path):
 
 def test_last_step_waits_for_a_late_one(processes, mesh_name, tmp_path):
     """The twenty milliseconds that are left when one dies are over long before another has started."""
-    common = [TRAINER, "--mesh", mesh_name, "--min-peers", "2", "--steps", "30", "--step-ms", "1", "--json"]
-    commands = [[*common, "--end-together", "--report", tmp_path / f"{number}.json"] for number in range(3)]
-    first, victim = processes.start(*commands[0]), processes.start(*commands[1])
+    # Three: of two, the second may not go on when the first dies.
+    common = [TRAINER, "--mesh", mesh_name, "--min-peers", "3", "--steps", "30", "--step-ms", "1", "--json"]
+    commands = [[*common, "--end-together", "--report", tmp_path / f"{number}.json"] for number in range(4)]
+    *others, victim = [processes.start(*command) for command in commands[:3]]
     assert victim.stdout.readline()
     victim.kill()
-    newcomer = processes.start(*commands[2])
-    for process in (first, newcomer):
+    for process in (*others, processes.start(*commands[3])):
         _, err = process.communicate(timeout=processes.TIMEOUT_S)
         assert process.returncode == 0, err
-    stayed, came = (json.loads((tmp_path / f"{number}.json").read_text()) for number in (0, 2))
-    assert stayed["weights_sha256"] == came["weights_sha256"]
-    assert (stayed["size"], came["size"]) == (2, 2)
-    assert (len(stayed["losses"]), len(came["losses"]), came["first_step"]) == (30, 1, 29)
+    *stayed, came = (json.loads((tmp_path / f"{number}.json").read_text()) for number in (0, 1, 3))
+    assert {one["weights_sha256"] for one in stayed} == {came["weights_sha256"]}
+    assert [one["size"] for one in (*stayed, came)] == [3, 3, 3]
+    assert [len(one["losses"]) for one in (*stayed, came)] == [30, 30, 1]
+    assert came["first_step"] == 29
 
 
 def test_key_file_admits(processes, mesh_name, tmp_path):
