@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, suppress
 from pathlib import Path
@@ -136,6 +137,19 @@ def test_what_is_cancelled_raises_on_all(tmp_path: Path, links: list[str]) -> No
         return str(mesh.all_reduce(np.ones(2)).tolist())
 
     assert on_both(tmp_path, call, links=links) == ["[2.0, 2.0]"] * 2
+
+
+def test_devices_are_found(tmp_path: Path) -> None:
+    def call(mesh: sparkle.Mesh) -> list[Any]:
+        with pytest.raises(UsageError, match="kind 'gpu'"):
+            mesh.find_devices("gpu")
+        # Both are trainers of one machine, which tells of its processor once. What it has is known soon after joining.
+        until = time.monotonic() + 20
+        while not (found := mesh.find_devices("cpu", min_memory="1MB", limit=5)) and time.monotonic() < until:
+            time.sleep(0.05)
+        return [(one.device.kind, one.device.index, one.role) for one in found]
+
+    assert on_both(tmp_path, call, links=["tcp"]) == [[("cpu", 0, "trainer")]] * 2
 
 
 def test_what_has_ended_is_told_after_the_mesh_was_closed_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
