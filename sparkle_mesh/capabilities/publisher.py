@@ -105,7 +105,8 @@ class Publisher:
                 await trio.sleep(limits.CAPABILITY_SETTLE_S)
 
     async def withdraw(self) -> None:
-        """Ask all holders to forget the record."""
+        """Publish no more, and ask all holders to forget the record."""
+        self._devices = None
         async with trio.open_nursery() as nursery:
             for peer, _ in self._holders.values():
                 nursery.start_soon(self._tell, peer, Withdraw())

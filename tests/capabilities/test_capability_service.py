@@ -8,6 +8,7 @@ import pytest
 import trio
 
 from sparkle_mesh import limits
+from sparkle_mesh.capabilities.search import DeviceQuery
 from sparkle_mesh.devices.detect import DeviceInfo
 
 GIB = 1 << 30
@@ -109,3 +110,30 @@ async def test_alone_one_finds_its_own(open_mesh, autojump_clock, alone):
         assert await peer.finds("cuda", min_gflops=50_000, dtype="float64") == []
         assert await peer.finds() == [peer.peer_id, peer.peer_id]
         assert await peer.finds(limit=1) == [peer.peer_id]
+
+
+async def test_what_was_found_by_the_deadline_is_told(open_mesh, autojump_clock):
+    """Though one of those who are to be asked says nothing at all."""
+    async with open_mesh() as mesh:
+        peers = []
+        for _ in range(6):
+            peers.append(await mesh.add([device()], peers))
+        await trio.sleep(5.0)
+        silent = peers[2]
+        mesh.network.partition([silent.peer_id], [peer.peer_id for peer in peers if peer is not silent])
+        started = trio.current_time()
+        found = await peers[0].service.find_devices(DeviceQuery.of("cpu"), timeout_s=1.0)
+        assert trio.current_time() - started <= 1.0
+        assert {one.peer_id for one in found} == {peer.peer_id for peer in peers}
+        mesh.network.heal()
+
+
+async def test_who_has_left_publishes_no_more(open_mesh, autojump_clock):
+    async with open_mesh() as mesh:
+        peers = []
+        for _ in range(3):
+            peers.append(await mesh.add([device()], peers))
+        await trio.sleep(5.0)
+        await peers[0].service.leave()
+        await trio.sleep(3 * limits.CAPABILITY_RENEW_S)
+        assert peers[0].peer_id not in await peers[1].finds("cpu")
