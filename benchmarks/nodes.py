@@ -209,10 +209,12 @@ def _in_namespace(arguments: Sequence[str]) -> int | None:
     """Run this again in a network namespace of its own, and return its exit code; None where that cannot be."""
     if os.geteuid() != 0 or shutil.which("unshare") is None or shutil.which("ip") is None:
         return None
+    enter = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+    # In some containers root may not.
+    if subprocess.run([*enter, "true"], check=False, capture_output=True).returncode:
+        return None
     inner = [sys.executable, os.fspath(Path(__file__).resolve()), "--in-namespace", *arguments]
-    return subprocess.run(
-        ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *inner], check=False
-    ).returncode
+    return subprocess.run([*enter, *inner], check=False).returncode
 
 
 def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
