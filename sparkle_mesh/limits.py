@@ -288,6 +288,8 @@ LOOKUP_PARALLEL_COUNT = 4
 LOOKUP_PEERS_MAX_COUNT = 64
 LOOKUP_NAMED_MAX_COUNT = 16
 LOOKUP_PATIENCE_S = 0.3
+# Of the closest, how many may be of one public network: of a crowd there, the others hold what it does not.
+LOOKUP_NETWORK_MAX_COUNT = 3
 LOOKUPS_AT_ONCE_MAX_COUNT = 8
 DISCOVERY_STATUS_JOIN_MAX_COUNT = 32
 # 239.0.0.0/8 is for use within a site (RFC 2365); one hop, so that it stays on the local network.

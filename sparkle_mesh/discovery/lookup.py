@@ -8,6 +8,7 @@ asked, and the lookup has a deadline: so that one who names peers that it made u
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from sparkle_mesh import limits
 from sparkle_mesh.discovery.addresses import dialable, is_peer_id_text
 from sparkle_mesh.discovery.routing_table import distance, key_of_peer
 from sparkle_mesh.fabric.interface import Address, PeerId
+from sparkle_mesh.fabric.networks import network_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,8 @@ class Named:
 class _Candidate:
     named: Named
     distance: int
+    #: Public ones that it is said to listen in.
+    networks: frozenset[str]
     #: None before it is asked.
     asked_at: float | None = None
     answered: bool = False
@@ -78,7 +82,8 @@ class Lookup:
         for named in peers:
             peer_id = named.peer_id
             if peer_id != self._me and peer_id not in self._candidates:
-                self._candidates[peer_id] = _Candidate(named, distance(self._key, key_of_peer(peer_id)))
+                networks = frozenset(filter(None, map(network_of, named.addresses)))
+                self._candidates[peer_id] = _Candidate(named, distance(self._key, key_of_peer(peer_id)), networks)
 
     def due(self, now: float) -> list[Named]:
         """Return whom to ask now; tell ``answered`` or ``failed`` of each."""
@@ -131,8 +136,8 @@ class Lookup:
         return answered >= self._count or not any(candidate.in_flight for candidate in self._all())
 
     def closest(self) -> list[Named]:
-        """Return those that have answered, the closest first, ``count`` at most."""
-        return [candidate.named for candidate in self._ordered() if candidate.answered][: self._count]
+        """Return those that have answered, the closest first, ``count`` at most, and few of one network."""
+        return [candidate.named for candidate in self._few_of_each(c for c in self._ordered() if c.answered)]
 
     def _all(self) -> Iterable[_Candidate]:
         return self._candidates.values()
@@ -145,5 +150,17 @@ class Lookup:
 
     def _front(self, now: float) -> list[_Candidate]:
         """Those that matter now: the closest ``count``, without those that have failed or are slow."""
-        usable = [c for c in self._ordered() if not c.failed and not (c.in_flight and c.is_slow(now))]
-        return usable[: self._count]
+        usable = (c for c in self._ordered() if not c.failed and not (c.in_flight and c.is_slow(now)))
+        return self._few_of_each(usable)
+
+    def _few_of_each(self, candidates: Iterable[_Candidate]) -> list[_Candidate]:
+        """Return the first ``count``, without those whose network has its share: a crowd must not be all of them."""
+        chosen: list[_Candidate] = []
+        shares: Counter[str] = Counter()
+        for candidate in candidates:
+            if len(chosen) == self._count:
+                break
+            if all(shares[network] < limits.LOOKUP_NETWORK_MAX_COUNT for network in candidate.networks):
+                shares.update(candidate.networks)
+                chosen.append(candidate)
+        return chosen

@@ -113,6 +113,27 @@ def test_one_that_names_peers_it_made_up_costs_little():
     assert took_s <= limits.LOOKUP_TIMEOUT_S
 
 
+def test_a_crowd_of_one_network_is_few_of_the_closest():
+    crowd = [Named(f"sybil{n}", (f"/ip4/8.8.4.{n}/tcp/1",)) for n in range(200)]
+    others = [Named(f"peer{n}", (f"/ip4/9.9.{n}.1/tcp/1",)) for n in range(20)]
+    lookup = Lookup(KEY, ME, [*crowd[:16], *others], now=0.0)
+    peers = {peer.peer_id: peer for peer in (*crowd, *others)}
+
+    def knows(name: str) -> list[str]:
+        return closest_of([peer.peer_id for peer in (crowd if name.startswith("sybil") else others)], 16)
+
+    now = 0.0
+    while not lookup.is_over(now):
+        for peer in lookup.due(now):
+            lookup.answered(peer.peer_id, [peers[name] for name in knows(peer.peer_id)])
+        now += 0.01
+    closest = [peer.peer_id for peer in lookup.closest()]
+    assert len(closest) == COUNT
+    sybils = [name for name in closest if name.startswith("sybil")]
+    assert len(sybils) == limits.LOOKUP_NETWORK_MAX_COUNT
+    assert closest_of([peer.peer_id for peer in others], COUNT - len(sybils)) == [n for n in closest if n not in sybils]
+
+
 def test_answers_that_nobody_asked_for_and_bad_names_are_left_alone():
     lookup = Lookup(KEY, ME, named("a"), now=0.0)
     lookup.answered("stranger", named("b"))
