@@ -360,7 +360,7 @@ class GroupState:
             missing = f": {self._who_is_missing(operation)}" if timed_out else ""
             ended = f"did not finish {timed_out}{missing}" if timed_out else "was cancelled"
             kind = CollectiveTimeoutError if timed_out else CollectiveAbortedError
-            operation.fail(kind(f"{what} {ended}"))
+            self._fail(operation, kind(f"{what} {ended}"))
         elif timed_out is None:
             error: SparkleError = CollectiveAbortedError(f"{what} was cancelled")
             self._abort(operation, error, cause="cancelled", reason="its call was cancelled")
@@ -411,6 +411,12 @@ class GroupState:
             return
         self._abort(operation, error, cause=message.cause, origin=message.origin, reason=message.reason)
 
+    def _fail(self, operation: Operation, error: SparkleError) -> None:
+        """End ``operation`` with ``error``, and let whoever carries it out over shared memory look."""
+        operation.fail(error)
+        if operation.one_sided and self._host is not None:
+            self._host.wake()
+
     def _abort(
         self,
         operation: Operation,
@@ -422,9 +428,7 @@ class GroupState:
         reason: str = "",
     ) -> None:
         """Fail ``operation`` here and, passing the news on, everywhere."""
-        operation.fail(error)
-        if operation.one_sided and self._host is not None:
-            self._host.wake()
+        self._fail(operation, error)
         message = self._abort_message(operation.number, cause, origin=origin, lost=lost, reason=reason)
         self._post(message, operation.agreement.ranks)
 
@@ -454,9 +458,7 @@ class GroupState:
             self._host.retire()
         for operation in list(self.operations.values()):
             if not operation.finished.is_set():
-                operation.fail(type(error)(str(error)))
-                if self._host is not None and operation.one_sided:
-                    self._host.wake()
+                self._fail(operation, type(error)(str(error)))
         self.notify()
 
     def _post(self, message: Control, ranks: Sequence[int]) -> None:

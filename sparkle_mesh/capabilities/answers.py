@@ -20,6 +20,7 @@ from sparkle_mesh.capabilities.store import RecordStore, StaleRecordError
 from sparkle_mesh.discovery.routing_table import RoutingTable
 from sparkle_mesh.errors import SparkleError
 from sparkle_mesh.fabric.interface import Address, PeerId
+from sparkle_mesh.fabric.networks import ip_of
 
 
 class Answers:
@@ -46,7 +47,7 @@ class Answers:
 
     def _stored(self, question: Store, sender: PeerId, remote_address: Address | None, now: float) -> Answer:
         # Without the port: it is another one for each connection.
-        origin = (remote_address or sender).rpartition("/tcp/")[0] or sender
+        origin = str(ip_of(remote_address) or sender)
         held_sequence = None
         try:
             self._store.store(question.record, question.keys, now, sender=sender, origin=origin)

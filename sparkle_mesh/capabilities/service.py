@@ -15,7 +15,7 @@ from sparkle_mesh import limits
 from sparkle_mesh.capabilities.answers import Answers
 from sparkle_mesh.capabilities.messages import Answer, Find, Found, HeldRecord, Question
 from sparkle_mesh.capabilities.publisher import Publisher
-from sparkle_mesh.capabilities.records import Secrets, SignedRecord, open_filed
+from sparkle_mesh.capabilities.records import CapabilityRecord, Secrets, SignedRecord, open_filed
 from sparkle_mesh.capabilities.search import DeviceQuery, FoundDevice, FoundRecord, choose_devices
 from sparkle_mesh.capabilities.store import RecordStore
 from sparkle_mesh.capabilities.streams import Answerer, Asker
@@ -133,10 +133,7 @@ class CapabilityService:
             async with self._limiter:
                 # A little is left to look at what came.
                 left_s = 0.9 * (until - trio.current_time())
-                for found in await self._find(self._secrets.locate(label), left_s):
-                    known = records.get(found.publisher)
-                    if known is None or (-known.sequence, known.age_s) > (-found.sequence, found.age_s):
-                        records[found.publisher] = found
+                await self._find(self._secrets.locate(label), left_s, records)
 
         with trio.move_on_after(timeout_s):
             async with trio.open_nursery() as nursery:
@@ -207,35 +204,33 @@ class CapabilityService:
         closest.sort(key=lambda peer: distance(key, key_of_peer(peer.peer_id)))
         return closest[: limits.CAPABILITY_HOLDERS_COUNT]
 
-    async def _find(self, key: bytes, timeout_s: float) -> list[FoundRecord]:
-        """Return the verified records under ``key``."""
+    async def _find(self, key: bytes, timeout_s: float, records: dict[PeerId, FoundRecord]) -> None:
+        """Add the verified records under ``key``, of each publisher the newest, and that at its least age."""
         now = trio.current_time()
         held = [(self._fabric.peer_id, HeldRecord(record=r, age_s=age_s)) for r, age_s in self._store.get(key, now)]
         await self._lookup(key, timeout_s=timeout_s, records=held)
-        best: dict[PeerId, FoundRecord] = {}
-        verdicts: dict[SignedRecord, FoundRecord | None] = {}
+        verdicts: dict[SignedRecord, CapabilityRecord | None] = {}
         for holder, one in held:
             if one.age_s >= one.record.lifetime_s:
                 continue
             if one.record not in verdicts:
-                verdicts[one.record] = self._verified(key, one)
-            found = verdicts[one.record]
-            if found is None:
+                verdicts[one.record] = self._verified(key, one.record)
+            record = verdicts[one.record]
+            if record is None:
                 self.forged_count += 1
                 self._table.failed(holder)
                 continue
-            known = best.get(found.publisher)
-            if known is None or (found.sequence, -one.age_s) > (known.sequence, -known.age_s):
-                best[found.publisher] = FoundRecord(found.publisher, found.sequence, found.record, one.age_s)
-        return list(best.values())
+            found = FoundRecord(one.record.publisher, one.record.sequence, record, one.age_s)
+            known = records.get(found.publisher)
+            if known is None or (found.sequence, -found.age_s) > (known.sequence, -known.age_s):
+                records[found.publisher] = found
 
-    def _verified(self, key: bytes, held: HeldRecord) -> FoundRecord | None:
+    def _verified(self, key: bytes, signed: SignedRecord) -> CapabilityRecord | None:
         try:
-            record = open_filed(held.record, [key], self._secrets)
+            return open_filed(signed, [key], self._secrets)
         except SparkleError as error:
             logger.debug("a record that was found is not used: %s", error)
             return None
-        return FoundRecord(held.record.publisher, held.record.sequence, record, held.age_s)
 
     async def _lookup(
         self,

@@ -83,9 +83,7 @@ class RecordStore:
         if not wanted:
             raise ProtocolError(f"a record of {sender} is filed under no key")
         held = self._held.get(sender)
-        if held is not None and held.record.sequence > record.sequence:
-            raise StaleRecordError(sender, record.sequence, held.record.sequence)
-        if held is not None and held.record.sequence == record.sequence and held.record != record:
+        if held is not None and held.record.sequence >= record.sequence and held.record != record:
             raise StaleRecordError(sender, record.sequence, held.record.sequence)
         open_filed(record, wanted, self._secrets)
         if held is not None:

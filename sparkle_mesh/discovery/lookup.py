@@ -132,8 +132,7 @@ class Lookup:
         if unanswered and self._asked_count() < limits.LOOKUP_PEERS_MAX_COUNT:
             return False
         # Those that are slow are waited for only where too few others have answered.
-        answered = sum(candidate.answered for candidate in self._all())
-        return answered >= self._count or not any(candidate.in_flight for candidate in self._all())
+        return len(self.closest()) == self._count or not any(candidate.in_flight for candidate in self._all())
 
     def closest(self) -> list[Named]:
         """Return those that have answered, the closest first, ``count`` at most, and few of one network."""

@@ -102,12 +102,14 @@ class RoutingTable:
             return True
         key = key_of_peer(peer_id)
         index = distance(self._key, key).bit_length()
-        bucket = self._buckets.setdefault(index, {})
+        bucket = self._buckets.get(index, {})
         network = network_of(remote_address)
         if network is not None and not self._has_room_for(network, bucket):
             return False
         if len(bucket) >= self._bucket_max_count and not self._displace_one(bucket):
             return False
+        # What was displaced may have been the last of its range.
+        bucket = self._buckets.setdefault(index, {})
         bucket[peer_id] = self._routes[peer_id] = Route(peer_id, key, bounded, network, now)
         return True
 

@@ -18,8 +18,8 @@ class Heartbeat:
 
     Parameters
     ----------
-    nodes_only
-        Whether this process is no trainer: then nobody waits for its peers.
+    is_node
+        Whether this process is a node: then it waits for nobody.
     max_silence_s
         For how long a peer may be silent at most, whatever is usual for it.
     """
@@ -29,13 +29,13 @@ class Heartbeat:
         channels: Mapping[str, PeerChannel],
         entropy: Entropy,
         *,
-        nodes_only: bool = False,
+        is_node: bool = False,
         max_silence_s: float = limits.SUSPICION_CEILING_S,
         suspected: Callable[[Member, str], None],
         trusted: Callable[[Member], None],
     ) -> None:
         self._channels, self._entropy = channels, entropy
-        self._nodes_only = nodes_only
+        self._is_node = is_node
         self._max_silence_s = max_silence_s
         self._suspected, self._trusted = suspected, trusted
         #: Who is to be asked, one after the other.
@@ -67,7 +67,7 @@ class Heartbeat:
 
     def _is_of_node(self, channel: PeerChannel) -> bool:
         """Whether at one of its ends is a node: that may be silent for longer."""
-        return self._nodes_only or channel.introduction.role == "node"
+        return self._is_node or channel.introduction.role == "node"
 
     def _next_turns(self, now: float) -> list[str]:
         """Whom to ask now: all, or those of many that were not asked for longest; nodes more seldom."""

@@ -111,7 +111,7 @@ class MembershipService(MembershipViews):
         self._heartbeat = Heartbeat(
             self._channels,
             entropy,
-            nodes_only=role == "node",
+            is_node=role == "node",
             max_silence_s=max_silence_s,
             suspected=self.suspect,
             trusted=self.trust,

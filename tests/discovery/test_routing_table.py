@@ -100,3 +100,14 @@ def test_one_network_fills_neither_a_range_nor_the_table():
 
 def _range_of(name: str) -> int:
     return distance(key_of_peer(ME), key_of_peer(name)).bit_length()
+
+
+def test_a_range_of_one_takes_another_in_the_place_of_one_that_is_silent():
+    table = RoutingTable(ME, bucket_max_count=1)
+    first, second = [name for name in (f"peer{n}" for n in range(100)) if _range_of(name) == KEY_BITS][:2]
+    assert table.answered(first, (), 0.0)
+    table.failed(first)
+    assert table.answered(second, (), 1.0)
+    table.gone(second)
+    assert len(table) == 0
+    assert table.answered(first, (), 2.0)

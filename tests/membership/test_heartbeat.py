@@ -113,17 +113,17 @@ def test_patience_is_learned_between_floor_and_ceiling() -> None:
     assert patience_s([0.1, 2.0], 3.0) == patience_s([floor], 3.0) == 3.0
 
 
-@pytest.mark.parametrize("nodes_only", [False, True])
+@pytest.mark.parametrize("is_node", [False, True])
 async def test_nodes_are_asked_seldom_and_may_be_silent_for_longer(
-    autojump_clock: trio.testing.MockClock, nodes_only: bool
+    autojump_clock: trio.testing.MockClock, is_node: bool
 ) -> None:
-    peers = Peers(3, role="trainer" if nodes_only else "node")
+    peers = Peers(3, role="trainer" if is_node else "node")
     peers.silent.add("peer-001")
-    await peers.watch(limits.NODE_SILENCE_TIMEOUT_S - 1.0, nodes_only=nodes_only)
+    await peers.watch(limits.NODE_SILENCE_TIMEOUT_S - 1.0, is_node=is_node)
     rounds = limits.NODE_SILENCE_TIMEOUT_S / limits.NODE_PING_INTERVAL_S
     assert all(1 < count <= rounds + 1 for count in peers.asked.values())
     assert not any(channel.gone_reason for channel in peers.channels.values())
-    await peers.watch(3.0, nodes_only=nodes_only)
+    await peers.watch(3.0, is_node=is_node)
     # Nobody waits for it: it is let go, not suspected.
     assert peers.suspected == {}
     assert [name for name, channel in peers.channels.items() if channel.gone_reason] == ["peer-001"]
