@@ -31,6 +31,14 @@ Bytes16 = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 Bytes32 = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
+
+class PeerAddress(Message, array_like=True, frozen=True):
+    """A peer, and where it is said to listen."""
+
+    peer_id: PeerIdText
+    addresses: AddressList
+
+
 _encoder = msgspec.msgpack.Encoder()
 
 

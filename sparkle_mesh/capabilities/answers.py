@@ -9,7 +9,6 @@ from sparkle_mesh.capabilities.messages import (
     Find,
     Found,
     HeldRecord,
-    NamedPeer,
     Question,
     Refused,
     Renew,
@@ -21,6 +20,7 @@ from sparkle_mesh.discovery.routing_table import RoutingTable
 from sparkle_mesh.errors import SparkleError
 from sparkle_mesh.fabric.interface import Address, PeerId
 from sparkle_mesh.fabric.networks import ip_of
+from sparkle_mesh.wire import PeerAddress
 
 
 class Answers:
@@ -62,7 +62,7 @@ class Answers:
 
     def _found(self, question: Find, sender: PeerId, now: float) -> Found:
         routes = self._table.closest(question.key, limits.CAPABILITY_HOLDERS_COUNT, but=sender)
-        peers = tuple(NamedPeer(peer_id=route.peer_id, addresses=route.addresses) for route in routes)
+        peers = tuple(PeerAddress(route.peer_id, route.addresses) for route in routes)
         records: list[HeldRecord] = []
         room = limits.KAD_ANSWER_RECORDS_MAX_BYTES
         for record, age_s in self._store.get(question.key, now) if question.records else ():

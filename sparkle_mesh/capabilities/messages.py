@@ -68,13 +68,6 @@ Question: TypeAlias = Find | Store | Renew | Withdraw
 # --- Answers -----------------------------------------------------------------------------------------
 
 
-class NamedPeer(wire.Message, frozen=True, kw_only=True):
-    """A peer that answered of late, and where it says that it listens."""
-
-    peer_id: wire.PeerIdText
-    addresses: wire.AddressList
-
-
 class HeldRecord(wire.Message, frozen=True, kw_only=True):
     """A record, and how long ago its holder received or renewed it."""
 
@@ -85,7 +78,7 @@ class HeldRecord(wire.Message, frozen=True, kw_only=True):
 class Found(wire.Message, frozen=True, kw_only=True, tag="found"):
     """Answers :class:`Find`."""
 
-    peers: Annotated[tuple[NamedPeer, ...], msgspec.Meta(max_length=limits.LOOKUP_NAMED_MAX_COUNT)]
+    peers: Annotated[tuple[wire.PeerAddress, ...], msgspec.Meta(max_length=limits.LOOKUP_NAMED_MAX_COUNT)]
     records: Annotated[tuple[HeldRecord, ...], msgspec.Meta(max_length=limits.CAPABILITIES_PER_KEY_MAX_COUNT)] = ()
 
 

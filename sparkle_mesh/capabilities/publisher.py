@@ -16,10 +16,10 @@ from sparkle_mesh.capabilities.messages import Answer, Done, Question, Refused, 
 from sparkle_mesh.capabilities.records import CapabilityRecord, Secrets, SignedRecord, index_keys, sign_record
 from sparkle_mesh.clock import Clock, Entropy
 from sparkle_mesh.devices.detect import DeviceInfo
-from sparkle_mesh.discovery.lookup import Named
 from sparkle_mesh.errors import SparkleError
 from sparkle_mesh.fabric.identity import Identity
 from sparkle_mesh.fabric.interface import Address, PeerId
+from sparkle_mesh.wire import PeerAddress
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +48,8 @@ class Publisher:
         role: str,
         software: str,
         addresses: Callable[[], Sequence[Address]],
-        holders_of: Callable[[bytes], Awaitable[list[Named]]],
-        ask: Callable[[Named, Question], Awaitable[Answer]],
+        holders_of: Callable[[bytes], Awaitable[list[PeerAddress]]],
+        ask: Callable[[PeerAddress, Question], Awaitable[Answer]],
         entropy: Entropy,
         clock: Clock,
     ) -> None:
@@ -61,7 +61,7 @@ class Publisher:
         self._signed: SignedRecord | None = None
         self._keys: frozenset[bytes] = frozenset()
         # Who holds it under which keys, as far as is known.
-        self._holders: dict[PeerId, tuple[Named, frozenset[bytes]]] = {}
+        self._holders: dict[PeerId, tuple[PeerAddress, frozenset[bytes]]] = {}
         self._looked_at = float("-inf")
         self._hurry = trio.Event()
         #: Of the record that is published; 0 before there is one.
@@ -136,7 +136,7 @@ class Publisher:
             self._keys, self._looked_at = keys, float("-inf")
 
     async def _look_for_holders(self) -> None:
-        holders: dict[PeerId, tuple[Named, set[bytes]]] = {}
+        holders: dict[PeerId, tuple[PeerAddress, set[bytes]]] = {}
 
         async def look(key: bytes) -> None:
             for peer in await self._holders_of(key):
@@ -147,7 +147,7 @@ class Publisher:
                 nursery.start_soon(look, key)
         self._holders = {peer_id: (peer, frozenset(keys)) for peer_id, (peer, keys) in holders.items()}
 
-    async def _keep_at(self, peer: Named, keys: frozenset[bytes]) -> None:
+    async def _keep_at(self, peer: PeerAddress, keys: frozenset[bytes]) -> None:
         """Have ``peer`` hold the record under ``keys`` for another lifetime."""
         assert self._signed is not None
         signed = self._signed
@@ -164,7 +164,7 @@ class Publisher:
         else:
             logger.info("peer %s does not hold this machine's record: %s", peer.peer_id, stored.reason)
 
-    async def _tell(self, peer: Named, question: Question) -> Answer | None:
+    async def _tell(self, peer: PeerAddress, question: Question) -> Answer | None:
         try:
             return await self._ask(peer, question)
         except SparkleError as error:

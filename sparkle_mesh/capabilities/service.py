@@ -21,11 +21,12 @@ from sparkle_mesh.capabilities.store import RecordStore
 from sparkle_mesh.capabilities.streams import Answerer, Asker
 from sparkle_mesh.clock import SYSTEM_CLOCK, SYSTEM_ENTROPY, Clock, Entropy
 from sparkle_mesh.devices.detect import DeviceInfo
-from sparkle_mesh.discovery.lookup import Lookup, Named
+from sparkle_mesh.discovery.lookup import Lookup
 from sparkle_mesh.discovery.routing_table import RoutingTable, distance, key_of_peer
 from sparkle_mesh.errors import ProtocolError, SparkleError
 from sparkle_mesh.fabric.identity import Identity
 from sparkle_mesh.fabric.interface import Address, Fabric, PeerId
+from sparkle_mesh.wire import PeerAddress
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +182,7 @@ class CapabilityService:
     def _answer(self, question: Question, sender: PeerId) -> Answer:
         return self._answers.answer(question, sender, self._fabric.remote_address(sender), trio.current_time())
 
-    async def _ask(self, peer: Named, question: Question) -> Answer:
+    async def _ask(self, peer: PeerAddress, question: Question) -> Answer:
         try:
             answer = await self._asker.ask(peer, question)
         except SparkleError:
@@ -191,16 +192,16 @@ class CapabilityService:
         self._table.answered(peer.peer_id, peer.addresses, trio.current_time(), remote_address=remote_address)
         return answer
 
-    async def _ask_holder(self, peer: Named, question: Question) -> Answer:
+    async def _ask_holder(self, peer: PeerAddress, question: Question) -> Answer:
         if peer.peer_id == self._fabric.peer_id:
             return self._answer(question, peer.peer_id)
         return await self._ask(peer, question)
 
-    async def _holders_of(self, key: bytes) -> list[Named]:
+    async def _holders_of(self, key: bytes) -> list[PeerAddress]:
         """Return who is to hold what is stored under ``key``, this process itself among them if it is that close."""
         async with self._limiter:
             closest = await self._lookup(key)
-        closest.append(Named(self._fabric.peer_id, ()))
+        closest.append(PeerAddress(self._fabric.peer_id, ()))
         closest.sort(key=lambda peer: distance(key, key_of_peer(peer.peer_id)))
         return closest[: limits.CAPABILITY_HOLDERS_COUNT]
 
@@ -238,15 +239,15 @@ class CapabilityService:
         *,
         timeout_s: float = limits.LOOKUP_TIMEOUT_S,
         records: list[tuple[PeerId, HeldRecord]] | None = None,
-    ) -> list[Named]:
+    ) -> list[PeerAddress]:
         """Ask ever closer peers; return the closest that answered. What they hold under ``key`` goes to ``records``."""
         routes = self._table.closest(key, limits.ROUTING_BUCKET_MAX_COUNT)
-        start = [Named(route.peer_id, route.addresses) for route in routes]
+        start = [PeerAddress(route.peer_id, route.addresses) for route in routes]
         lookup = Lookup(key, self._fabric.peer_id, start, now=trio.current_time(), timeout_s=timeout_s)
         question = Find(key=key, records=records is not None, addresses=self._own_addresses())
         progress = trio.Event()
 
-        async def ask(peer: Named) -> None:
+        async def ask(peer: PeerAddress) -> None:
             try:
                 answer = await self._ask(peer, question)
                 if not isinstance(answer, Found):
@@ -255,9 +256,8 @@ class CapabilityService:
                 logger.debug("in a lookup: %s", error)
                 lookup.failed(peer.peer_id)
             else:
-                named = [Named(one.peer_id, one.addresses) for one in answer.peers]
-                lookup.answered(peer.peer_id, named)
-                for one in named:
+                lookup.answered(peer.peer_id, answer.peers)
+                for one in answer.peers:
                     self._heard(one.peer_id, one.addresses, "exchange")
                 if records is not None:
                     records.extend((peer.peer_id, held) for held in answer.records)

@@ -12,10 +12,10 @@ from sparkle_mesh import limits, wire
 from sparkle_mesh.capabilities.messages import PROTOCOL, Answer, Question, Sealed, seal_context
 from sparkle_mesh.capabilities.records import Secrets
 from sparkle_mesh.clock import Entropy
-from sparkle_mesh.discovery.lookup import Named
 from sparkle_mesh.errors import LinkClosedError, ProtocolError, SparkleError, UnreachableError
 from sparkle_mesh.fabric.framing import receive_message, send_message
 from sparkle_mesh.fabric.interface import Fabric, FabricStream, PeerId
+from sparkle_mesh.wire import PeerAddress
 
 
 class SealedStream:
@@ -53,7 +53,9 @@ class Asker:
         self._fabric, self._secrets, self._entropy = fabric, secrets, entropy
         self._ways: dict[PeerId, _Way] = {}
 
-    async def ask(self, peer: Named, question: Question, *, timeout_s: float = limits.KAD_QUESTION_TIMEOUT_S) -> Answer:
+    async def ask(
+        self, peer: PeerAddress, question: Question, *, timeout_s: float = limits.KAD_QUESTION_TIMEOUT_S
+    ) -> Answer:
         """Return what ``peer`` answers; it is connected to if it is not.
 
         Raises
@@ -69,7 +71,7 @@ class Asker:
                 return await self._ask(way, peer, question)
         raise UnreachableError(f"peer {peer.peer_id} did not answer a {type(question).__name__} in {timeout_s:g} s")
 
-    async def _ask(self, way: _Way, peer: Named, question: Question) -> Answer:
+    async def _ask(self, way: _Way, peer: PeerAddress, question: Question) -> Answer:
         if way.stream is not None:
             try:
                 return await self._exchange(way, way.stream, question)
@@ -78,7 +80,7 @@ class Asker:
                 way.stream = None
         return await self._exchange(way, await self._open(peer), question)
 
-    async def _open(self, peer: Named) -> SealedStream:
+    async def _open(self, peer: PeerAddress) -> SealedStream:
         if peer.peer_id not in self._fabric.connected_peers():
             await self._fabric.connect(peer.peer_id, peer.addresses, timeout_s=limits.KAD_QUESTION_TIMEOUT_S)
         stream = await self._fabric.open_stream(peer.peer_id, PROTOCOL, timeout_s=limits.KAD_QUESTION_TIMEOUT_S)

@@ -15,21 +15,14 @@ from dataclasses import dataclass
 from sparkle_mesh import limits
 from sparkle_mesh.discovery.addresses import dialable, is_peer_id_text
 from sparkle_mesh.discovery.routing_table import distance, key_of_peer
-from sparkle_mesh.fabric.interface import Address, PeerId
+from sparkle_mesh.fabric.interface import PeerId
 from sparkle_mesh.fabric.networks import network_of
-
-
-@dataclass(frozen=True, slots=True)
-class Named:
-    """A peer, and where it is said to listen."""
-
-    peer_id: PeerId
-    addresses: tuple[Address, ...]
+from sparkle_mesh.wire import PeerAddress
 
 
 @dataclass(slots=True)
 class _Candidate:
-    named: Named
+    named: PeerAddress
     distance: int
     #: Public ones that it is said to listen in.
     networks: frozenset[str]
@@ -67,7 +60,7 @@ class Lookup:
         self,
         key: bytes,
         me: PeerId,
-        start: Iterable[Named],
+        start: Iterable[PeerAddress],
         *,
         now: float,
         timeout_s: float = limits.LOOKUP_TIMEOUT_S,
@@ -78,14 +71,14 @@ class Lookup:
         self._candidates: dict[PeerId, _Candidate] = {}
         self._add(start)
 
-    def _add(self, peers: Iterable[Named]) -> None:
+    def _add(self, peers: Iterable[PeerAddress]) -> None:
         for named in peers:
             peer_id = named.peer_id
             if peer_id != self._me and peer_id not in self._candidates:
                 networks = frozenset(filter(None, map(network_of, named.addresses)))
                 self._candidates[peer_id] = _Candidate(named, distance(self._key, key_of_peer(peer_id)), networks)
 
-    def due(self, now: float) -> list[Named]:
+    def due(self, now: float) -> list[PeerAddress]:
         """Return whom to ask now; tell ``answered`` or ``failed`` of each."""
         if now >= self._deadline:
             return []
@@ -103,7 +96,7 @@ class Lookup:
         ]
         return min([self._deadline, *(time for time in patience if time > now)])
 
-    def answered(self, peer_id: PeerId, closer: Iterable[Named]) -> None:
+    def answered(self, peer_id: PeerId, closer: Iterable[PeerAddress]) -> None:
         """``peer_id`` has answered, and names peers that it holds to be closer."""
         candidate = self._candidates.get(peer_id)
         if candidate is None or not candidate.in_flight:
@@ -112,7 +105,7 @@ class Lookup:
         named = [peer for peer in closer if is_peer_id_text(peer.peer_id)]
         named.sort(key=lambda peer: distance(self._key, key_of_peer(peer.peer_id)))
         self._add(
-            Named(peer.peer_id, dialable(peer.peer_id, peer.addresses))
+            PeerAddress(peer.peer_id, dialable(peer.peer_id, peer.addresses))
             for peer in named[: limits.LOOKUP_NAMED_MAX_COUNT]
         )
 
@@ -134,7 +127,7 @@ class Lookup:
         # Those that are slow are waited for only where too few others have answered.
         return len(self.closest()) == self._count or not any(candidate.in_flight for candidate in self._all())
 
-    def closest(self) -> list[Named]:
+    def closest(self) -> list[PeerAddress]:
         """Return those that have answered, the closest first, ``count`` at most, and few of one network."""
         return [candidate.named for candidate in self._few_of_each(c for c in self._ordered() if c.answered)]
 

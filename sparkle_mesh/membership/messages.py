@@ -104,23 +104,16 @@ class Introduction(wire.Message, tag="introduction", frozen=True):
     software: wire.NameText = ""
 
 
-class PeerAddress(wire.Message, array_like=True, frozen=True):
-    """A peer somebody is connected to."""
-
-    peer_id: wire.PeerIdText
-    addresses: wire.AddressList
-
-
 class PeerExchange(wire.Message, tag="peers", frozen=True):
     """Peers of this mesh the sender is connected to."""
 
-    peers: Annotated[tuple[PeerAddress, ...], msgspec.Meta(max_length=limits.PEER_EXCHANGE_MAX_COUNT)]
+    peers: Annotated[tuple[wire.PeerAddress, ...], msgspec.Meta(max_length=limits.PEER_EXCHANGE_MAX_COUNT)]
 
 
 class Met(wire.Message, tag="met", frozen=True):
     """Gossiped by whoever meets peers that nobody has told of yet: others may reach them there. Sealed."""
 
-    peers: Annotated[tuple[PeerAddress, ...], msgspec.Meta(max_length=limits.PEER_EXCHANGE_MAX_COUNT)]
+    peers: Annotated[tuple[wire.PeerAddress, ...], msgspec.Meta(max_length=limits.PEER_EXCHANGE_MAX_COUNT)]
 
 
 class Presence(wire.Message, tag="presence", frozen=True):

@@ -18,7 +18,8 @@ from sparkle_mesh.clock import SYSTEM_ENTROPY, Entropy
 from sparkle_mesh.errors import ProtocolError
 from sparkle_mesh.fabric.interface import Address, Fabric, PeerId
 from sparkle_mesh.membership.keys import MeshSecrets
-from sparkle_mesh.membership.messages import Met, PeerAddress, Presence, Role
+from sparkle_mesh.membership.messages import Met, Presence, Role
+from sparkle_mesh.wire import PeerAddress
 
 logger = logging.getLogger(__name__)
 

@@ -44,7 +44,6 @@ from sparkle_mesh.membership.messages import (
     Leaving,
     Meeting,
     Merger,
-    PeerAddress,
     PeerExchange,
     Ping,
     Pong,
@@ -56,6 +55,7 @@ from sparkle_mesh.membership.messages import (
 from sparkle_mesh.membership.proof import AnswererProof, Fail, Instruction, OpenerProof, Proven, Say
 from sparkle_mesh.membership.view import Member, View
 from sparkle_mesh.membership.views import MembershipViews
+from sparkle_mesh.wire import PeerAddress
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,6 @@ from sparkle_mesh.capabilities.messages import (
     Find,
     Found,
     HeldRecord,
-    NamedPeer,
     Refused,
     Renew,
     Sealed,
@@ -28,11 +27,11 @@ from sparkle_mesh.capabilities.search import DeviceQuery
 from sparkle_mesh.capabilities.streams import Asker
 from sparkle_mesh.clock import SYSTEM_ENTROPY
 from sparkle_mesh.devices.detect import DeviceInfo
-from sparkle_mesh.discovery.lookup import Named
 from sparkle_mesh.errors import LinkClosedError, SparkleError
 from sparkle_mesh.fabric.framing import receive_message, send_message
 from sparkle_mesh.fabric.identity import Identity
 from sparkle_mesh.membership.keys import MeshKey, MeshSecrets
+from sparkle_mesh.wire import PeerAddress
 
 GIB = 1 << 30
 CPU = DeviceInfo(kind="cpu", index=0, name="a CPU", memory_bytes=8 * GIB)
@@ -101,7 +100,7 @@ async def test_what_is_replayed_gives_way_to_what_is_newer(open_mesh, autojump_c
 async def test_nobody_stores_for_another_and_nothing_that_does_not_hold(open_mesh, autojump_clock):
     async with open_mesh() as mesh:
         peers = await honest_mesh(mesh)
-        attacker, victim, target = peers[0], peers[1], Named(peers[2].peer_id, ())
+        attacker, victim, target = peers[0], peers[1], PeerAddress(peers[2].peer_id, ())
         asker = Asker(attacker.fabric, mesh.secrets, SYSTEM_ENTROPY)
 
         async def refused(record, keys) -> str:
@@ -138,7 +137,7 @@ async def test_ten_thousand_junk_records_of_one_peer_are_one_at_most(open_mesh, 
             nonlocal sent
             for number in range(10_000):
                 junk = msgspec.structs.replace(signed, sequence=2**60 + number)
-                await asker.ask(Named(target.peer_id, ()), Store(record=junk, keys=keys), timeout_s=60.0)
+                await asker.ask(PeerAddress(target.peer_id, ()), Store(record=junk, keys=keys), timeout_s=60.0)
                 sent += 1
 
         async with trio.open_nursery() as nursery:
@@ -175,7 +174,7 @@ async def test_who_does_not_hold_the_key_is_not_answered(open_mesh, autojump_clo
         outside = await mesh.add([CPU], [inside], secrets=theirs)
         asker = Asker(outside.fabric, theirs, SYSTEM_ENTROPY)
         with pytest.raises(SparkleError):
-            await asker.ask(Named(inside.peer_id, ()), Find(key=b"k" * 32))
+            await asker.ask(PeerAddress(inside.peer_id, ()), Find(key=b"k" * 32))
         assert inside.service._answerer.malformed_count == 1
         assert await inside.finds() == [inside.peer_id]
         # What one sealed for somebody else is of no use to a third.
@@ -193,7 +192,7 @@ async def test_a_crowd_from_one_network_does_not_surround_a_joining_peer(open_me
     async with open_mesh(delay_s=0.0) as mesh:
         crowd = [await mesh.add([], addresses=[f"/ip4/8.8.4.{n}/tcp/45654"]) for n in range(60)]
         for sybil in crowd:
-            named = [NamedPeer(peer_id=other.peer_id, addresses=other.fabric.addresses) for other in crowd[:16]]
+            named = [PeerAddress(other.peer_id, other.fabric.addresses) for other in crowd[:16]]
             sybil.service._answers.answer = lambda *_, named=named: Found(peers=tuple(named))
         # They are there first; then come a few that are honest.
         newcomer = await mesh.add([CPU], crowd)
@@ -230,5 +229,7 @@ async def test_records_of_random_bytes_are_refused(open_mesh, autojump_clock):
         signed = sign_record(record_of(attacker.identity, CPU), attacker.identity, mesh.secrets, sequence=2**60)
         for _ in range(100):
             noise = msgspec.structs.replace(signed, sealed=chooser.randbytes(chooser.randrange(8192)))
-            answer = await asker.ask(Named(peers[1].peer_id, ()), Store(record=noise, keys=(chooser.randbytes(32),)))
+            answer = await asker.ask(
+                PeerAddress(peers[1].peer_id, ()), Store(record=noise, keys=(chooser.randbytes(32),))
+            )
             assert isinstance(answer, Refused)

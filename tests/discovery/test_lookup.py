@@ -8,16 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparkle_mesh import limits
-from sparkle_mesh.discovery.lookup import Lookup, Named
+from sparkle_mesh.discovery.lookup import Lookup
 from sparkle_mesh.discovery.routing_table import distance, key_of_peer
+from sparkle_mesh.wire import PeerAddress
 
 ME = "12D3KooWMe"
 COUNT = limits.CAPABILITY_HOLDERS_COUNT
 KEY = b"\x17" * 32
 
 
-def named(*names: str) -> list[Named]:
-    return [Named(name, ("/ip4/10.0.0.1/tcp/1",)) for name in names]
+def named(*names: str) -> list[PeerAddress]:
+    return [PeerAddress(name, ("/ip4/10.0.0.1/tcp/1",)) for name in names]
 
 
 def closest_of(names, count: int = COUNT) -> list[str]:
@@ -114,8 +115,8 @@ def test_one_that_names_peers_it_made_up_costs_little():
 
 
 def test_a_crowd_of_one_network_is_few_of_the_closest():
-    crowd = [Named(f"sybil{n}", (f"/ip4/8.8.4.{n}/tcp/1",)) for n in range(200)]
-    others = [Named(f"peer{n}", (f"/ip4/9.9.{n}.1/tcp/1",)) for n in range(20)]
+    crowd = [PeerAddress(f"sybil{n}", (f"/ip4/8.8.4.{n}/tcp/1",)) for n in range(200)]
+    others = [PeerAddress(f"peer{n}", (f"/ip4/9.9.{n}.1/tcp/1",)) for n in range(20)]
     lookup = Lookup(KEY, ME, [*crowd[:16], *others], now=0.0)
     peers = {peer.peer_id: peer for peer in (*crowd, *others)}
 
@@ -140,10 +141,15 @@ def test_answers_that_nobody_asked_for_and_bad_names_are_left_alone():
     lookup.failed("stranger")
     assert [peer.peer_id for peer in lookup.due(0.0)] == ["a"]
     lookup.answered(
-        "a", [Named("b\n\x1b[31m", ()), Named(ME, ()), Named("c", ("/ip4/1.2.3.4/udp/1", "/ip4/10.0.0.2/tcp/4"))]
+        "a",
+        [
+            PeerAddress("b\n\x1b[31m", ()),
+            PeerAddress(ME, ()),
+            PeerAddress("c", ("/ip4/1.2.3.4/udp/1", "/ip4/10.0.0.2/tcp/4")),
+        ],
     )
     lookup.answered("a", named("late"))
-    assert lookup.due(0.1) == [Named("c", ("/ip4/10.0.0.2/tcp/4",))]
+    assert lookup.due(0.1) == [PeerAddress("c", ("/ip4/10.0.0.2/tcp/4",))]
     lookup.failed("c")
     assert lookup.is_over(0.2)
     assert [peer.peer_id for peer in lookup.closest()] == ["a"]
