@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import trio
 from simulations import nodes
 from simulations.network import InvariantBroken
 from simulations.nodes import World
+from simulations.planted_bugs import PlantedBugs
 from sparkle_mesh.collectives.agreement import Agreement
 from sparkle_mesh.collectives.exchange import Exchange
 from sparkle_mesh.collectives.group_state import GroupState
@@ -31,11 +31,6 @@ def run(seed: int) -> World:
     world = World(seed)
     world.run()
     return world
-
-
-def run_all(first: int) -> None:
-    for seed in (first, *SEEDS):
-        run(seed)
 
 
 @pytest.mark.timeout(240)
@@ -74,17 +69,8 @@ def test_one_seed_is_one_trace_in_any_process() -> None:
 
 # --- Deliberate bugs, one at a time ------------------------------------------------------------------
 
-Plant = Callable[[pytest.MonkeyPatch], None]
-#: How each is planted, and a seed that catches it in little time: as long as it does, no other has to run.
-BUGS: dict[str, tuple[Plant, int]] = {}
-
-
-def bug(*, caught_by: int) -> Callable[[Plant], Plant]:
-    def register(plant: Plant) -> Plant:
-        BUGS[plant.__name__] = plant, caught_by
-        return plant
-
-    return register
+BUGS = PlantedBugs(run, SEEDS)
+bug = BUGS.bug
 
 
 @bug(caught_by=19)
@@ -167,13 +153,11 @@ def of_two_meshes_that_meet_both_give_way(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", BUGS)
+@pytest.mark.parametrize("name", BUGS.names)
 def test_a_planted_bug_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    plant, caught_by = BUGS[name]
-    plant(monkeypatch)
     # Some bugs end in an error of the program.
     with pytest.raises((InvariantBroken, BaseExceptionGroup, KeyError, ValueError)):
-        run_all(first=caught_by)
+        BUGS.run(name, monkeypatch)
 
 
 class LinksLostAmidEntry(World):

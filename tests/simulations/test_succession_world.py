@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -14,6 +14,7 @@ import pytest
 from simulations import __main__ as command
 from simulations import coverage, succession
 from simulations.network import InvariantBroken
+from simulations.planted_bugs import PlantedBugs
 from simulations.small_collectives import Exercised, Process
 from simulations.succession import World
 from sparkle_mesh.membership import operations, view_change
@@ -30,11 +31,6 @@ def run(seed: int) -> World:
     world = World(seed)
     world.run()
     return world
-
-
-def run_all(first: int) -> None:
-    for seed in (first, *SEEDS):
-        run(seed)
 
 
 @pytest.mark.timeout(240)
@@ -93,17 +89,8 @@ def test_the_command_replays_a_seed(capsys: pytest.CaptureFixture[str]) -> None:
 
 # --- Deliberate bugs, one at a time ------------------------------------------------------------------
 
-Plant = Callable[[pytest.MonkeyPatch], None]
-#: How each is planted, and a seed that catches it in little time: as long as it does, no other has to run.
-BUGS: dict[str, tuple[Plant, int]] = {}
-
-
-def bug(*, caught_by: int) -> Callable[[Plant], Plant]:
-    def register(plant: Plant) -> Plant:
-        BUGS[plant.__name__] = plant, caught_by
-        return plant
-
-    return register
+BUGS = PlantedBugs(run, SEEDS)
+bug = BUGS.bug
 
 
 @contextmanager
@@ -317,9 +304,7 @@ def nobody_steps_in_for_a_dead_proposer(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("name", BUGS)
+@pytest.mark.parametrize("name", BUGS.names)
 def test_a_planted_bug_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    plant, caught_by = BUGS[name]
-    plant(monkeypatch)
     with pytest.raises(InvariantBroken):
-        run_all(first=caught_by)
+        BUGS.run(name, monkeypatch)
