@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import trio
 
 from sparkle_mesh import limits
+from sparkle_mesh.clock import SYSTEM_ENTROPY
 from sparkle_mesh.collectives.group import CollectiveGroup
+from sparkle_mesh.collectives.shared_plan import plan_chunks, work_bytes
 from sparkle_mesh.errors import LinkClosedError, UsageError
 from sparkle_mesh.transport.link import Buffer, Link, LinkStats
 from sparkle_mesh.transport.memory import memory_link_pair
+from sparkle_mesh.transport.shared_memory import SharedMemory
 
 LINEAGE = b"L" * 32
 
@@ -175,3 +179,100 @@ def make_world() -> type[World]:
 @pytest.fixture
 def make_pair() -> Callable[..., tuple[PairLink, PairLink]]:
     return pair_of_links
+
+
+# --- Ranks that share memory ------------------------------------------------------------------------
+
+HOST_LINEAGE = b"H" * 32
+
+
+class Host:
+    """The ranks of one group on this host."""
+
+    def __init__(self, size: int) -> None:
+        self.memories = [SharedMemory(SYSTEM_ENTROPY) for _ in range(size)]
+        self.links: list[dict[int, Link]] = [{} for _ in range(size)]
+        self.groups: list[CollectiveGroup] = []
+        self.scopes = [trio.CancelScope() for _ in range(size)]
+
+    def allocate(self, rank: int, values: Any, dtype: Any = np.float32) -> np.ndarray[Any, Any]:
+        values = np.asarray(values, dtype)
+        array = self.memories[rank].arena.allocate(max(values.nbytes, 1))[: values.nbytes].view(dtype)
+        array[:] = values
+        return array
+
+    async def all(self, call: Callable[[int], Any]) -> list[Any]:
+        """Await ``call(rank)`` on all ranks; return results, or errors, in their order."""
+        results: list[Any] = [None] * len(self.groups)
+
+        async def one(rank: int) -> None:
+            try:
+                results[rank] = await call(rank)
+            except Exception as error:  # what a rank raises is what tests look at
+                results[rank] = error
+
+        async with trio.open_nursery() as nursery:
+            for rank in range(len(self.groups)):
+                nursery.start_soon(one, rank)
+        return results
+
+
+@asynccontextmanager
+async def open_host(size: int, *, unshared: tuple[int, int] | None = None) -> AsyncIterator[Host]:
+    """``size`` ranks that share memory; the pair ``unshared`` does not."""
+    made = Host(size)
+
+    async def share(rank: int, other: int, sock: trio.socket.SocketType) -> None:
+        made.links[rank][other] = await made.memories[rank].share(trio.SocketStream(sock), f"rank {other}")
+
+    async with trio.open_nursery() as nursery:
+        for a in range(size):
+            for b in range(a + 1, size):
+                if (a, b) == unshared:
+                    made.links[a][b], made.links[b][a] = memory_link_pair(f"{a}", f"{b}")
+                    continue
+                one, other = trio.socket.socketpair()
+                nursery.start_soon(share, a, b, one)
+                nursery.start_soon(share, b, a, other)
+    for rank in range(size):
+        memory = made.memories[rank]
+        made.groups.append(
+            CollectiveGroup(rank=rank, size=size, links=made.links[rank], lineage=HOST_LINEAGE, epoch=0, memory=memory)
+        )
+
+    async def run(rank: int, *, task_status: trio.TaskStatus[None]) -> None:
+        with made.scopes[rank]:
+            await made.groups[rank].run(task_status=task_status)
+
+    try:
+        async with trio.open_nursery() as nursery:
+            for rank in range(size):
+                await nursery.start(run, rank)
+            yield made
+            nursery.cancel_scope.cancel()
+    finally:
+        for links in made.links:
+            for link in links.values():
+                await link.aclose()
+        for memory in made.memories:
+            memory.close()
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Many chunks and blocks, and operands that are read where they are."""
+    plan_chunks.cache_clear()
+    work_bytes.cache_clear()
+    monkeypatch.setattr(limits, "SHARED_CHUNK_BYTES", 4096)
+    monkeypatch.setattr(limits, "SHARED_BLOCK_BYTES", 1024)
+    monkeypatch.setattr(limits, "SHARED_STAGED_MAX_BYTES", 1024)
+    monkeypatch.setattr(limits, "LINK_TURN_BYTES", 8192)
+    yield
+    plan_chunks.cache_clear()
+    work_bytes.cache_clear()
+
+
+@pytest.fixture
+def host() -> Callable[..., AbstractAsyncContextManager[Host]]:
+    """Return a function that opens so many ranks, which share memory."""
+    return open_host
