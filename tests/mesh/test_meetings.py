@@ -33,7 +33,6 @@ class Trainer:
         self.stepped = trio.Event()
 
     async def run(self, mesh: AsyncMesh) -> None:
-        mesh.on_view_change(lambda view: self.sizes.append(view.size))
         together = 0
         while together < 10:
             try:
@@ -43,6 +42,7 @@ class Trainer:
                 self.merged.append(str(error))
                 continue
             self.step += 1
+            self.sizes.append(mesh.size)
             self.stepped.set()
             if self.step >= 50:
                 self.advanced.set()
