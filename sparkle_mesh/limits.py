@@ -52,6 +52,39 @@ GOSSIP_RPC_MAX_BYTES = 2 * GOSSIP_MESSAGE_MAX_BYTES
 GOSSIP_TOPICS_PER_PEER_MAX_COUNT = 128
 GOSSIP_MESSAGES_PER_S_MAX = 1000.0
 GOSSIP_OUTBOX_MAX_COUNT = 128
+# A message of libp2p's own protocols.
+PROTOBUF_MESSAGE_MAX_BYTES = 64 * KIB
+VARINT_MAX_BYTES = 9
+PROTOBUF_ANSWER_TIMEOUT_S = 5.0
+
+# --- Reaching peers behind NATs --------------------------------------------------------------------
+# A circuit that carries less is used for nothing but to agree on a direct connection.
+RELAY_USEFUL_MIN_BYTES = 64 * MIB
+# What a node lends as a relay unless its owner says otherwise.
+RELAY_RESERVATIONS_MAX_COUNT = 128
+RELAY_RESERVATIONS_PER_NETWORK_MAX_COUNT = 32
+RELAY_CIRCUITS_MAX_COUNT = 128
+RELAY_CIRCUITS_PER_PEER_MAX_COUNT = 32
+RELAY_CIRCUIT_MAX_S = 24 * 3600.0
+RELAY_CIRCUIT_MAX_BYTES = 256 * 1024 * MIB
+RELAY_BYTES_PER_S = 8e6
+RELAY_RESERVATION_S = 3600.0
+# A reservation is renewed when this part of its time is over, and never more often than the second says.
+RELAY_RENEW_RATIO = 0.5
+RELAY_RENEW_MIN_S = 60.0
+RELAY_ANSWER_TIMEOUT_S = 8.0
+# Of a connection through a relay: how often, for how long, and where both ends try to make it a direct one.
+HOLE_PUNCH_ATTEMPTS_COUNT = 3
+HOLE_PUNCH_REVERSAL_S = 1.0
+HOLE_PUNCH_DIAL_S = 2.0
+HOLE_PUNCH_TIMEOUT_S = 12.0
+HOLE_PUNCH_ADDRESSES_MAX_COUNT = 8
+IDENTIFY_PROTOCOLS_MAX_COUNT = 256
+# Dials for others who want to know whether they can be dialed.
+DIAL_BACK_TIMEOUT_S = 15.0
+DIAL_BACKS_AT_ONCE_MAX_COUNT = 8
+DIAL_BACK_ADDRESSES_MAX_COUNT = 2
+DIAL_BACK_INTERVAL_S = 5.0
 
 # --- Links ---------------------------------------------------------------------------------------
 RECORD_MAX_BYTES = 1 * MIB

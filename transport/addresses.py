@@ -34,7 +34,12 @@ def host_id(mesh_id: bytes, entropy: Entropy, *, boot_id: Path = _BOOT_ID) -> by
 
 
 def parse_address(address: str) -> tuple[IpAddress, int] | None:
-    """Return IP address and port of ``/ip4/…/tcp/…`` or ``/ip6/…/tcp/…``; None for anything else."""
+    """Return IP address and port of ``/ip4/…/tcp/…`` or ``/ip6/…/tcp/…``; None for anything else.
+
+    What leads through a relay is something else: the address in it is the relay's.
+    """
+    if "/p2p-circuit" in address:
+        return None
     parts = address.partition("/p2p/")[0].split("/")
     # A zone (``fe80::1%eth0``) names an interface of the peer's, and could be any text.
     if len(parts) != 5 or parts[0] or parts[1] not in ("ip4", "ip6") or "%" in parts[2] or parts[3] != "tcp":

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from sparkle_mesh import limits
 from sparkle_mesh.errors import ProtocolError, UsageError
+from sparkle_mesh.fabric.circuits import parse_circuit
 from sparkle_mesh.fabric.identity import public_key_of_peer_id
 from sparkle_mesh.fabric.interface import Address, PeerId
 
@@ -45,6 +46,16 @@ def parse_endpoint(address: Address) -> Endpoint | None:
     return Endpoint(kind, host, int(port_text))
 
 
+def is_dialable(address: Address) -> bool:
+    """Whether ``address`` can be dialed, be it through a relay."""
+    if len(address) > limits.ADDRESS_MAX_CHARS:
+        return False
+    circuit = parse_circuit(address)
+    if circuit is not None:
+        return is_peer_id_text(circuit.relay_id) and parse_endpoint(circuit.relay_address) is not None
+    return parse_endpoint(address) is not None
+
+
 def is_loopback(address: Address) -> bool:
     """Whether ``address`` leads back to the host that dials it."""
     endpoint = parse_endpoint(address)
@@ -62,7 +73,7 @@ def dialable(peer_id: PeerId, addresses: Iterable[Address]) -> tuple[Address, ..
     """
     tail = f"/p2p/{peer_id}"
     unique = dict.fromkeys(address.removesuffix(tail) for address in addresses)
-    usable = [address for address in unique if parse_endpoint(address) is not None]
+    usable = [address for address in unique if is_dialable(address)]
     return tuple(usable[: limits.ADDRESSES_PER_PEER_MAX_COUNT])
 
 
@@ -98,7 +109,7 @@ def parse_join_address(text: str) -> tuple[PeerId, Address]:
         public_key_of_peer_id(peer_id)
     except ProtocolError as error:
         raise UsageError(f"join address {shown!r} ends in no peer id ({error}); expected e.g. {EXAMPLE}") from error
-    if parse_endpoint(address) is None:
+    if not is_dialable(address):
         raise UsageError(
             f"join address {shown!r} does not start with an address that can be dialed "
             f"(/ip4, /ip6 or /dns, then /tcp/PORT); expected e.g. {EXAMPLE}"

@@ -7,7 +7,7 @@ is the only security protocol and yamux the only multiplexer.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from importlib import import_module
 from typing import Any
 
@@ -41,7 +41,7 @@ def assemble_host(
     identity: Identity,
     counters: FabricCounters,
     tasks: GuardedTasks,
-    on_connected: Callable[[INetConn], None],
+    on_connected: Callable[[INetConn], Awaitable[None]],
     on_disconnected: Callable[[INetConn], None],
 ) -> tuple[GuardedSwarm, GuardedHost]:
     """Return a swarm and its host with no listener and no connection yet."""
@@ -55,8 +55,10 @@ def assemble_host(
     return swarm, GuardedHost(swarm, counters)
 
 
-async def open_tcp(address: Address, register: SocketRegister) -> trio.SocketStream:
-    """Connect to ``address``, its name resolved if it has one.
+async def open_tcp(
+    address: Address, register: SocketRegister, source: tuple[str, int] | None = None
+) -> trio.SocketStream:
+    """Connect to ``address``, its name resolved if it has one; from ``source`` (see ``PortListener.source_for``).
 
     Raises
     ------
@@ -68,7 +70,7 @@ async def open_tcp(address: Address, register: SocketRegister) -> trio.SocketStr
     reason = "its name has no address"
     for ip, resolved_port in hosts:
         try:
-            return await dial_tcp(ip, resolved_port, register)
+            return await dial_tcp(ip, resolved_port, register, source)
         except OSError as error:
             reason = (os.strerror(error.errno) if error.errno else str(error)).lower()
     raise UnreachableError(reason)
@@ -102,13 +104,37 @@ async def upgrade_outbound(swarm: GuardedSwarm, stream: trio.SocketStream, peer_
             await trio.aclose_forcefully(stream)
 
 
+async def prove(swarm: GuardedSwarm, stream: trio.SocketStream, peer_id: PeerId) -> None:
+    """Make sure that ``peer_id`` is at the other end, and no more. Raises anything."""
+    raw = RawConnection(TcpConnection(stream), True)
+    with trio.fail_after(limits.UPGRADE_TIMEOUT_S):
+        await swarm.upgrader.upgrade_security(raw, True, ID.from_base58(peer_id))
+
+
 async def upgrade_inbound(swarm: GuardedSwarm, connection: TcpConnection) -> None:
     """Take an accepted connection through its handshakes; it stands when this returns. Raises anything.
 
     py-libp2p's own handler of inbound connections holds a task and a place for each until the whole swarm ends.
     """
-    address = tcp_address(*connection.remote)
-    await swarm.upgrade_inbound_raw_conn(RawConnection(connection, False), Multiaddr(address))
+    await upgrade_inbound_raw(swarm, RawConnection(connection, False), tcp_address(*connection.remote))
+
+
+async def upgrade_inbound_raw(swarm: GuardedSwarm, connection: RawConnection, address: Address) -> PeerId:
+    """Take a connection from ``address`` through its handshakes as their server; return who it is. Raises anything."""
+    muxed = await swarm.upgrade_inbound_raw_conn(connection, Multiaddr(address))
+    return str(muxed.peer_id.to_base58())
+
+
+async def upgrade_outbound_raw(swarm: GuardedSwarm, connection: RawConnection, peer_id: PeerId) -> INetConn:
+    """Take a connection through its handshakes as their client; it stands when this returns.
+
+    Raises
+    ------
+    UnreachableError
+        As :func:`upgrade_outbound`.
+    """
+    with translated("the handshake failed", UnreachableError):
+        return await swarm.upgrade_outbound_raw_conn(connection, ID.from_base58(peer_id))
 
 
 def trio_descriptors() -> list[Callable[[], int]]:

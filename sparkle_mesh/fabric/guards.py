@@ -14,6 +14,7 @@ from typing import Any
 
 import trio
 from libp2p.abc import INetConn, INetStream, ISecureConn
+from libp2p.connection_types import ConnectionType
 from libp2p.custom_types import TProtocol
 from libp2p.host.basic_host import BasicHost
 from libp2p.io.exceptions import ConnectionClosedError, IOException
@@ -249,7 +250,7 @@ class GuardedSwarm(Swarm):
         peerstore: PeerStore,
         upgrader: GuardedUpgrader,
         tasks: GuardedTasks,
-        on_connected: Callable[[INetConn], None],
+        on_connected: Callable[[INetConn], Awaitable[None]],
         on_disconnected: Callable[[INetConn], None],
     ) -> None:
         self._on_connected = on_connected
@@ -260,7 +261,10 @@ class GuardedSwarm(Swarm):
         vars(self).update(auto_connector=_NoAutoConnector(), _manager=tasks)
 
     async def notify_connected(self, conn: INetConn) -> None:
-        self._on_connected(conn)
+        await self._on_connected(conn)
+
+    async def announce(self, conn: INetConn) -> None:
+        """Tell py-libp2p's own protocols of a connection that :meth:`notify_connected` has told the fabric of."""
         await super().notify_connected(conn)
 
     def remove_conn(self, swarm_conn: SwarmConn) -> None:
@@ -323,17 +327,25 @@ class GuardedHost(BasicHost):
         await super()._swarm_stream_handler(net_stream)
 
     async def new_stream(self, peer_id: ID, protocol_ids: Sequence[TProtocol]) -> INetStream:
-        """Open a stream on a standing connection; the caller sets the deadline."""
+        """Open a stream on a standing connection, if there is one that needs no relay; the caller sets the deadline."""
         connections = [conn for conn in self._network.get_connections(peer_id) if not conn.is_closed]
         if not connections:
             # It has just ended, and the news of that are on their way.
             raise UnreachableError(f"peer {peer_id.to_base58()} is not connected any more; connect to it again")
-        muxed_conn = connections[0].muxed_conn
+        connections.sort(key=lambda conn: conn.get_connection_type() is ConnectionType.RELAYED)
+        return await self.new_stream_over(connections[0], protocol_ids)
+
+    async def new_stream_over(self, connection: INetConn, protocol_ids: Sequence[TProtocol]) -> INetStream:
+        """Open a stream on this ``connection``; the caller sets the deadline."""
+        if connection.is_closed:
+            peer = connection.muxed_conn.peer_id.to_base58()
+            raise UnreachableError(f"peer {peer} is not connected any more; connect to it again")
+        muxed_conn = connection.muxed_conn
         if isinstance(muxed_conn, GuardedYamux):
             await muxed_conn.wait_for_place()
         # A caller that is cancelled between the stream's opening and its registration would leak its place.
         with trio.CancelScope(shield=True):
-            net_stream = await connections[0].new_stream()
+            net_stream = await connection.new_stream()
         selected = None
         try:
             selected = await self.multiselect_client.select_one_of(

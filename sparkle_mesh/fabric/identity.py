@@ -24,6 +24,8 @@ from sparkle_mesh.fabric.interface import PeerId
 _BASE58: Final = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 # Identity multihash (code 0, 36 bytes) of protobuf PublicKey{type: Ed25519, data: 32 bytes}.
 _PEER_ID_PREFIX: Final = bytes([0x00, 0x24, 0x08, 0x01, 0x12, 0x20])
+# Multihash of SHA-256 (code 18, 32 bytes), over keys that are too large for the former: RSA.
+_SHA256_PREFIX: Final = bytes([0x12, 0x20])
 _KEY_BYTES: Final = 32
 _FILE_MAGIC: Final = b"sparkle identity 1\n"
 _FILE_MAGIC_ANY_VERSION: Final = b"sparkle identity "
@@ -68,6 +70,22 @@ def public_key_of_peer_id(peer_id: PeerId) -> bytes:
     raise ProtocolError(
         f"{peer_id[: limits.PEER_ID_MAX_CHARS]!r} is not an Ed25519 peer id; one looks like 12D3KooW… (52 characters)"
     )
+
+
+def check_peer_id(peer_id: PeerId) -> None:
+    """Make sure that ``peer_id`` is one: of an Ed25519 key, as ours are, or the hash of another, as many public ones.
+
+    Raises
+    ------
+    ProtocolError
+        If it is neither.
+    """
+    if len(peer_id) <= limits.PEER_ID_MAX_CHARS:
+        with suppress(ValueError):
+            data = _base58_decode(peer_id)
+            if data.startswith(_SHA256_PREFIX) and len(data) == len(_SHA256_PREFIX) + 32:
+                return
+    public_key_of_peer_id(peer_id)
 
 
 def verify_signature(peer_id: PeerId, data: bytes, signature: bytes) -> bool:

@@ -46,7 +46,11 @@ _POSTPONED_MODULES = (
     "requests",
 )
 
-_FABRIC_MODULES = ("sparkle_mesh.fabric.assembly", "sparkle_mesh.fabric.gossip")
+_FABRIC_MODULES = (
+    "sparkle_mesh.fabric.assembly",
+    "sparkle_mesh.fabric.gossip",
+    "sparkle_mesh.fabric.libp2p_reach",
+)
 
 
 class _StandIn(type):

@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import trio
 
 from sparkle_mesh import limits
-from sparkle_mesh.errors import ClosedError, LinkClosedError, ProtocolError, UnreachableError, UsageError
+from sparkle_mesh.errors import ClosedError, ProtocolError, UnreachableError, UsageError
+from sparkle_mesh.fabric.circuits import is_circuit, named_peer, parse_circuit, without_peer
 from sparkle_mesh.fabric.hubs import EventHub, FabricCounters, run_guarded
-from sparkle_mesh.fabric.identity import Identity, public_key_of_peer_id
+from sparkle_mesh.fabric.identity import Identity, check_peer_id
 from sparkle_mesh.fabric.importing import import_libp2p
 from sparkle_mesh.fabric.interface import (
     Address,
@@ -27,12 +28,12 @@ from sparkle_mesh.fabric.interface import (
     RawHandler,
     StreamHandler,
 )
+from sparkle_mesh.fabric.libp2p_streams import Libp2pStream
 from sparkle_mesh.nurseries import bare_errors
 
 if TYPE_CHECKING:
     from libp2p.abc import INetConn, INetStream
 
-    from sparkle_mesh.fabric.guards import GuardedTasks
     from sparkle_mesh.fabric.tcp import TcpConnection
 
 
@@ -68,122 +69,11 @@ async def open_libp2p_fabric(
                 nursery.cancel_scope.cancel()
 
 
-class Libp2pStream:
-    """A stream over libp2p; satisfies ``FabricStream``."""
-
-    def __init__(self, net_stream: INetStream, tasks: GuardedTasks) -> None:
-        self._net_stream = net_stream
-        self._tasks = tasks
-        self._muxed: Any = net_stream.muxed_stream  # type: ignore[attr-defined]
-        self._peer_id: PeerId = net_stream.muxed_conn.peer_id.to_base58()
-        self._closed = False
-        self._writing = trio.Lock()
-
-    @property
-    def peer_id(self) -> PeerId:
-        return self._peer_id
-
-    async def read(self, max_bytes: int) -> bytes:
-        """As ``FabricStream.read``."""
-        from sparkle_mesh.fabric.guards import translated
-
-        if self._closed:
-            raise self._error("was closed here")
-        try:
-            with translated(f"the stream to {self._peer_id} failed"):
-                return bytes(await self._net_stream.read(max_bytes))
-        except LinkClosedError as error:
-            return self._read_after_end(max_bytes, error)
-
-    def _read_after_end(self, max_bytes: int, error: LinkClosedError) -> bytes:
-        """Return what had arrived when the connection ended, or nothing at an orderly end; else raise ``error``."""
-        from libp2p.network.stream.exceptions import StreamEOF
-
-        if self._closed:
-            raise self._error("was closed here") from error
-        unread: bytes = getattr(self._muxed, "unread_at_end", b"")
-        if unread:
-            self._muxed.unread_at_end = unread[max_bytes:]
-            return unread[:max_bytes]
-        cut_off = self._muxed.conn.event_shutting_down.is_set() or self._muxed.reset_received
-        at_end = isinstance(error.__cause__, StreamEOF) and not cut_off
-        if at_end or getattr(self._muxed, "ended_by_peer", False):
-            return b""
-        raise error
-
-    async def write(self, data: bytes | memoryview) -> None:
-        """As ``FabricStream.write``; waits while the peer's window is full."""
-        from sparkle_mesh.fabric.guards import translated
-
-        async with self._writing:
-            rest = memoryview(data)
-            while rest:
-                await self._wait_for_window()
-                window = self._muxed.send_window
-                with translated(f"the stream to {self._peer_id} failed"):
-                    await self._net_stream.write(bytes(rest[:window]))
-                rest = rest[window:]
-
-    async def _wait_for_window(self) -> None:
-        # Yamux waits for its window too, and gives the stream up after five seconds.
-        while True:
-            if self._closed:
-                raise self._error("was closed here")
-            if self._muxed.recv_closed or self._muxed.closed:
-                raise self._error("was closed by the peer")
-            if self._muxed.send_window > 0:
-                return
-            await self._muxed.changed.park()
-
-    async def widen(self, window_bytes: int) -> None:
-        """As ``FabricStream.widen``."""
-        from sparkle_mesh.fabric.guards import translated
-
-        with translated(f"the stream to {self._peer_id} failed"):
-            await self._muxed.widen(window_bytes)
-
-    def _error(self, what: str) -> LinkClosedError:
-        return LinkClosedError(f"the stream to {self._peer_id} {what}")
-
-    async def aclose(self) -> None:
-        """As ``FabricStream.aclose``."""
-        if not self._closed:
-            self._close_here()
-            await self._end(self._net_stream.close)
-
-    async def reset(self) -> None:
-        """As ``FabricStream.reset``."""
-        self._close_here()
-        await self._end(self._net_stream.reset)
-
-    def abort(self) -> None:
-        """As ``FabricStream.abort``."""
-        if not self._closed:
-            self._close_here()
-            self._tasks.run_task(self._end, self._net_stream.reset)
-
-    def _close_here(self) -> None:
-        """Wake who waits, and drop what nobody will read: yamux would keep it for a minute."""
-        self._closed = True
-        self._muxed.recv_closed = True
-        connection, stream_id = self._muxed.conn, self._muxed.stream_id
-        connection.stream_buffers.get(stream_id, bytearray()).clear()
-        event = connection.stream_events.get(stream_id)
-        if event is not None:
-            event.set()
-
-    async def _end(self, end: Any) -> None:
-        with trio.move_on_after(limits.CLOSE_TIMEOUT_S) as scope:
-            scope.shield = True
-            # A stream whose connection is gone cannot be closed, and need not be.
-            await run_guarded(f"closing a stream to {self._peer_id}", end, trio.lowlevel.checkpoint, FabricCounters())
-
-
 class Libp2pFabric:
     """A ``Fabric`` over libp2p. Made by :func:`open_libp2p_fabric`."""
 
     def __init__(self, identity: Identity, nursery: trio.Nursery) -> None:
-        from sparkle_mesh.fabric import assembly, gossip, guards, tcp
+        from sparkle_mesh.fabric import assembly, gossip, guards, libp2p_reach, tcp
 
         self._peer_id = identity.peer_id
         self.counters = FabricCounters()
@@ -198,8 +88,10 @@ class Libp2pFabric:
         self._run_descriptors = assembly.trio_descriptors()
         self._port = tcp.PortListener(nursery, self.counters, self._sockets, self._upgrade)
         self._tasks = guards.GuardedTasks(nursery, self.counters)
-        self._swarm, self._host = assembly.assemble_host(identity, self.counters, self._tasks, self._add, self._remove)
+        self._swarm, self._host = assembly.assemble_host(identity, self.counters, self._tasks, self._came, self._remove)
         self._gossip = gossip.Gossip(self._host, self.counters)
+        #: What makes peers behind NATs reachable.
+        self.reach = libp2p_reach.Libp2pReach(self, self._swarm, self._host, self._port, self._tasks)
 
     @property
     def peer_id(self) -> PeerId:
@@ -213,7 +105,7 @@ class Libp2pFabric:
         if self._expanded is None or now > self._expanded[0] + limits.INTERFACE_ADDRESSES_CACHE_S:
             expanded = (text for address in self._port.addresses() for text in expand_wildcard(address))
             self._expanded = now, tuple(dict.fromkeys(expanded))
-        return self._expanded[1]
+        return tuple(dict.fromkeys((*self.reach.advertised(), *self._expanded[1])))
 
     def connected_peers(self) -> frozenset[PeerId]:
         return frozenset(self._connections)
@@ -225,21 +117,36 @@ class Libp2pFabric:
     def events(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[FabricEvent]]:
         return self._events.subscribe(lambda: [_connected(peer, conns[0]) for peer, conns in self._connections.items()])
 
-    def _add(self, connection: INetConn) -> None:
+    async def _came(self, connection: INetConn) -> None:
+        if is_relayed(connection):
+            # Nobody is told of it before it has been tried to do without the relay.
+            self.reach.came(connection)
+        else:
+            await self._add(connection)
+
+    async def _add(self, connection: INetConn) -> None:
         peer_id: PeerId = connection.muxed_conn.peer_id.to_base58()
         connections = self._connections.setdefault(peer_id, [])
         connections.append(connection)
         if len(connections) == 1:
             self._events.emit(_connected(peer_id, connection))
+        await self._swarm.announce(connection)
 
     def _remove(self, connection: INetConn) -> None:
         peer_id: PeerId = connection.muxed_conn.peer_id.to_base58()
         connections = self._connections.get(peer_id, [])
-        if connection in connections:
-            connections.remove(connection)
-            if not connections:
-                del self._connections[peer_id]
-                self._events.emit(PeerDisconnected(peer_id))
+        if connection not in connections:
+            return
+        was_first = connections[0] is connection
+        connections.remove(connection)
+        if not connections:
+            del self._connections[peer_id]
+        if was_first:
+            # Streams go over the oldest: with it they are gone, though another connection may stand.
+            self._events.emit(PeerDisconnected(peer_id))
+        if was_first and connections:
+            self._events.emit(_connected(peer_id, connections[0]))
+            self._tasks.run_task(self._swarm.announce, connections[0])
 
     async def _upgrade(self, connection: TcpConnection) -> None:
         from sparkle_mesh.fabric import assembly
@@ -247,9 +154,21 @@ class Libp2pFabric:
         await assembly.upgrade_inbound(self._swarm, connection)
 
     async def connect(
-        self, peer_id: PeerId, addresses: Sequence[Address], *, timeout_s: float = limits.DIAL_TIMEOUT_S
+        self,
+        peer_id: PeerId,
+        addresses: Sequence[Address],
+        *,
+        timeout_s: float = limits.DIAL_TIMEOUT_S,
+        from_port: bool = False,
     ) -> None:
-        """As ``Fabric.connect``; addresses are tried in order, each a little after the one before."""
+        """As ``Fabric.connect``; addresses are tried in order, each a little after the one before.
+
+        Parameters
+        ----------
+        from_port
+            Whether to dial from the port on which this process listens, so that the peer sees what others could dial
+            if a NAT lets them.
+        """
         if peer_id == self._peer_id:
             raise UsageError(f"{peer_id} is this peer itself")
         reasons: dict[Address, str] = dict.fromkeys(addresses, "not tried yet")
@@ -257,7 +176,7 @@ class Libp2pFabric:
         try:
             with trio.move_on_after(timeout_s):
                 async with turn, self._dial_limiter:
-                    if peer_id in self._connections or await self._dial_any(peer_id, reasons):
+                    if peer_id in self._connections or await self._dial_any(peer_id, reasons, from_port):
                         return
         finally:
             if not turn.locked():
@@ -267,7 +186,7 @@ class Libp2pFabric:
         tried = "; ".join(f"{address}: {reason}" for address, reason in reasons.items())
         raise UnreachableError(f"peer {peer_id} could not be reached: {tried or 'no address is known'}")
 
-    async def _dial_any(self, peer_id: PeerId, reasons: dict[Address, str]) -> bool:
+    async def _dial_any(self, peer_id: PeerId, reasons: dict[Address, str], from_port: bool) -> bool:
         """Dial every address, the next one when the one before fails or takes long; True once one led there.
 
         One that is connected to is waited for longer: its handshakes take long only when both ends are busy, and
@@ -279,7 +198,7 @@ class Libp2pFabric:
             nonlocal reached
             reasons[address] = "no answer in time"
             try:
-                await self._dial(peer_id, address, connected)
+                await self._dial(peer_id, address, connected, from_port)
             except (UnreachableError, ProtocolError, UsageError) as error:
                 reasons[address] = str(error)
                 connected.set()
@@ -299,14 +218,21 @@ class Libp2pFabric:
                         await failed.wait()
         return reached
 
-    async def _dial(self, peer_id: PeerId, address: Address, connected: trio.Event) -> None:
+    async def _dial(self, peer_id: PeerId, address: Address, connected: trio.Event, from_port: bool) -> None:
         from sparkle_mesh.fabric import assembly
 
-        public_key_of_peer_id(peer_id)
-        tail = address.partition("/p2p/")[2]
+        check_peer_id(peer_id)
+        tail = named_peer(address)
         if tail and tail != peer_id:
             raise UnreachableError(f"it is the address of {tail}")
-        stream = await assembly.open_tcp(address, self._sockets)
+        circuit = parse_circuit(address)
+        if circuit is not None:
+            # It takes several round trips: the next address is not to be tried meanwhile for that alone.
+            connected.set()
+            await self.reach.dial_through(circuit, peer_id, without_peer(address))
+            return
+        source = self._port.source_for(address) if from_port else None
+        stream = await assembly.open_tcp(address, self._sockets, source)
         connected.set()
         await assembly.upgrade_outbound(self._swarm, stream, peer_id)
 
@@ -343,7 +269,7 @@ class Libp2pFabric:
     async def _new_stream(self, connection: INetConn, protocol: str) -> INetStream:
         from libp2p.custom_types import TProtocol
 
-        return await self._host.new_stream(connection.muxed_conn.peer_id, [TProtocol(protocol)])
+        return await self._host.new_stream_over(connection, [TProtocol(protocol)])
 
     def handle(self, protocol: str, handler: StreamHandler) -> None:
         """As ``Fabric.handle``."""
@@ -391,9 +317,14 @@ class Libp2pFabric:
         self._gossip.close()
 
 
+def is_relayed(connection: INetConn) -> bool:
+    """Whether ``connection`` goes through a relay."""
+    return is_circuit(_remote_address(connection) or "")
+
+
 def _remote_address(connection: INetConn) -> Address | None:
     addresses = connection.get_transport_addresses()
-    return str(addresses[0]).partition("/p2p/")[0] if addresses else None
+    return without_peer(str(addresses[0])) if addresses else None
 
 
 def _connected(peer_id: PeerId, connection: INetConn) -> PeerConnected:

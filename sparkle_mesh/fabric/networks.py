@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import TypeAlias
 
 from sparkle_mesh import limits
+from sparkle_mesh.fabric.circuits import is_circuit
 from sparkle_mesh.fabric.interface import Address
 
 Ip: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -27,16 +28,20 @@ def ip_of(address: Address | None) -> Ip | None:
 
 def is_local_address(address: Address | None) -> bool:
     """Whether a multiaddr is on this host, a private network, or link-local."""
+    if address is None or is_circuit(address):
+        # Where a peer behind a relay is, nobody can tell.
+        return False
     ip = ip_of(address)
     if ip is None:
-        return address is not None and address.startswith("/memory/")
+        return address.startswith("/memory/")
     return ip.is_private or ip.is_loopback or ip.is_link_local
 
 
 def network_of(address: Address | None) -> str | None:
     """Return the network that ``address`` is in, for limits by subnet; None where none apply.
 
-    Those of this host and of private networks are not limited: whoever is there is there by permission.
+    What comes through a relay counts as being where the relay is. Those of this host and of private networks are not
+    limited: whoever is there is there by permission.
     """
     ip = ip_of(address)
     if ip is None or not ip.is_global:

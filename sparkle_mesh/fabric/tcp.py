@@ -180,12 +180,18 @@ class TcpConnection(ReadWriteCloser):
         return self.remote
 
 
-async def dial_tcp(host: str, port: int, register: SocketRegister) -> trio.SocketStream:
-    """Connect to an IP literal. Raises OSError."""
+async def dial_tcp(
+    host: str, port: int, register: SocketRegister, source: tuple[str, int] | None = None
+) -> trio.SocketStream:
+    """Connect to an IP literal, from ``source`` if the system lets it. Raises OSError."""
     family = stdlib_socket.AF_INET6 if ":" in host else stdlib_socket.AF_INET
     sock = trio.socket.socket(family, stdlib_socket.SOCK_STREAM)
     register.add(sock)
     try:
+        if source is not None:
+            sock.setsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_REUSEADDR, 1)
+            sock.setsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_REUSEPORT, 1)
+            await sock.bind(source)
         await sock.connect((host, port))
         _tune(sock)
         return trio.SocketStream(sock)
@@ -252,7 +258,7 @@ class PortListener:
     ) -> None:
         self._nursery = nursery
         self._counters = counters
-        self._register = register
+        self.register = register
         self._upgrade = upgrade
         self._raw_handlers: dict[bytes, RawHandler] = {}
         self._listeners: list[trio.SocketListener] = []
@@ -273,7 +279,7 @@ class PortListener:
         if kind not in _FAMILIES:
             raise UsageError(f"{address!r} cannot be listened on; give an IP address in place of {host!r}")
         sock = trio.socket.socket(_FAMILIES[kind], stdlib_socket.SOCK_STREAM)
-        self._register.add(sock)
+        self.register.add(sock)
         try:
             if os.name == "posix":
                 sock.setsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_REUSEADDR, 1)
@@ -281,6 +287,9 @@ class PortListener:
                 sock.setsockopt(stdlib_socket.IPPROTO_IPV6, stdlib_socket.IPV6_V6ONLY, 1)
             await sock.bind((host, port))
             sock.listen(limits.LISTEN_BACKLOG_COUNT)
+            if hasattr(stdlib_socket, "SO_REUSEPORT"):
+                # After it was bound: connections may be made from the port, and nobody else can listen on it.
+                sock.setsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_REUSEPORT, 1)
         except OSError as error:
             sock.close()
             raise UsageError(
@@ -293,6 +302,20 @@ class PortListener:
     def addresses(self) -> list[Address]:
         """Return what is listened on: ports as bound, wildcards as given."""
         return [tcp_address(*listener.socket.getsockname()[:2]) for listener in self._listeners]
+
+    def source_for(self, address: Address) -> tuple[str, int] | None:
+        """Return from where to dial ``address`` so that it sees this port; None where that cannot be."""
+        if not hasattr(stdlib_socket, "SO_REUSEPORT"):  # pragma: no cover - Windows
+            return None
+        family = _FAMILIES.get(parse_tcp_address(address)[0])
+        to_loopback = "/127." in address
+        for listener in self._listeners:
+            host, port = listener.socket.getsockname()[:2]
+            if listener.socket.family == family and (
+                host.startswith("127.") == to_loopback or host in ("0.0.0.0", "::")
+            ):
+                return host, port
+        return None
 
     async def close(self) -> None:
         """Stop listening; connections that stand are left as they are."""
@@ -311,7 +334,7 @@ class PortListener:
                 logger.warning("a connection could not be accepted: %s", error)
                 await trio.sleep(_PEEK_RETRY_S)
                 continue
-            self._register.add(stream.socket)
+            self.register.add(stream.socket)
             self._nursery.start_soon(self._serve, stream)
 
     async def _serve(self, stream: trio.SocketStream) -> None:

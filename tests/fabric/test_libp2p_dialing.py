@@ -203,7 +203,7 @@ async def test_a_connection_that_has_just_ended_is_no_other_error(two, monkeypat
     """Whoever opens a stream is told what the interface says, before the news of the end have come, too."""
     one, other = two
     await one.connect(other.peer_id, other.addresses)
-    monkeypatch.setattr(one._swarm, "get_connections", lambda peer_id: [])
+    monkeypatch.setattr(type(one._connections[other.peer_id][0]), "is_closed", True)
     with pytest.raises(UnreachableError, match=f"peer {other.peer_id} is not connected any more; connect to it again"):
         await one.open_stream(other.peer_id, "/test/1")
 

@@ -21,7 +21,8 @@ BOUND = re.compile(r"(^|_)(MAX|MIN|LIMIT|TIMEOUT|DEADLINE|INTERVAL|CAPACITY|BACK
 
 def too_long(module):
     lines = module.text.count("\n")
-    if lines > FILE_MAX_LINES:
+    # The file of bounds is a list, and grows with what is bounded.
+    if lines > FILE_MAX_LINES and module.name != LIMITS:
         yield f"{module.name} has {lines} lines, more than {FILE_MAX_LINES}"
     for node in ast.walk(module.tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):

@@ -1,0 +1,162 @@
+"""What a libp2p fabric does so that peers behind NATs reach it, and it them: relays, hole punching, tests of itself.
+
+Which relays to use and when is decided above, by discovery; here is how.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import trio
+from libp2p.abc import INetConn
+from libp2p.custom_types import TProtocol
+from libp2p.network.connection.raw_connection import RawConnection
+
+from sparkle_mesh import limits
+from sparkle_mesh.errors import SparkleError, UnreachableError
+from sparkle_mesh.fabric import assembly, hole_punching
+from sparkle_mesh.fabric.circuits import Circuit
+from sparkle_mesh.fabric.guards import GuardedHost, GuardedSwarm, GuardedTasks, translated
+from sparkle_mesh.fabric.hole_punching import HolePuncher
+from sparkle_mesh.fabric.interface import Address, PeerId
+from sparkle_mesh.fabric.libp2p_streams import Libp2pStream
+from sparkle_mesh.fabric.relay_client import RelayClient
+from sparkle_mesh.fabric.self_test import DialBackService
+from sparkle_mesh.fabric.tcp import PortListener, TcpConnection
+
+if TYPE_CHECKING:
+    from sparkle_mesh.fabric.libp2p_fabric import Libp2pFabric
+
+
+class Libp2pReach:
+    """The ways to and from peers that cannot be dialed.
+
+    Attributes
+    ----------
+    relays
+        This process at its relays.
+    puncher
+        Makes connections through relays direct ones.
+    """
+
+    def __init__(
+        self,
+        fabric: Libp2pFabric,
+        swarm: GuardedSwarm,
+        host: GuardedHost,
+        port: PortListener,
+        tasks: GuardedTasks,
+    ) -> None:
+        self._fabric, self._swarm, self._host, self._port, self._tasks = fabric, swarm, host, port, tasks
+        self._advertised: dict[str, tuple[Address, ...]] = {}
+        self._settling: dict[PeerId, trio.Event] = {}
+        self.seen_at: Sequence[Address] = ()
+        self.relays = RelayClient(fabric, self._upgrade_inbound)
+        self.puncher = HolePuncher(seen_at=lambda: self.seen_at, dial=self._dial_hole)
+        fabric.handle(hole_punching.PROTOCOL, self.puncher.serve)
+
+    # --- Addresses ------------------------------------------------------------------------------
+
+    def advertise(self, source: str, addresses: Sequence[Address]) -> bool:
+        """Tell others of ``addresses`` beside those that are listened on; return whether that is news.
+
+        They replace what was given for the same ``source`` before.
+        """
+        changed = self._advertised.get(source, ()) != tuple(addresses)
+        self._advertised[source] = tuple(addresses)
+        return changed
+
+    def advertised(self) -> tuple[Address, ...]:
+        """Return what is told beside the addresses that are listened on."""
+        return tuple(address for addresses in self._advertised.values() for address in addresses)
+
+    def serve_dial_backs(self) -> None:
+        """Dial those who want to know whether they can be dialed."""
+        DialBackService(self._fabric, self._dial_back).start()
+
+    async def _dial_back(self, peer_id: PeerId, address: Address) -> None:
+        """Dial and prove ``peer_id`` at ``address``, and let go of it at once; the connection that stands is kept."""
+        stream = await assembly.open_tcp(address, self._port.register)
+        try:
+            with translated("the handshake failed", UnreachableError):
+                await assembly.prove(self._swarm, stream, peer_id)
+        finally:
+            await trio.aclose_forcefully(stream)
+
+    # --- Relays ---------------------------------------------------------------------------------
+
+    async def dial_through(self, circuit: Circuit, peer_id: PeerId, address: Address) -> None:
+        """Connect to ``peer_id`` at ``address`` by ``circuit``, and then directly if that can be.
+
+        Raises
+        ------
+        UnreachableError
+            If the relay does not connect to it, or it is not who it should be.
+        """
+        if circuit.relay_id == self._fabric.peer_id:
+            raise UnreachableError("it leads through this process itself")
+        await self._fabric.connect(circuit.relay_id, [circuit.relay_address], from_port=True)
+        connection = await self.relays.open_circuit(circuit, peer_id, address)
+        await assembly.upgrade_outbound_raw(self._swarm, connection, peer_id)
+        settled = self._settling.get(peer_id)
+        if settled is not None:
+            await settled.wait()
+        if peer_id not in self._fabric.connected_peers():
+            carries_bytes = self.relays.carries_bytes(peer_id)
+            why = "" if carries_bytes is None else f", and the relay carries {carries_bytes} bytes only"
+            raise UnreachableError(f"no direct connection came about{why}")
+
+    async def _upgrade_inbound(self, connection: RawConnection, address: Address) -> None:
+        await assembly.upgrade_inbound_raw(self._swarm, connection, address)
+
+    def came(self, connection: INetConn) -> None:
+        """A connection through a relay stands: nobody is told of it before it was tried to do without the relay."""
+        peer_id: PeerId = connection.muxed_conn.peer_id.to_base58()
+        settled = self._settling.setdefault(peer_id, trio.Event())
+        self._tasks.run_task(self._settle, connection, peer_id, settled)
+
+    async def _settle(self, connection: INetConn, peer_id: PeerId, settled: trio.Event) -> None:
+        try:
+            if connection.muxed_conn.is_initiator:
+                await self.puncher.await_invitation(peer_id)
+            else:
+                await self._invite(connection, peer_id)
+            if peer_id in self._fabric.connected_peers() or self.relays.carries_bytes(peer_id) is not None:
+                await connection.close()
+            elif not connection.is_closed:
+                await self._fabric._add(connection)
+        finally:
+            settled.set()
+            if self._settling.get(peer_id) is settled:
+                del self._settling[peer_id]
+
+    async def _invite(self, connection: INetConn, peer_id: PeerId) -> None:
+        with trio.move_on_after(limits.HOLE_PUNCH_TIMEOUT_S):
+            try:
+                with translated("no stream to agree on a direct connection", UnreachableError):
+                    protocols = [TProtocol(hole_punching.PROTOCOL)]
+                    stream = Libp2pStream(await self._host.new_stream_over(connection, protocols), self._tasks)
+            except SparkleError:
+                self.puncher.failed_count += 1
+                return
+            await self.puncher.invite(stream)
+
+    async def _dial_hole(self, peer_id: PeerId, address: Address, from_port: bool, as_client: bool) -> None:
+        source = self._port.source_for(address) if from_port else None
+        stream = await assembly.open_tcp(address, self._port.register, source)
+        if as_client:
+            await assembly.upgrade_outbound(self._swarm, stream, peer_id)
+            return
+        upgraded = False
+        try:
+            with translated("the handshake failed", UnreachableError):
+                raw = RawConnection(TcpConnection(stream), False)
+                found = await assembly.upgrade_inbound_raw(self._swarm, raw, address)
+            upgraded = True
+            if found != peer_id:
+                # It has proven who it is, and may be of use; it is not whom the hole was for.
+                raise UnreachableError(f"{found} is there in its place")
+        finally:
+            if not upgraded:
+                await trio.aclose_forcefully(stream)
