@@ -20,7 +20,9 @@ from sparkle_mesh.async_collectives import AsyncCollectives
 from sparkle_mesh.capabilities.search import DeviceQuery, FoundDevice
 from sparkle_mesh.collectives.calls import check_timeout
 from sparkle_mesh.collectives.group import Outcome
-from sparkle_mesh.environment import resolve_data_dir
+from sparkle_mesh.discovery.bootstrap import choose_bootstrap
+from sparkle_mesh.discovery.reach import ReachConfig
+from sparkle_mesh.environment import bootstrap_peers, resolve_data_dir
 from sparkle_mesh.errors import CollectiveTimeoutError, ForkedProcessError, MeshMergedError, UsageError
 from sparkle_mesh.fabric.identity import Identity
 from sparkle_mesh.membership.invite import Invite, is_invite
@@ -342,6 +344,7 @@ def open_mesh(
     listen: Sequence[str] | None = None,
     data_dir: str | os.PathLike[str] | None = None,
     lan: bool = True,
+    bootstrap: Sequence[str] | None = None,
     links: Sequence[str] | None = None,
     on_quorum_loss: str = "raise",
     max_silence_s: float | None = None,
@@ -358,6 +361,13 @@ def open_mesh(
     if links is not None:
         check_kinds(_texts("links", links))
     mesh_name, mesh_key, join = _resolve_invites(name, MeshKey.coerce(key), join)
+    bootstrap = choose_bootstrap(
+        None if bootstrap is None else _texts("bootstrap", bootstrap),
+        mesh=mesh_name,
+        keyed=mesh_key is not None,
+        public=public,
+        preset=bootstrap_peers(),
+    )
     config = NodeConfig(
         mesh=mesh_name,
         key=mesh_key,
@@ -370,6 +380,7 @@ def open_mesh(
         lan=lan,
         min_peers=int(min_peers),
         max_silence_s=_silence(max_silence_s),
+        reach=ReachConfig(bootstrap=bootstrap),
     )
     return _open(config, timeout_s, links, forks=on_quorum_loss == "continue")
 

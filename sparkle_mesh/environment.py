@@ -16,6 +16,7 @@ import platformdirs
 from sparkle_mesh.errors import UsageError
 
 DATA_DIR_VARIABLE = "SPARKLE_DATA_DIR"
+BOOTSTRAP_VARIABLE = "SPARKLE_BOOTSTRAP"
 
 
 def resolve_data_dir(data_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -49,6 +50,17 @@ def resolve_data_dir(data_dir: str | os.PathLike[str] | None = None) -> Path:
     if os.name == "posix" and status.st_mode & stat.S_IWOTH:
         raise UsageError(f"anybody may write to data directory {path}; run `chmod o-w {path}`, or choose another")
     return path
+
+
+def bootstrap_peers() -> tuple[str, ...] | None:
+    """Return the bootstrap peers that ``SPARKLE_BOOTSTRAP`` lists, separated by commas; None if it is not set.
+
+    ``none`` is an empty list.
+    """
+    text = os.environ.get(BOOTSTRAP_VARIABLE)
+    if text is None:
+        return None
+    return tuple(item.strip() for item in text.split(",") if item.strip() and item.strip() != "none")
 
 
 def host_id() -> bytes:

@@ -324,6 +324,45 @@ LOOKUP_PATIENCE_S = 0.3
 # Of the closest, how many may be of one public network: of a crowd there, the others hold what it does not.
 LOOKUP_NETWORK_MAX_COUNT = 3
 LOOKUPS_AT_ONCE_MAX_COUNT = 8
+# The same in the public DHT, whose peers are far away, many of them gone, and may be asked for longer; how many closest
+# peers are told, and how many addresses of one are looked at.
+PUBLIC_DHT_TIMEOUT_S = 60.0
+PUBLIC_DHT_PARALLEL_COUNT = 8
+PUBLIC_DHT_PEERS_MAX_COUNT = 160
+PUBLIC_DHT_NAMED_MAX_COUNT = 24
+PUBLIC_DHT_PATIENCE_S = 3.0
+PUBLIC_DHT_HOLDERS_COUNT = 20
+PUBLIC_DHT_ADDRESSES_MAX_COUNT = 32
+# Bootstrap peers: names that stand for others, and what they come to; how many of them stay connected.
+DNS_TIMEOUT_S = 5.0
+BOOTSTRAP_LOOKUPS_MAX_COUNT = 64
+BOOTSTRAP_DEPTH_MAX_COUNT = 4
+BOOTSTRAP_PEERS_MAX_COUNT = 32
+BOOTSTRAP_CONNECTED_COUNT = 3
+BOOTSTRAP_LOOK_S = 5.0
+BOOTSTRAP_BACKOFF_MAX_S = 600.0
+# Whether others can dial this process: whom that is asked, how long it counts, how often it is asked anew.
+REACH_OBSERVERS_MAX_COUNT = 16
+REACH_REPORT_MAX_AGE_S = 3600.0
+REACH_TEST_S = 300.0
+REACH_LOOK_S = 15.0
+REACH_SETTLE_S = 1.0
+# Places at relays that carry much; and in all, with those that are only good to agree on a direct connection.
+REACH_RELAYS_COUNT = 2
+REACH_PLACES_MAX_COUNT = 4
+REACH_RELAY_RETRY_S = 60.0
+# Asking the router to pass connections on: for how long, and how it is asked (RFC 6886).
+PORT_MAPPING_S = 3600.0
+PORT_MAPPING_RENEW_MIN_S = 60.0
+PORT_MAPPING_RETRY_S = 900.0
+NAT_PMP_PORT = 5351
+NAT_PMP_ATTEMPTS_COUNT = 4
+NAT_PMP_WAIT_S = 0.25
+NAT_PMP_MESSAGE_MAX_BYTES = 16
+UPNP_DISCOVERY_MS = 2000
+# How often the public DHT is looked at for others of the mesh: from the first pause, each twice as long, to the last.
+PUBLIC_DHT_MEET_MIN_S = 2.0
+PUBLIC_DHT_MEET_MAX_S = 1800.0
 DISCOVERY_STATUS_JOIN_MAX_COUNT = 32
 # 239.0.0.0/8 is for use within a site (RFC 2365); one hop, so that it stays on the local network.
 BEACON_GROUP = "239.83.80.75"

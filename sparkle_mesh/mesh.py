@@ -211,6 +211,7 @@ def join(
     listen: Sequence[str] | None = None,
     data_dir: str | os.PathLike[str] | None = None,
     lan: bool = True,
+    bootstrap: Sequence[str] | None = None,
     links: Sequence[str] | None = None,
     on_quorum_loss: str = "raise",
     max_silence_s: float | None = None,
@@ -221,22 +222,22 @@ def join(
     ----------
     name
         The mesh's name (or an invite, which holds name and key). All processes of one run use the same.
-    key
-        A :class:`~sparkle_mesh.MeshKey`, its 32 bytes, or the text of a key file. With a key only processes
-        that prove it are admitted, and the name is hidden; without one the mesh is open to this host and its LAN.
-    public
-        Opens a mesh without a key beyond this host and its local networks.
+    key, public
+        A :class:`~sparkle_mesh.MeshKey`, its 32 bytes, or the text of a key file. With a key only processes that prove
+        it are admitted, and the name is hidden; without one the mesh is open to this host and its LAN, or if ``public``
+        to everybody.
     min_peers, timeout_s
         The smallest acceptable view, this process included; and for how many seconds to wait for it.
     join
-        Invites, or addresses such as ``/ip4/192.168.1.4/tcp/45654/p2p/12D3Koo…``, of peers to begin with.
-        None are needed on one host or LAN.
+        Invites, or addresses such as ``/ip4/192.168.1.4/tcp/45654/p2p/12D3Koo…``. None are needed on one host or LAN.
     listen
         Multiaddrs to listen on; any free port on all interfaces by default.
-    data_dir
-        Where things are kept; ``$SPARKLE_DATA_DIR`` by default, or else the platform's user data folder.
-    lan
-        Whether to look for peers on the local networks by multicast.
+    data_dir, lan
+        Where things are kept (by default ``$SPARKLE_DATA_DIR``, else the platform's user data folder); and whether
+        to look for peers on the local networks by multicast.
+    bootstrap
+        Public peers to meet through: addresses, or ``/dnsaddr/<domain>``; ``[]`` for none. For a mesh with a key or a
+        public one by default those in ``$SPARKLE_BOOTSTRAP``, else libp2p's.
     links
         The kinds of data links that may be used, best first: of ``"shared_memory"`` (on one host), ``"tcp"`` and
         ``"libp2p_stream"`` (over the control plane, where no direct connection comes about); all if None.
@@ -245,15 +246,14 @@ def join(
         or this process goes on with those that it can reach, in a fork (``"continue"``): call ``synchronize`` next,
         which waits for it. Of two meshes that meet again, the one that has done less ends with MeshMergedError.
     max_silence_s
-        The ceiling of how long a member may be silent, which is learned from how often it is heard; 30 s if None.
-        A program that holds its interpreter for longer is left out.
+        How long a member may be silent at most (it is learned from how often it is heard); 30 s if None.
 
     Raises
     ------
     UsageError
         If an argument cannot be.
     JoinTimeoutError, QuorumLostError
-        If no view formed in time (the message says who was found and who was refused), or its members died at once.
+        If no view formed in time (it says who was found and who was refused), or its members died at once.
 
     Examples
     --------
@@ -273,6 +273,7 @@ def join(
             listen=listen,
             data_dir=data_dir,
             lan=lan,
+            bootstrap=bootstrap,
             links=links,
             on_quorum_loss=on_quorum_loss,
             max_silence_s=max_silence_s,

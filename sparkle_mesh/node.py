@@ -20,16 +20,18 @@ from sparkle_mesh.capabilities.search import DeviceQuery, FoundDevice
 from sparkle_mesh.capabilities.service import CapabilityService
 from sparkle_mesh.clock import SYSTEM_CLOCK, SYSTEM_ENTROPY, Clock, Entropy
 from sparkle_mesh.devices.detect import DeviceInfo, detect_devices
+from sparkle_mesh.discovery.reach import ReachConfig, ReachService
 from sparkle_mesh.discovery.service import DiscoveryService
+from sparkle_mesh.discovery.strangers import Strangers
 from sparkle_mesh.environment import host_id
 from sparkle_mesh.fabric.identity import Identity
 from sparkle_mesh.fabric.interface import Fabric, PeerId
-from sparkle_mesh.fabric.libp2p_fabric import open_libp2p_fabric
+from sparkle_mesh.fabric.libp2p_fabric import Libp2pFabric, open_libp2p_fabric
 from sparkle_mesh.membership.channel import PeerChannel
 from sparkle_mesh.membership.events import MembershipEvent, PeerAdmitted, PeerGone, PeerRefused, ViewChanged
 from sparkle_mesh.membership.invite import Invite, is_invite
 from sparkle_mesh.membership.keys import MeshKey, MeshSecrets
-from sparkle_mesh.membership.messages import Role
+from sparkle_mesh.membership.messages import PROTOCOL, Role
 from sparkle_mesh.membership.presence import PresenceService
 from sparkle_mesh.membership.service import MembershipService
 from sparkle_mesh.membership.view import View
@@ -84,6 +86,8 @@ class NodeConfig:
         For how long a member may be silent at most before this process suspects it.
     settle_s
         How long those who want to form a mesh must have been the same before this process proposes it.
+    reach
+        What it does beyond the local network.
     """
 
     mesh: str
@@ -99,6 +103,7 @@ class NodeConfig:
     min_peers: int = 1
     max_silence_s: float = limits.SUSPICION_CEILING_S
     settle_s: float = limits.VIEW_SETTLE_S
+    reach: ReachConfig = field(default_factory=ReachConfig)
     entropy: Entropy = field(default=SYSTEM_ENTROPY, repr=False)
     clock: Clock = field(default=SYSTEM_CLOCK, repr=False)
 
@@ -119,6 +124,7 @@ class MeshNode:
         self.fabric = fabric
         self.secrets = MeshSecrets(config.mesh, config.key)
         incarnation = config.entropy.token(16)
+        strangers = Strangers()
         self.discovery = DiscoveryService(
             fabric,
             mesh_tag=self.secrets.tag,
@@ -128,6 +134,7 @@ class MeshNode:
             join=join_addresses(config.join),
             known=config.known,
             lan=config.lan,
+            strangers=strangers,
             entropy=config.entropy,
         )
         self.membership = MembershipService(
@@ -142,6 +149,7 @@ class MeshNode:
             settle_s=config.settle_s,
             software=f"sparkle-mesh {__version__}",
             heard=self.discovery.heard,
+            strangers=strangers,
             entropy=config.entropy,
         )
         self.capabilities = CapabilityService(
@@ -164,6 +172,20 @@ class MeshNode:
             heard=self.discovery.heard,
             entropy=config.entropy,
         )
+        self._reach: ReachService | None = None
+        if isinstance(fabric, Libp2pFabric):
+            self._reach = ReachService(
+                fabric,
+                config.reach,
+                strangers=strangers,
+                meeting_key=self.secrets.meeting_key,
+                mesh_protocol=PROTOCOL,
+                is_of_mesh=self.membership.is_admitted,
+                introduce=self.membership.introduce,
+                heard=self.discovery.heard,
+                moved=self._moved,
+                entropy=config.entropy,
+            )
         self._started_at = config.clock.now()
         self._devices: tuple[DeviceInfo, ...] = ()
 
@@ -190,6 +212,8 @@ class MeshNode:
                 await nursery.start(self.membership.run)
                 await nursery.start(self._presence.run)
                 await nursery.start(self.discovery.run)
+                if self._reach is not None:
+                    await nursery.start(self._reach.run)
                 task_status.started()
                 async for event in events:
                     match event:
@@ -198,10 +222,16 @@ class MeshNode:
                         case PeerAdmitted(peer_id, introduction):
                             self.capabilities.admitted(peer_id, introduction.addresses)
                             self._presence.met(peer_id, introduction.addresses)
+                            if self._reach is not None:
+                                self._reach.admitted(peer_id)
                         case PeerGone(peer_id, _, graceful):
                             self.capabilities.gone(peer_id, for_good=graceful)
                             self._presence.gone(peer_id)
                 nursery.cancel_scope.cancel()
+
+    def _moved(self) -> None:
+        self._presence.moved()
+        self.membership.moved()
 
     async def _offer_devices(self) -> None:
         self._devices = await trio.to_thread.run_sync(detect_devices)
@@ -235,7 +265,7 @@ class MeshNode:
             devices=self._devices,
             peer_count=len(self.membership.channels),
             view=_view_status(view) if view is not None else None,
-            discovery=self.discovery.status(),
+            discovery=(*self.discovery.status(), *(self._reach.status() if self._reach is not None else ())),
         )
 
     def peers(self) -> list[PeerStatus]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
 import signal
 import threading
@@ -19,6 +20,9 @@ GRACE_S = 2.0
 IDLE_TRIO_WORKER = re.compile(r"Trio thread \d+")
 # multiprocessing starts one helper per process, and keeps it.
 KEPT_CHILDREN = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+
+# Nothing that a test starts looks for peers beyond this machine, unless the test says which.
+os.environ["SPARKLE_BOOTSTRAP"] = "none"
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # Started in the background by a shell. Tests send this signal, to this process and to children that inherit.

@@ -126,7 +126,28 @@ def _show_version(context: click.Context, _parameter: click.Parameter, value: bo
 )
 @_data_dir_option
 @click.option("--no-lan", is_flag=True, help="Do not look for peers by multicast on the local networks.")
-@click.option("--no-public", is_flag=True, help="Do not use public peers to find others. (None are used so far.)")
+@click.option(
+    "--bootstrap",
+    metavar="ADDR|/dnsaddr/NAME",
+    multiple=True,
+    help="A public peer to begin with. Repeatable.  [default: $SPARKLE_BOOTSTRAP, else libp2p's, for a mesh with a key "
+    "or --public]",
+)
+@click.option("--no-public", is_flag=True, help="Do not use public peers to find others.")
+@click.option(
+    "--relay-bandwidth",
+    metavar="SIZE",
+    help="What this machine carries a second for peers of the mesh that nobody can dial, once others can dial it; "
+    "0 for nothing.  [default: 8MB]",
+)
+@click.option(
+    "--reachability",
+    type=click.Choice(["auto", "public", "private"]),
+    default="auto",
+    show_default=True,
+    help="Whether others beyond the local network can dial this machine; auto asks them.",
+)
+@click.option("--no-port-mapping", is_flag=True, help="Do not ask the router (NAT-PMP, UPnP) to pass connections on.")
 @click.option(
     "--public",
     is_flag=True,
@@ -187,7 +208,11 @@ def _run_node(
     listen: tuple[str, ...],
     data_dir: str | None,
     no_lan: bool,
+    bootstrap: tuple[str, ...],
     no_public: bool,
+    relay_bandwidth: str | None,
+    reachability: str,
+    no_port_mapping: bool,
     public: bool,
     log_format: LogFormat,
     log_level: str,
@@ -206,6 +231,11 @@ def _run_node(
         listen=listen,
         public=public,
         lan=not no_lan,
+        internet=not no_public,
+        bootstrap=bootstrap,
+        relay_bandwidth=relay_bandwidth,
+        port_mapping=not no_port_mapping,
+        reachability=reachability,
         data_dir=resolve_data_dir(data_dir),
     )
     runs: list[NodeRun] = []

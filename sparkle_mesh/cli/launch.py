@@ -27,7 +27,9 @@ Launch: TypeAlias = Callable[[NodeSettings], AbstractAsyncContextManager[Running
 async def open_real_node(settings: NodeSettings) -> AsyncIterator[RunningNode]:
     """Run a :class:`sparkle_mesh.node.MeshNode` with this data directory's identity until the block ends."""
     # This loads libp2p, which takes most of a second: nobody but a running node should wait for it.
+    from sparkle_mesh.discovery.reach import ReachConfig
     from sparkle_mesh.fabric.identity import load_or_create_identity
+    from sparkle_mesh.fabric.relay_book import RelayLimits
     from sparkle_mesh.node import NodeConfig, open_node
 
     config = NodeConfig(
@@ -40,6 +42,12 @@ async def open_real_node(settings: NodeSettings) -> AsyncIterator[RunningNode]:
         join=settings.join,
         data_dir=settings.data_dir,
         lan=settings.lan,
+        reach=ReachConfig(
+            bootstrap=settings.bootstrap,
+            relay=RelayLimits(bytes_per_s=settings.relay_bytes_per_s) if settings.relay_bytes_per_s else None,
+            port_mapping=settings.port_mapping and bool(settings.bootstrap),
+            reachability=settings.reachability,
+        ),
     )
     async with open_node(config) as node:
         yield node

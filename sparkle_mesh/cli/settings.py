@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparkle_mesh import limits
+from sparkle_mesh.environment import bootstrap_peers
 from sparkle_mesh.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,6 +30,14 @@ class NodeSettings:
         Whether the owner asked for ``listen``; if not, another port will do.
     join
         Addresses with ``/p2p/…`` tails, and invites to this mesh.
+    bootstrap
+        Public peers to begin with, addresses or names in DNS.
+    relay_bytes_per_s
+        What this machine carries for others as a relay; 0 for nothing.
+    port_mapping
+        Whether to ask the router to pass connections on, where others beyond the local network are to be met.
+    reachability
+        ``"public"`` or ``"private"`` if the owner knows; None to find out.
     """
 
     mesh: str
@@ -39,6 +48,10 @@ class NodeSettings:
     join: tuple[str, ...] = ()
     data_dir: Path
     lan: bool = True
+    bootstrap: tuple[str, ...] = ()
+    relay_bytes_per_s: float = limits.RELAY_BYTES_PER_S
+    port_mapping: bool = True
+    reachability: str | None = None
 
     def on_any_port(self) -> NodeSettings:
         """Return the same settings listening on a port that the system chooses."""
@@ -54,6 +67,11 @@ def resolve_settings(
     public: bool,
     lan: bool,
     data_dir: Path,
+    internet: bool = True,
+    bootstrap: Sequence[str] = (),
+    relay_bandwidth: str | None = None,
+    port_mapping: bool = True,
+    reachability: str = "auto",
 ) -> NodeSettings:
     """Check the options and put them together; an invite fills in the name and key it holds.
 
@@ -63,6 +81,8 @@ def resolve_settings(
         If one cannot be, or two contradict each other; the message names the option.
     """
     # These pull in the cryptography package, which commands that only ask the node do without.
+    from sparkle_mesh.capabilities.search import parse_memory
+    from sparkle_mesh.discovery.bootstrap import choose_bootstrap
     from sparkle_mesh.membership.invite import Invite, is_invite
     from sparkle_mesh.membership.keys import MeshKey, MeshSecrets
 
@@ -84,8 +104,18 @@ def resolve_settings(
         mesh, key, key_is_known = invite.name, invite.key, True
     for address in listen:
         check_listen_address(address)
+    if bootstrap and not internet:
+        raise UsageError("--bootstrap and --no-public contradict each other")
+    mesh = DEFAULT_MESH if mesh is None else mesh
+    peers = choose_bootstrap(
+        bootstrap or (None if internet else ()),
+        mesh=mesh,
+        keyed=key is not None,
+        public=public,
+        preset=bootstrap_peers(),
+    )
     settings = NodeSettings(
-        mesh=DEFAULT_MESH if mesh is None else mesh,
+        mesh=mesh,
         key=key,
         public=public,
         listen=tuple(listen) or (DEFAULT_LISTEN,),
@@ -93,6 +123,10 @@ def resolve_settings(
         join=tuple(join),
         data_dir=data_dir,
         lan=lan,
+        bootstrap=peers,
+        relay_bytes_per_s=limits.RELAY_BYTES_PER_S if relay_bandwidth is None else float(parse_memory(relay_bandwidth)),
+        port_mapping=port_mapping,
+        reachability=None if reachability == "auto" else reachability,
     )
     MeshSecrets(settings.mesh, settings.key)  # says what a name must be
     return settings

@@ -85,7 +85,7 @@ async def _resolve(address: Address) -> list[tuple[str, int]]:
     return [parse_tcp_address(str(found))[1:] for found in (resolved or [])[: limits.DNS_RESULTS_MAX_COUNT]]
 
 
-async def upgrade_outbound(swarm: GuardedSwarm, stream: trio.SocketStream, peer_id: PeerId) -> None:
+async def upgrade_outbound(swarm: GuardedSwarm, stream: trio.SocketStream, peer_id: PeerId) -> INetConn:
     """Take a connection that was dialed through its handshakes; it stands when this returns.
 
     Raises
@@ -95,10 +95,9 @@ async def upgrade_outbound(swarm: GuardedSwarm, stream: trio.SocketStream, peer_
     """
     upgraded = False
     try:
-        with translated("the handshake failed", UnreachableError):
-            raw = RawConnection(TcpConnection(stream), True)
-            await swarm.upgrade_outbound_raw_conn(raw, ID.from_base58(peer_id))
-            upgraded = True
+        connection = await upgrade_outbound_raw(swarm, RawConnection(TcpConnection(stream), True), peer_id)
+        upgraded = True
+        return connection
     finally:
         if not upgraded:
             await trio.aclose_forcefully(stream)

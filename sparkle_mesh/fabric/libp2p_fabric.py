@@ -142,6 +142,7 @@ class Libp2pFabric:
         if not connections:
             del self._connections[peer_id]
         if was_first:
+            self.reach.from_port.discard(peer_id)
             # Streams go over the oldest: with it they are gone, though another connection may stand.
             self._events.emit(PeerDisconnected(peer_id))
         if was_first and connections:
@@ -235,6 +236,8 @@ class Libp2pFabric:
         stream = await assembly.open_tcp(address, self._sockets, source)
         connected.set()
         await assembly.upgrade_outbound(self._swarm, stream, peer_id)
+        if source is not None and len(self._connections.get(peer_id, ())) == 1:
+            self.reach.from_port.add(peer_id)
 
     async def disconnect(self, peer_id: PeerId) -> None:
         """As ``Fabric.disconnect``."""

@@ -20,9 +20,10 @@ from sparkle_mesh.fabric.circuits import Circuit
 from sparkle_mesh.fabric.guards import GuardedHost, GuardedSwarm, GuardedTasks, translated
 from sparkle_mesh.fabric.hole_punching import HolePuncher
 from sparkle_mesh.fabric.interface import Address, PeerId
+from sparkle_mesh.fabric.kad_client import KadClient
 from sparkle_mesh.fabric.libp2p_streams import Libp2pStream
 from sparkle_mesh.fabric.relay_client import RelayClient
-from sparkle_mesh.fabric.self_test import DialBackService
+from sparkle_mesh.fabric.self_test import IDENTIFY_PROTOCOL, DialBackService, read_identity
 from sparkle_mesh.fabric.tcp import PortListener, TcpConnection
 
 if TYPE_CHECKING:
@@ -38,6 +39,10 @@ class Libp2pReach:
         This process at its relays.
     puncher
         Makes connections through relays direct ones.
+    kad
+        Asks peers of the public DHT.
+    seen_at
+        Where others have seen this process's port.
     """
 
     def __init__(
@@ -49,10 +54,13 @@ class Libp2pReach:
         tasks: GuardedTasks,
     ) -> None:
         self._fabric, self._swarm, self._host, self._port, self._tasks = fabric, swarm, host, port, tasks
+        #: Peers whose first connection was made from the port on which this process listens.
+        self.from_port: set[PeerId] = set()
         self._advertised: dict[str, tuple[Address, ...]] = {}
         self._settling: dict[PeerId, trio.Event] = {}
         self.seen_at: Sequence[Address] = ()
         self.relays = RelayClient(fabric, self._upgrade_inbound)
+        self.kad = KadClient(fabric)
         self.puncher = HolePuncher(seen_at=lambda: self.seen_at, dial=self._dial_hole)
         fabric.handle(hole_punching.PROTOCOL, self.puncher.serve)
 
@@ -70,6 +78,27 @@ class Libp2pReach:
     def advertised(self) -> tuple[Address, ...]:
         """Return what is told beside the addresses that are listened on."""
         return tuple(address for addresses in self._advertised.values() for address in addresses)
+
+    def is_from_port(self, peer_id: PeerId) -> bool:
+        """Whether streams to ``peer_id`` go over a connection from the port on which this process listens."""
+        return peer_id in self.from_port
+
+    async def ask_where_seen(self, peer_id: PeerId, address: Address) -> Address | None:
+        """Connect to ``peer_id`` once more, from the port on which this process listens; return where it is seen.
+
+        The connection stays: for NATs it is what keeps the port's place.
+
+        Raises
+        ------
+        UnreachableError
+            If that cannot be done, or it does not tell.
+        """
+        source = self._port.source_for(address)
+        stream = await assembly.open_tcp(address, self._port.register, source)
+        connection = await assembly.upgrade_outbound(self._swarm, stream, peer_id)
+        with translated(f"peer {peer_id} does not say who it is", UnreachableError):
+            net_stream = await self._host.new_stream_over(connection, [TProtocol(IDENTIFY_PROTOCOL)])
+        return (await read_identity(Libp2pStream(net_stream, self._tasks))).seen_at
 
     def serve_dial_backs(self) -> None:
         """Dial those who want to know whether they can be dialed."""

@@ -46,12 +46,16 @@ async def ask_identity(fabric: Fabric, peer_id: PeerId) -> PeerReport:
     UnreachableError
         If it does not answer so that it can be understood.
     """
-    timeout_s = limits.PROTOBUF_ANSWER_TIMEOUT_S
-    stream = await fabric.open_stream(peer_id, IDENTIFY_PROTOCOL, timeout_s=timeout_s)
+    stream = await fabric.open_stream(peer_id, IDENTIFY_PROTOCOL, timeout_s=limits.PROTOBUF_ANSWER_TIMEOUT_S)
+    return await read_identity(stream)
+
+
+async def read_identity(stream: FabricStream) -> PeerReport:
+    """Read what the peer says on a stream of identify, and end the stream; raises as :func:`ask_identity`."""
     try:
-        report = await receive_protobuf(stream, Identify, timeout_s=timeout_s)
+        report = await receive_protobuf(stream, Identify)
     except (LinkClosedError, ProtocolError) as error:
-        raise UnreachableError(f"peer {peer_id} does not say who it is: {error}") from error
+        raise UnreachableError(f"peer {stream.peer_id} does not say who it is: {error}") from error
     finally:
         stream.abort()
     protocols = frozenset(report.protocols[: limits.IDENTIFY_PROTOCOLS_MAX_COUNT])

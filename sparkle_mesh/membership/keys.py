@@ -155,6 +155,8 @@ class MeshSecrets:
         32 bytes that stand for the name alone; never to leave this host.
     topic
         Its GossipSub topic.
+    meeting_key
+        32 bytes under which its peers meet in the public DHT.
     """
 
     def __init__(self, name: str, key: MeshKey | None) -> None:
@@ -170,6 +172,7 @@ class MeshSecrets:
         self._proof_key = self._derive("proof")
         self._seal = AESGCM(self._derive("gossip seal"))
         self._place_key = self._derive("places in the DHT")
+        self.meeting_key = self._derive("meeting in the public DHT")
 
     def __repr__(self) -> str:
         return f"MeshSecrets(name={self.name!r}, keyed={self.keyed})"

@@ -62,6 +62,10 @@ class PresenceService:
             self._to_tell[peer_id] = told
             self._wake.set()
 
+    def moved(self) -> None:
+        """This process can be reached elsewhere than before: the others are told."""
+        self._wake.set()
+
     def gone(self, peer_id: PeerId) -> None:
         """``peer_id`` is connected no more; should it come back, that is news."""
         self._told.pop(peer_id, None)

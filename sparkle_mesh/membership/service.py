@@ -9,9 +9,10 @@ decides: the machines of :mod:`.proof`, :mod:`.formation` and :mod:`.view_change
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
+import msgspec
 import trio
 
 from sparkle_mesh import limits
@@ -79,6 +80,9 @@ class MembershipService(MembershipViews):
         How long those who want to form a mesh must have been the same before this process proposes it.
     heard
         Called with ``(peer id, addresses, source)`` for peers that others tell of.
+    strangers
+        Peers that are connected for what they serve to everybody: they are not asked for the mesh's proof, unless
+        :meth:`introduce` says so.
     """
 
     def __init__(
@@ -95,6 +99,7 @@ class MembershipService(MembershipViews):
         settle_s: float = limits.VIEW_SETTLE_S,
         software: str = "",
         heard: Callable[[PeerId, Sequence[Address], str], None],
+        strangers: Container[PeerId] = (),
         entropy: Entropy = SYSTEM_ENTROPY,
     ) -> None:
         member = Member(peer_id=fabric.peer_id, incarnation=incarnation)
@@ -105,6 +110,7 @@ class MembershipService(MembershipViews):
         self._host_id, self._min_peers, self._software = host_id, min_peers, software
         self._door = Door(keyed=secrets.keyed, public=public)
         self._heard = heard
+        self._strangers = strangers
         self._entropy = entropy
         self._opening: set[PeerId] = set()
         self._leaving = False
@@ -166,8 +172,8 @@ class MembershipService(MembershipViews):
                 task_status.started()
                 try:
                     async for event in connections:
-                        if isinstance(event, PeerConnected) and self._fabric.peer_id < event.peer_id:
-                            nursery.start_soon(self._open, event.peer_id)
+                        if isinstance(event, PeerConnected) and event.peer_id not in self._strangers:
+                            self.introduce(event.peer_id)
                 finally:
                     # It takes no more tasks.
                     self._nursery = None
@@ -176,6 +182,17 @@ class MembershipService(MembershipViews):
                 raise ClosedError("the fabric closed, or its events came faster than membership took them")
         finally:
             self._events.close()
+
+    def introduce(self, peer_id: PeerId) -> None:
+        """``peer_id``, which is connected, may be of the mesh: see to the proof, if it is this side's turn."""
+        if self._nursery is not None and self._fabric.peer_id < peer_id:
+            self._nursery.start_soon(self._open, peer_id)
+
+    def moved(self) -> None:
+        """Tell all peers where this process can be reached now."""
+        addresses = tuple(self._fabric.addresses)[: limits.ADDRESSES_PER_PEER_MAX_COUNT]
+        for channel in self._channels.values():
+            channel.send(PeerExchange(peers=(PeerAddress(peer_id=self._fabric.peer_id, addresses=addresses),)))
 
     async def leave(self, reason: str = "", *, hurry: bool = False) -> None:
         """Say farewell to all peers and close their streams.
@@ -371,6 +388,14 @@ class MembershipService(MembershipViews):
         else:
             self._carry_out(self._formation.watcher_came(channel.peer_id, now=now))
 
+    def _told_of(self, channel: PeerChannel, peer: PeerAddress) -> None:
+        source = "exchange"
+        if peer.peer_id == channel.peer_id:
+            # It tells where it can be reached now.
+            source = "introduction"
+            channel.introduction = msgspec.structs.replace(channel.introduction, addresses=peer.addresses)
+        self._heard(peer.peer_id, peer.addresses, source)
+
     async def _write(self, channel: PeerChannel) -> None:
         try:
             await channel.write_all()
@@ -405,7 +430,7 @@ class MembershipService(MembershipViews):
                     channel.ponged(probe, now=channel.last_heard)
                 case PeerExchange(peers=peers):
                     for peer in peers:
-                        self._heard(peer.peer_id, peer.addresses, "exchange")
+                        self._told_of(channel, peer)
                 case Prepare() | Promise() | Accept() | Accepted() | Declined() | Chosen():
                     self._agree(channel, message)
                 case Meeting() | Merger():

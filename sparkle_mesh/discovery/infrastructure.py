@@ -1,0 +1,106 @@
+"""Keeps some bootstrap peers connected: the way into the public DHT, observers of this process, relays perhaps."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import trio
+
+from sparkle_mesh import limits
+from sparkle_mesh.clock import Entropy
+from sparkle_mesh.discovery.bootstrap import ResolveTxt, resolve_bootstrap
+from sparkle_mesh.discovery.strangers import Strangers
+from sparkle_mesh.errors import SparkleError
+from sparkle_mesh.fabric.interface import Address, Fabric, PeerId
+from sparkle_mesh.wire import PeerAddress
+
+logger = logging.getLogger(__name__)
+
+
+class PortFabric(Fabric, Protocol):
+    """A fabric that can dial from the port on which it listens."""
+
+    async def connect(
+        self, peer_id: PeerId, addresses: Sequence[Address], *, timeout_s: float = ..., from_port: bool = ...
+    ) -> None: ...
+
+
+class Infrastructure:
+    """The bootstrap peers.
+
+    Parameters
+    ----------
+    bootstrap
+        Addresses and names; see :mod:`.bootstrap`.
+    connected
+        Told of each that was connected to.
+    """
+
+    def __init__(
+        self,
+        fabric: PortFabric,
+        bootstrap: Sequence[str],
+        *,
+        strangers: Strangers,
+        connected: Callable[[PeerId], object],
+        resolve: ResolveTxt,
+        entropy: Entropy,
+    ) -> None:
+        self._fabric, self._bootstrap, self._strangers = fabric, tuple(bootstrap), strangers
+        self._connected, self._resolve, self._entropy = connected, resolve, entropy
+        self._peers: dict[PeerId, PeerAddress] = {}
+        self._tried = False
+        self._last_error: str | None = None
+
+    def connected(self) -> list[PeerAddress]:
+        """Return those that are connected."""
+        present = self._fabric.connected_peers()
+        return [peer for peer_id, peer in self._peers.items() if peer_id in present]
+
+    def status(self) -> str:
+        """Say for people how that goes."""
+        if not self._bootstrap:
+            return "off"
+        if not self._peers:
+            return "no addresses known yet" if not self._tried else "no addresses known (is this machine online?)"
+        error = f"; last error: {self._last_error}" if self._last_error and not self.connected() else ""
+        return f"{len(self.connected())} of {len(self._peers)} connected{error}"
+
+    async def run(self) -> None:
+        """Keep ``limits.BOOTSTRAP_CONNECTED_COUNT`` of them connected, until cancelled."""
+        pause_s = limits.BOOTSTRAP_LOOK_S
+        while self._bootstrap:
+            count = len(self.connected())
+            if count < min(limits.BOOTSTRAP_CONNECTED_COUNT, len(self._peers) or 1):
+                if not count:
+                    await self._look_up()
+                await self._connect_some()
+            pause_s = limits.BOOTSTRAP_LOOK_S if self.connected() else min(pause_s * 2, limits.BOOTSTRAP_BACKOFF_MAX_S)
+            await trio.sleep(pause_s * self._entropy.uniform(0.75, 1.25))
+
+    async def _look_up(self) -> None:
+        for peer in await resolve_bootstrap(self._bootstrap, self._resolve):
+            if peer.peer_id != self._fabric.peer_id:
+                if peer.peer_id not in self._peers:
+                    self._strangers.hold(peer.peer_id)
+                self._peers[peer.peer_id] = peer
+        self._tried = True
+
+    async def _connect_some(self) -> None:
+        present = self._fabric.connected_peers()
+        absent = [peer for peer_id, peer in self._peers.items() if peer_id not in present]
+        absent.sort(key=lambda _: self._entropy.uniform(0.0, 1.0))
+        async with trio.open_nursery() as nursery:
+            for peer in absent[: limits.BOOTSTRAP_CONNECTED_COUNT]:
+                nursery.start_soon(self._connect, peer)
+
+    async def _connect(self, peer: PeerAddress) -> None:
+        try:
+            await self._fabric.connect(peer.peer_id, peer.addresses, from_port=True)
+        except SparkleError as error:
+            self._last_error = str(error)[: limits.REASON_MAX_CHARS]
+            logger.info("a bootstrap peer cannot be reached: %s; trying on", error)
+        else:
+            self._connected(peer.peer_id)
