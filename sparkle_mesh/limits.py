@@ -74,7 +74,7 @@ RELAY_RENEW_RATIO = 0.5
 RELAY_RENEW_MIN_S = 60.0
 RELAY_ANSWER_TIMEOUT_S = 8.0
 # Of a connection through a relay: how often, for how long, and where both ends try to make it a direct one.
-HOLE_PUNCH_ATTEMPTS_COUNT = 3
+HOLE_PUNCH_ATTEMPTS_COUNT = 2
 HOLE_PUNCH_REVERSAL_S = 1.0
 HOLE_PUNCH_DIAL_S = 2.0
 HOLE_PUNCH_TIMEOUT_S = 12.0

@@ -157,10 +157,20 @@ class ReachService:
             try:
                 async for event in events:
                     if isinstance(event, PeerConnected):
-                        self._asked_at.pop(event.peer_id, None)
+                        self._came(event)
                     self._relays.look()
             finally:
                 self._nursery = None
+
+    def _came(self, event: PeerConnected) -> None:
+        self._asked_at.pop(event.peer_id, None)
+        address = event.remote_address
+        punched = event.peer_id in self._fabric.reach.puncher.tried
+        if address is None or event.outbound or punched or is_circuit(address) or is_local_address(address):
+            return
+        # Nothing shows better that this process can be dialed.
+        self._reachability.dialed_back(event.peer_id, True, trio.current_time())
+        self._weigh()
 
     def _listening(self) -> list[Address]:
         return [address for address in self._fabric.addresses if address not in self._fabric.reach.advertised()]
@@ -186,7 +196,9 @@ class ReachService:
             await trio.sleep(limits.REACH_LOOK_S * self._entropy.uniform(0.75, 1.25))
             self._reachability.listens(self._listening())
             now = trio.current_time()
-            self._asked_at = {p: at for p, at in self._asked_at.items() if now - at < limits.REACH_TEST_S}
+            # Who becomes a relay does not say so by itself.
+            age_s = limits.REACH_LOOK_S if self._relays.are_missing() else limits.REACH_TEST_S
+            self._asked_at = {p: at for p, at in self._asked_at.items() if now - at < age_s}
             room = limits.REACH_OBSERVERS_MAX_COUNT - len(self._asked_at)
             for peer_id in list(self._fabric.connected_peers())[: max(room, 0)]:
                 if not is_local_address(self._fabric.remote_address(peer_id)) and (
@@ -210,6 +222,8 @@ class ReachService:
             if is_local_address(remote_address) or is_circuit(remote_address):
                 return
             await self._note_where_seen(peer_id, remote_address, report.seen_at)
+            # A dial back that is swallowed takes long.
+            self._weigh()
             candidates = self._reachability.candidates()
             if AUTONAT_PROTOCOL in report.protocols and candidates and self._config.reachability is None:
                 reached = await ask_to_dial_back(self._fabric, peer_id, candidates)

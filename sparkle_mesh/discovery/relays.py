@@ -66,6 +66,10 @@ class RelayKeeper:
             self._candidates[peer_id] = of_mesh
         self.look()
 
+    def are_missing(self) -> bool:
+        """Whether there are fewer places than are wanted."""
+        return self._is_wanted() and len(self._useful()) < limits.REACH_RELAYS_COUNT
+
     def look(self) -> None:
         """Look now whether relays are needed: something has changed."""
         self._wake.set()

@@ -73,6 +73,8 @@ async def open_tcp(
             return await dial_tcp(ip, resolved_port, register, source)
         except OSError as error:
             reason = (os.strerror(error.errno) if error.errno else str(error)).lower()
+        except trio.ClosedResourceError as error:
+            raise UnreachableError("this process is closing its sockets") from error
     raise UnreachableError(reason)
 
 

@@ -49,6 +49,8 @@ class HolePuncher:
         self._seen_at = seen_at
         self._dial = dial
         self._awaited: dict[PeerId, trio.Event] = {}
+        #: Peers to which it was tried last to punch a hole: that they are connected does not show who can be dialed.
+        self.tried: dict[PeerId, None] = {}
         #: Connections that were made so, and that were not, since the start.
         self.succeeded_count = self.failed_count = 0
 
@@ -125,6 +127,9 @@ class HolePuncher:
     ) -> bool:
         """Dial all of ``addresses`` at once; return whether one led to ``peer_id``."""
         reached = False
+        self.tried[peer_id] = None
+        if len(self.tried) > limits.MESH_PEERS_MAX_COUNT:
+            del self.tried[next(iter(self.tried))]
 
         async def dial(address: Address) -> None:
             nonlocal reached
