@@ -21,10 +21,11 @@ from sparkle_mesh.capabilities.service import CapabilityService
 from sparkle_mesh.clock import SYSTEM_CLOCK, SYSTEM_ENTROPY, Clock, Entropy
 from sparkle_mesh.devices.detect import DeviceInfo, detect_devices
 from sparkle_mesh.discovery.service import DiscoveryService
-from sparkle_mesh.environment import host_id
+from sparkle_mesh.environment import IDENTITY_NAME, host_id
 from sparkle_mesh.fabric.identity import Identity
 from sparkle_mesh.fabric.interface import Fabric, PeerId
 from sparkle_mesh.fabric.libp2p_fabric import open_libp2p_fabric
+from sparkle_mesh.membership.certificates import Certifier
 from sparkle_mesh.membership.channel import PeerChannel
 from sparkle_mesh.membership.events import MembershipEvent, PeerAdmitted, PeerGone, PeerRefused, ViewChanged
 from sparkle_mesh.membership.invite import Invite, is_invite
@@ -130,6 +131,11 @@ class MeshNode:
             lan=config.lan,
             entropy=config.entropy,
         )
+        certifier = (
+            Certifier(config.data_dir / IDENTITY_NAME, fabric.peer_id, self.secrets.tag, entropy=config.entropy)
+            if config.role == "trainer"
+            else None
+        )
         self.membership = MembershipService(
             fabric,
             self.secrets,
@@ -141,6 +147,7 @@ class MeshNode:
             max_silence_s=config.max_silence_s,
             settle_s=config.settle_s,
             software=f"sparkle-mesh {__version__}",
+            certifier=certifier,
             heard=self.discovery.heard,
             entropy=config.entropy,
         )
@@ -262,6 +269,7 @@ class MeshNode:
         return PeerStatus(
             peer_id=channel.peer_id,
             role=channel.introduction.role,
+            machine=channel.machine,
             addresses=channel.introduction.addresses,
             connected_s=trio.current_time() - channel.admitted_at,
             latency_ms=None if channel.latency_s is None else channel.latency_s * 1e3,

@@ -26,6 +26,8 @@ class PeerStatus(wire.Message, frozen=True, kw_only=True):
     ----------
     role
         ``"node"`` or ``"trainer"``.
+    machine
+        The peer id of its machine's node, whose key has certified it; a node's own. None where there is no certificate.
     addresses
         Where it says that it listens, without the ``/p2p/…`` tail.
     connected_s
@@ -45,6 +47,7 @@ class PeerStatus(wire.Message, frozen=True, kw_only=True):
 
     peer_id: wire.PeerIdText
     role: wire.NameText
+    machine: wire.PeerIdText | None = None
     addresses: StatusAddresses
     connected_s: Seconds
     link: wire.NameText | None = None

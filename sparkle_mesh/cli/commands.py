@@ -17,7 +17,7 @@ from click.core import ParameterSource
 from sparkle_mesh import limits
 from sparkle_mesh.cli.render import failed, found_devices_text, one_line, peers_text, printable, status_text, to_json
 from sparkle_mesh.cli.signals import StopSignals
-from sparkle_mesh.environment import resolve_data_dir
+from sparkle_mesh.environment import IDENTITY_NAME, resolve_data_dir
 from sparkle_mesh.errors import IdentityError, NoNodeError, SparkleError, UsageError
 
 if TYPE_CHECKING:
@@ -257,7 +257,6 @@ def show_id(context: click.Context, data_dir: str | None, as_json: bool) -> None
         assert status is not None
         peer_id = status.peer_id
     except NoNodeError:
-        from sparkle_mesh.cli.launch import IDENTITY_NAME
         from sparkle_mesh.fabric.identity import load_or_create_identity
 
         running, peer_id = False, load_or_create_identity(directory / IDENTITY_NAME).peer_id

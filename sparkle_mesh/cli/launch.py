@@ -8,8 +8,7 @@ from typing import Any, Protocol, TypeAlias
 
 from sparkle_mesh.cli.control_server import ControlHandler
 from sparkle_mesh.cli.settings import NodeSettings
-
-IDENTITY_NAME = "identity.key"
+from sparkle_mesh.environment import IDENTITY_NAME
 
 
 class RunningNode(ControlHandler, Protocol):

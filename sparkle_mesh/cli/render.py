@@ -77,7 +77,8 @@ def no_control_socket() -> Line:
 
 def peer_joined(peer: PeerStatus) -> Line:
     """Say that a peer was admitted."""
-    where = f" at {printable(peer.addresses[0])}" if peer.addresses else ""
+    where = f" of machine {short_id(peer.machine)}" if peer.machine not in (None, peer.peer_id) else ""
+    where += f" at {printable(peer.addresses[0])}" if peer.addresses else ""
     return Line(
         "peer_joined",
         f"peer joined  {printable(peer.peer_id)} ({printable(peer.role)}{where})",
@@ -158,11 +159,12 @@ def peers_text(peers: Sequence[PeerStatus]) -> str:
     """Return a table of peers, one a line, with a heading."""
     if not peers:
         return "no peers"
-    table = [("PEER", "ROLE", "RANK", "LINK", "LATENCY", "BANDWIDTH", "CONNECTED", "ADDRESS")]
+    table = [("PEER", "ROLE", "MACHINE", "RANK", "LINK", "LATENCY", "BANDWIDTH", "CONNECTED", "ADDRESS")]
     table += [
         (
             printable(peer.peer_id),
             printable(peer.role) if peer.admitted else "not admitted",
+            "-" if peer.machine is None else short_id(peer.machine),
             "-" if peer.rank is None else str(peer.rank),
             "-" if peer.link is None else printable(peer.link),
             "-" if peer.latency_ms is None else f"{peer.latency_ms:.1f} ms",

@@ -1,4 +1,4 @@
-"""Who may come in: a machine without I/O that knows the bans, and how many one network may bring."""
+"""Who may come in: a machine without I/O that knows the bans, the certificates, and how many one network may bring."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import logging
 from collections.abc import Iterable
 
 from sparkle_mesh import limits
+from sparkle_mesh.errors import ProtocolError
 from sparkle_mesh.fabric.interface import Address, PeerId
 from sparkle_mesh.fabric.networks import is_local_address, network_of
 from sparkle_mesh.membership.bans import Bans
-from sparkle_mesh.membership.messages import Refused
+from sparkle_mesh.membership.certificates import CertificateJudge
+from sparkle_mesh.membership.messages import Introduction, Refused
 
 logger = logging.getLogger(__name__)
 
@@ -23,12 +25,15 @@ class Door:
         Whether a key guards the mesh: whoever holds it may come from anywhere, with as many others as there are.
     public
         Whether a mesh without a key is open beyond this host and its local networks.
+    tag
+        The mesh's, which certificates name.
     """
 
-    def __init__(self, *, keyed: bool, public: bool) -> None:
+    def __init__(self, *, keyed: bool, public: bool, tag: bytes) -> None:
         self._keyed = keyed
         self._open_to_all = public or keyed
         self._bans = Bans()
+        self._certificates = CertificateJudge(tag)
 
     def refusal(
         self, peer_id: PeerId, address: Address | None, present: Iterable[Address | None], now: float
@@ -56,6 +61,28 @@ class Door:
             if count >= limits.MESH_PEERS_PER_NETWORK_MAX_COUNT:
                 return Refused(code="full", reason=f"{count} peers of the network {network} are connected already")
         return None
+
+    def introduced(self, peer_id: PeerId, introduction: Introduction, now: float) -> PeerId | Refused | None:
+        """``peer_id`` has proven the key and told of itself: return its machine, None if unknown, or why it is refused.
+
+        The machine is the peer id of its node. A certificate that is forged, another process's or another mesh's is an
+        offence: no process that keeps to the protocol sends one. One that has lapsed, or is of a later version, is not
+        believed, and that is all.
+        """
+        if introduction.member.peer_id != peer_id:
+            self.offended(peer_id, now)
+            name = introduction.member.peer_id
+            return Refused(code="duplicate", reason=f"peer {peer_id} introduced itself as {name}")
+        if introduction.certificate is None:
+            return peer_id if introduction.role == "node" else None
+        try:
+            judgement = self._certificates.judge(introduction.certificate, peer_id, now)
+        except ProtocolError as error:
+            self.offended(peer_id, now)
+            return Refused(code="duplicate", reason=str(error)[: limits.REASON_MAX_CHARS])
+        if judgement.doubt:
+            logger.info("of which machine peer %s is stays unknown: %s", peer_id, judgement.doubt)
+        return judgement.machine
 
     def ban(self, peer_id: PeerId, now: float) -> Refused | None:
         """Return for how long ``peer_id`` is banned, as a refusal; None if it is not."""

@@ -26,6 +26,7 @@ from sparkle_mesh.errors import (
 )
 from sparkle_mesh.fabric.framing import receive_message, send_message
 from sparkle_mesh.fabric.interface import Address, Fabric, FabricStream, PeerConnected, PeerId
+from sparkle_mesh.membership.certificates import Certifier
 from sparkle_mesh.membership.channel import PeerChannel
 from sparkle_mesh.membership.door import Door
 from sparkle_mesh.membership.events import PeerAdmitted, PeerGone, PeerRefused, ViewChanged
@@ -77,6 +78,8 @@ class MembershipService(MembershipViews):
         For how long a member may be silent at most before it is suspected.
     settle_s
         How long those who want to form a mesh must have been the same before this process proposes it.
+    certifier
+        Says which machine this process is of; None for a node, which is its machine's own.
     heard
         Called with ``(peer id, addresses, source)`` for peers that others tell of.
     """
@@ -94,6 +97,7 @@ class MembershipService(MembershipViews):
         max_silence_s: float = limits.SUSPICION_CEILING_S,
         settle_s: float = limits.VIEW_SETTLE_S,
         software: str = "",
+        certifier: Certifier | None = None,
         heard: Callable[[PeerId, Sequence[Address], str], None],
         entropy: Entropy = SYSTEM_ENTROPY,
     ) -> None:
@@ -103,7 +107,8 @@ class MembershipService(MembershipViews):
         self._fabric = fabric
         self._secrets = secrets
         self._host_id, self._min_peers, self._software = host_id, min_peers, software
-        self._door = Door(keyed=secrets.keyed, public=public)
+        self._door = Door(keyed=secrets.keyed, public=public, tag=secrets.tag)
+        self._certifier = certifier
         self._heard = heard
         self._entropy = entropy
         self._opening: set[PeerId] = set()
@@ -269,7 +274,7 @@ class MembershipService(MembershipViews):
         peer_id = stream.peer_id
         try:
             with trio.fail_after(limits.MESH_PROOF_TIMEOUT_S):
-                introduction = await self._greet(stream, proof, first)
+                channel = await self._greet(stream, proof, first)
         except (SparkleError, trio.TooSlowError) as error:
             wrong_key = isinstance(error, WrongKeyError)
             reason = str(error) or f"peer {peer_id} did not finish the proof in {limits.MESH_PROOF_TIMEOUT_S} s"
@@ -278,11 +283,11 @@ class MembershipService(MembershipViews):
             self._events.send(PeerRefused(peer_id, reason, wrong_key=wrong_key))
             await stream.aclose()
             return
-        await self._follow(PeerChannel(stream, introduction, now=trio.current_time()))
+        await self._follow(channel)
 
     async def _greet(
         self, stream: FabricStream, proof: OpenerProof | AnswererProof, instructions: list[Instruction]
-    ) -> Introduction:
+    ) -> PeerChannel:
         proven = False
         while True:
             for instruction in instructions:
@@ -296,14 +301,21 @@ class MembershipService(MembershipViews):
             if proven:
                 break
             instructions = proof.receive(await receive_message(stream, Greeting))
-        await send_message(stream, self._introduction())
+        is_opener = isinstance(proof, OpenerProof)
+        if is_opener:
+            await send_message(stream, self._introduction())
         answer = await receive_message(stream, Introduction | Refused)
         if isinstance(answer, Refused):
             error_type = WrongKeyError if answer.code == "key" else ProtocolError
             raise error_type(f"peer {stream.peer_id} refused: {answer.reason}")
-        if answer.member.peer_id != stream.peer_id:
-            raise ProtocolError(f"peer {stream.peer_id} introduced itself as {answer.member.peer_id}")
-        return answer  # type: ignore[no-any-return]
+        machine = self._door.introduced(stream.peer_id, answer, trio.current_time())
+        if isinstance(machine, Refused):
+            await send_message(stream, machine)
+            raise ProtocolError(machine.reason)
+        if not is_opener:
+            # Not before: so the opener learns that it is refused instead of being admitted for a moment.
+            await send_message(stream, self._introduction())
+        return PeerChannel(stream, answer, now=trio.current_time(), machine=machine)
 
     def _introduction(self) -> Introduction:
         return Introduction(
@@ -313,6 +325,7 @@ class MembershipService(MembershipViews):
             min_peers=self._min_peers,
             addresses=tuple(self._fabric.addresses)[: limits.ADDRESSES_PER_PEER_MAX_COUNT],
             software=self._software,
+            certificate=None if self._certifier is None else self._certifier.certificate(trio.current_time()),
         )
 
     async def _follow(self, channel: PeerChannel) -> None:
@@ -394,6 +407,11 @@ class MembershipService(MembershipViews):
                 case Leave(reason=reason):
                     channel.graceful = True
                     channel.gone_reason = "it left the mesh" + (f": {reason}" if reason else "")
+                    return
+                case Refused(reason=reason):
+                    # The answerer has admitted the opener by the time that this one has seen its introduction.
+                    channel.gone_reason = f"peer {channel.peer_id} refused: {reason}"
+                    self._events.send(PeerRefused(channel.peer_id, channel.gone_reason, wrong_key=False))
                     return
                 case Leaving():
                     if self._succession is not None:

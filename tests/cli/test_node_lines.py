@@ -42,6 +42,10 @@ def test_peers_come_and_go(fake: ModuleType) -> None:
     assert joined.to_text("12:00:00") == "12:00:00 peer joined  12D3KooWPeer (trainer at /ip4/10.0.0.2/tcp/4)"
     assert json.loads(joined.to_json(0))["peer"]["rank"] == 1
     assert render.peer_joined(fake.peer(addresses=())).text == "peer joined  12D3KooWPeer (trainer)"
+    of_machine = render.peer_joined(fake.peer(machine=fake.PEER_ID))
+    assert of_machine.text == "peer joined  12D3KooWPeer (trainer of machine …FakeNode at /ip4/10.0.0.2/tcp/4)"
+    assert json.loads(of_machine.to_json(0))["peer"]["machine"] == fake.PEER_ID
+    assert render.peer_joined(fake.peer(role="node", machine="12D3KooWPeer", addresses=())).text.endswith("(node)")
     assert render.peer_left("12D3", "it left").text == "peer left    12D3: it left"
     assert json.loads(render.peer_refused("12D3", "wrong key").to_json(0)) == {
         "time": 0,
@@ -88,13 +92,13 @@ def test_status_for_people(fake: ModuleType) -> None:
 
 def test_a_table_of_peers(fake: ModuleType) -> None:
     peers = [
-        fake.peer(link="tcp", bandwidth_bytes_per_s=11.94e6),
+        fake.peer(link="tcp", bandwidth_bytes_per_s=11.94e6, machine=fake.PEER_ID),
         fake.peer("12D3", rank=None, latency_ms=None, addresses=(), admitted=False, connected_s=0.0),
     ]
     assert render.peers_text(peers).splitlines() == [
-        "PEER          ROLE          RANK  LINK  LATENCY  BANDWIDTH  CONNECTED  ADDRESS",
-        "12D3KooWPeer  trainer       1     tcp   0.2 ms   11.9 MB/s  1 min 1 s  /ip4/10.0.0.2/tcp/4",
-        "12D3          not admitted  -     -     -        -          0 s        -",
+        "PEER          ROLE          MACHINE    RANK  LINK  LATENCY  BANDWIDTH  CONNECTED  ADDRESS",
+        "12D3KooWPeer  trainer       …FakeNode  1     tcp   0.2 ms   11.9 MB/s  1 min 1 s  /ip4/10.0.0.2/tcp/4",
+        "12D3          not admitted  -          -     -     -        -          0 s        -",
     ]
     assert render.peers_text([]) == "no peers"
 

@@ -5,9 +5,15 @@ from __future__ import annotations
 import pytest
 
 from sparkle_mesh import limits
+from sparkle_mesh.fabric.identity import Identity
 from sparkle_mesh.membership.bans import Bans
+from sparkle_mesh.membership.certificates import sign_certificate
 from sparkle_mesh.membership.door import Door
+from sparkle_mesh.membership.messages import Introduction, Refused, Role
+from sparkle_mesh.membership.view import Member
 
+TAG = b"t" * 32
+NODE = Identity(bytes(range(32)))
 NEAR, FAR = "/ip4/192.168.1.4/tcp/1", "/ip4/8.8.4.4/tcp/1"
 
 
@@ -43,7 +49,7 @@ def test_a_flood_of_offenders_is_bounded_and_displaces_the_oldest():
 
 
 def test_reasons():
-    door = Door(keyed=False, public=False)
+    door = Door(keyed=False, public=False, tag=TAG)
     assert door.refusal("a", NEAR, [], 0.0) is None
     assert "LAN only" in door.refusal("a", FAR, [], 0.0).reason
     full = [NEAR] * limits.MESH_PEERS_MAX_COUNT
@@ -57,7 +63,7 @@ def test_reasons():
 
 @pytest.mark.parametrize("keyed", [True, False])
 def test_one_network_brings_so_many_into_an_open_mesh(keyed):
-    door = Door(keyed=keyed, public=True)
+    door = Door(keyed=keyed, public=True, tag=TAG)
     crowd = [f"/ip4/8.8.4.{number}/tcp/1" for number in range(limits.MESH_PEERS_PER_NETWORK_MAX_COUNT)]
     assert door.refusal("a", FAR, crowd[1:], 0.0) is None
     refusal = door.refusal("a", FAR, crowd, 0.0)
@@ -66,3 +72,35 @@ def test_one_network_brings_so_many_into_an_open_mesh(keyed):
         assert "64 peers of the network 8.8.4.0/24 are connected already" in refusal.reason
     assert door.refusal("a", "/ip4/9.9.9.9/tcp/1", crowd, 0.0) is None
     assert door.refusal("a", NEAR, crowd, 0.0) is None
+
+
+def introduction(name: str, certificate: bytes | None = None, role: Role = "trainer") -> Introduction:
+    member = Member(peer_id=name, incarnation=bytes(16))
+    return Introduction(role=role, member=member, host_id=bytes(16), min_peers=1, addresses=(), certificate=certificate)
+
+
+def test_whose_machine_a_peer_is_of():
+    door = Door(keyed=True, public=False, tag=TAG)
+    certificate = sign_certificate(NODE, "a", TAG, lifetime_s=100)
+    assert door.introduced("a", introduction("a", certificate), 0.0) == NODE.peer_id
+    assert door.introduced("a", introduction("a"), 0.0) is None
+    assert door.introduced("n", introduction("n", role="node"), 0.0) == "n"
+    # One that has lapsed is not believed, and that is all.
+    for _ in range(limits.OFFENCES_MAX_COUNT):
+        assert door.introduced("a", introduction("a", certificate), 101.0) is None
+    assert door.ban("a", 101.0) is None
+
+
+def test_whoever_shows_what_is_not_its_own_is_refused_and_banned_for_it():
+    door = Door(keyed=True, public=False, tag=TAG)
+    shown = [
+        (introduction("b"), "introduced itself as b"),
+        (introduction("a", sign_certificate(NODE, "b", TAG)), "is that of 'b'"),
+        (introduction("a", sign_certificate(NODE, "a", bytes(32))), "for another mesh"),
+    ]
+    for told, reason in shown:
+        assert door.ban("a", 0.0) is None
+        refused = door.introduced("a", told, 0.0)
+        assert isinstance(refused, Refused)
+        assert reason in refused.reason
+    assert "too often" in door.ban("a", 0.0).reason
