@@ -214,6 +214,7 @@ def join(
     links: Sequence[str] | None = None,
     on_quorum_loss: str = "raise",
     max_silence_s: float | None = None,
+    allow: Sequence[str] | None = None,
 ) -> Mesh:
     """Join a mesh and return once ``min_peers`` processes agree on a view.
 
@@ -221,18 +222,14 @@ def join(
     ----------
     name
         The mesh's name (or an invite, which holds name and key). All processes of one run use the same.
-    key
-        A :class:`~sparkle_mesh.MeshKey`, its 32 bytes, or the text of a key file. With a key only processes
-        that prove it are admitted, and the name is hidden; without one the mesh is open to this host and its LAN.
-    public
-        Opens a mesh without a key beyond this host and its local networks.
+    key, public
+        A :class:`~sparkle_mesh.MeshKey`, its 32 bytes, or the text of a key file. With a key only processes that prove
+        it are admitted, and the name is hidden; without one this host and its LAN are, and all others if ``public``.
     min_peers, timeout_s
         The smallest acceptable view, this process included; and for how many seconds to wait for it.
-    join
-        Invites, or addresses such as ``/ip4/192.168.1.4/tcp/45654/p2p/12D3Koo…``, of peers to begin with.
-        None are needed on one host or LAN.
-    listen
-        Multiaddrs to listen on; any free port on all interfaces by default.
+    join, listen
+        Invites, or addresses such as ``/ip4/192.168.1.4/tcp/45654/p2p/12D3Koo…``, of peers to begin with; none are
+        needed on one host or LAN. Multiaddrs to listen on; any free port on all interfaces by default.
     data_dir
         Where things are kept; ``$SPARKLE_DATA_DIR`` by default, or else the platform's user data folder.
     lan
@@ -247,6 +244,9 @@ def join(
     max_silence_s
         The ceiling of how long a member may be silent, which is learned from how often it is heard; 30 s if None.
         A program that holds its interpreter for longer is left out.
+    allow
+        Peer ids of machines (``sparkle-node id``): only these and the processes that they have certified are admitted,
+        and those of this machine; everybody if None. Give all members the same list.
 
     Raises
     ------
@@ -276,6 +276,7 @@ def join(
             links=links,
             on_quorum_loss=on_quorum_loss,
             max_silence_s=max_silence_s,
+            allow=allow,
         ),
         name if not is_invite(name) else "invite",
     )

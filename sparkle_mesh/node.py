@@ -67,6 +67,9 @@ class NodeConfig:
         The mesh's name, and its key if it has one.
     public
         Whether a mesh without a key is open beyond this host and its local networks.
+    allow
+        If there are any, only these peers are admitted, and those that they have certified as of their machine; this
+        machine's own always are.
     role
         ``"node"`` watches and helps others to meet; ``"trainer"`` becomes a member of views.
     listen
@@ -90,6 +93,7 @@ class NodeConfig:
     mesh: str
     key: MeshKey | None = None
     public: bool = False
+    allow: tuple[PeerId, ...] = ()
     role: Role = "node"
     identity: Identity
     listen: tuple[str, ...]
@@ -147,6 +151,7 @@ class MeshNode:
             max_silence_s=config.max_silence_s,
             settle_s=config.settle_s,
             software=f"sparkle-mesh {__version__}",
+            allow=config.allow,
             certifier=certifier,
             heard=self.discovery.heard,
             entropy=config.entropy,
@@ -235,6 +240,7 @@ class MeshNode:
             mesh=self.config.mesh,
             keyed=self.secrets.keyed,
             public=self.config.public,
+            allowed_count=len(self.config.allow),
             role=self.config.role,
             version=__version__,
             pid=os.getpid(),

@@ -73,6 +73,8 @@ class NodeStatus(wire.Message, frozen=True, kw_only=True):
     ----------
     keyed, public
         Whether a key guards the mesh; whether one without a key is open beyond this host and its LAN.
+    allowed_count
+        How many peers are on the list of those that may come in; 0 if there is no such list.
     uptime_s
         Seconds since it started.
     peer_count
@@ -88,6 +90,7 @@ class NodeStatus(wire.Message, frozen=True, kw_only=True):
     mesh: wire.NameText
     keyed: bool
     public: bool
+    allowed_count: wire.Count = 0
     role: wire.NameText
     version: wire.NameText
     pid: wire.Count

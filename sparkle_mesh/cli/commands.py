@@ -119,6 +119,12 @@ def _show_version(context: click.Context, _parameter: click.Parameter, value: bo
 )
 @click.option("--join", metavar="ADDR|INVITE", multiple=True, help="A peer to begin with, or an invite. Repeatable.")
 @click.option(
+    "--allow",
+    metavar="PEER_ID",
+    multiple=True,
+    help="Let only this machine in, and the training processes that it certifies. Repeatable.  [default: everybody]",
+)
+@click.option(
     "--listen",
     metavar="MULTIADDR",
     multiple=True,
@@ -184,6 +190,7 @@ def _run_node(
     mesh: str | None,
     key_file: Path | None,
     join: tuple[str, ...],
+    allow: tuple[str, ...],
     listen: tuple[str, ...],
     data_dir: str | None,
     no_lan: bool,
@@ -203,6 +210,7 @@ def _run_node(
         mesh=mesh,
         key_file=key_file,
         join=join,
+        allow=allow,
         listen=listen,
         public=public,
         lan=not no_lan,

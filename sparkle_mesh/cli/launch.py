@@ -33,6 +33,7 @@ async def open_real_node(settings: NodeSettings) -> AsyncIterator[RunningNode]:
         mesh=settings.mesh,
         key=settings.key,
         public=settings.public,
+        allow=settings.allow,
         role="node",
         identity=load_or_create_identity(settings.data_dir / IDENTITY_NAME),
         listen=settings.listen,

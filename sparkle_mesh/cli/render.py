@@ -228,6 +228,8 @@ def mesh_text(status: NodeStatus) -> str:
         who = "public: this machine's addresses are shown to anybody who names the mesh"
     else:
         who = "no key: this host and its local networks only"
+    if status.allowed_count:
+        who += f"; {status.allowed_count} allowed peers and what they certify, no others"
     return f"{printable(status.mesh)} ({who})"
 
 

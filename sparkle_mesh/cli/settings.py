@@ -29,6 +29,8 @@ class NodeSettings:
         Whether the owner asked for ``listen``; if not, another port will do.
     join
         Addresses with ``/p2p/…`` tails, and invites to this mesh.
+    allow
+        Peers that are let in, with those that they certify; everybody if there are none.
     """
 
     mesh: str
@@ -37,6 +39,7 @@ class NodeSettings:
     listen: tuple[str, ...] = (DEFAULT_LISTEN,)
     listen_chosen: bool = False
     join: tuple[str, ...] = ()
+    allow: tuple[str, ...] = ()
     data_dir: Path
     lan: bool = True
 
@@ -54,6 +57,7 @@ def resolve_settings(
     public: bool,
     lan: bool,
     data_dir: Path,
+    allow: Sequence[str] = (),
 ) -> NodeSettings:
     """Check the options and put them together; an invite fills in the name and key it holds.
 
@@ -63,6 +67,7 @@ def resolve_settings(
         If one cannot be, or two contradict each other; the message names the option.
     """
     # These pull in the cryptography package, which commands that only ask the node do without.
+    from sparkle_mesh.membership.door import checked_allow
     from sparkle_mesh.membership.invite import Invite, is_invite
     from sparkle_mesh.membership.keys import MeshKey, MeshSecrets
 
@@ -91,6 +96,7 @@ def resolve_settings(
         listen=tuple(listen) or (DEFAULT_LISTEN,),
         listen_chosen=bool(listen),
         join=tuple(join),
+        allow=checked_allow("--allow", allow),
         data_dir=data_dir,
         lan=lan,
     )

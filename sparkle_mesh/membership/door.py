@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from sparkle_mesh import limits
-from sparkle_mesh.errors import ProtocolError
+from sparkle_mesh.errors import ProtocolError, UsageError
+from sparkle_mesh.fabric.identity import public_key_of_peer_id
 from sparkle_mesh.fabric.interface import Address, PeerId
 from sparkle_mesh.fabric.networks import is_local_address, network_of
 from sparkle_mesh.membership.bans import Bans
-from sparkle_mesh.membership.certificates import CertificateJudge
+from sparkle_mesh.membership.certificates import CertificateJudge, Judgement
 from sparkle_mesh.membership.messages import Introduction, Refused
 
 logger = logging.getLogger(__name__)
+
+
+def checked_allow(what: str, peer_ids: Iterable[PeerId]) -> tuple[PeerId, ...]:
+    """Return a list of peers that are to be let in, each once.
+
+    Raises
+    ------
+    UsageError
+        If one is not a peer id; the message says so of ``what``.
+    """
+    allow = tuple(dict.fromkeys(peer_ids))
+    for peer_id in allow:
+        try:
+            public_key_of_peer_id(peer_id)
+        except ProtocolError as error:
+            raise UsageError(f"{what}: {error}; `sparkle-node id` prints a machine's") from error
+    return allow
 
 
 class Door:
@@ -27,13 +45,16 @@ class Door:
         Whether a mesh without a key is open beyond this host and its local networks.
     tag
         The mesh's, which certificates name.
+    allow
+        If there are any, only these peers are let in, and those whose certificates these have signed.
     """
 
-    def __init__(self, *, keyed: bool, public: bool, tag: bytes) -> None:
+    def __init__(self, *, keyed: bool, public: bool, tag: bytes, allow: Collection[PeerId] = ()) -> None:
         self._keyed = keyed
         self._open_to_all = public or keyed
         self._bans = Bans()
         self._certificates = CertificateJudge(tag)
+        self._allow = frozenset(allow)
 
     def refusal(
         self, peer_id: PeerId, address: Address | None, present: Iterable[Address | None], now: float
@@ -62,27 +83,48 @@ class Door:
                 return Refused(code="full", reason=f"{count} peers of the network {network} are connected already")
         return None
 
-    def introduced(self, peer_id: PeerId, introduction: Introduction, now: float) -> PeerId | Refused | None:
+    def introduced(
+        self, peer_id: PeerId, introduction: Introduction, now: float, *, own: PeerId | None = None
+    ) -> PeerId | Refused | None:
         """``peer_id`` has proven the key and told of itself: return its machine, None if unknown, or why it is refused.
 
         The machine is the peer id of its node. A certificate that is forged, another process's or another mesh's is an
         offence: no process that keeps to the protocol sends one. One that has lapsed, or is of a later version, is not
         believed, and that is all.
+
+        Parameters
+        ----------
+        own
+            The machine of this process: it and its processes need not be on the list of those that are let in.
         """
         if introduction.member.peer_id != peer_id:
             self.offended(peer_id, now)
             name = introduction.member.peer_id
             return Refused(code="duplicate", reason=f"peer {peer_id} introduced itself as {name}")
+        judgement = self._judge(peer_id, introduction, now)
+        if isinstance(judgement, Refused):
+            return judgement
+        machine = judgement.machine
+        if self._allow and not {peer_id, machine} & {*self._allow, own} - {None}:
+            shown = judgement.doubt or (f"it is of machine {machine}" if machine else "it has shown no certificate")
+            # Earlier versions do not know a code of its own, and would not show the reason.
+            return Refused(
+                code="not_local",
+                reason=f"{peer_id} is not on the list of peers that are allowed here, nor certified by one of them "
+                f"({shown}); if it should be, add {machine or 'its machine'} with --allow, or allow= of join",
+            )
+        if judgement.doubt:
+            logger.info("of which machine peer %s is stays unknown: %s", peer_id, judgement.doubt)
+        return machine
+
+    def _judge(self, peer_id: PeerId, introduction: Introduction, now: float) -> Judgement | Refused:
         if introduction.certificate is None:
-            return peer_id if introduction.role == "node" else None
+            return Judgement(peer_id if introduction.role == "node" else None)
         try:
-            judgement = self._certificates.judge(introduction.certificate, peer_id, now)
+            return self._certificates.judge(introduction.certificate, peer_id, now)
         except ProtocolError as error:
             self.offended(peer_id, now)
             return Refused(code="duplicate", reason=str(error)[: limits.REASON_MAX_CHARS])
-        if judgement.doubt:
-            logger.info("of which machine peer %s is stays unknown: %s", peer_id, judgement.doubt)
-        return judgement.machine
 
     def ban(self, peer_id: PeerId, now: float) -> Refused | None:
         """Return for how long ``peer_id`` is banned, as a refusal; None if it is not."""

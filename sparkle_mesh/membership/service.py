@@ -9,7 +9,7 @@ decides: the machines of :mod:`.proof`, :mod:`.formation` and :mod:`.view_change
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import trio
@@ -78,6 +78,8 @@ class MembershipService(MembershipViews):
         For how long a member may be silent at most before it is suspected.
     settle_s
         How long those who want to form a mesh must have been the same before this process proposes it.
+    allow
+        If there are any, only these peers are admitted, and those that they have certified.
     certifier
         Says which machine this process is of; None for a node, which is its machine's own.
     heard
@@ -97,6 +99,7 @@ class MembershipService(MembershipViews):
         max_silence_s: float = limits.SUSPICION_CEILING_S,
         settle_s: float = limits.VIEW_SETTLE_S,
         software: str = "",
+        allow: Collection[PeerId] = (),
         certifier: Certifier | None = None,
         heard: Callable[[PeerId, Sequence[Address], str], None],
         entropy: Entropy = SYSTEM_ENTROPY,
@@ -107,7 +110,7 @@ class MembershipService(MembershipViews):
         self._fabric = fabric
         self._secrets = secrets
         self._host_id, self._min_peers, self._software = host_id, min_peers, software
-        self._door = Door(keyed=secrets.keyed, public=public, tag=secrets.tag)
+        self._door = Door(keyed=secrets.keyed, public=public, tag=secrets.tag, allow=allow)
         self._certifier = certifier
         self._heard = heard
         self._entropy = entropy
@@ -301,20 +304,21 @@ class MembershipService(MembershipViews):
             if proven:
                 break
             instructions = proof.receive(await receive_message(stream, Greeting))
-        is_opener = isinstance(proof, OpenerProof)
+        is_opener, introduction = isinstance(proof, OpenerProof), self._introduction()
         if is_opener:
-            await send_message(stream, self._introduction())
+            await send_message(stream, introduction)
         answer = await receive_message(stream, Introduction | Refused)
         if isinstance(answer, Refused):
             error_type = WrongKeyError if answer.code == "key" else ProtocolError
             raise error_type(f"peer {stream.peer_id} refused: {answer.reason}")
-        machine = self._door.introduced(stream.peer_id, answer, trio.current_time())
+        own = self._fabric.peer_id if self._certifier is None else self._certifier.machine
+        machine = self._door.introduced(stream.peer_id, answer, trio.current_time(), own=own)
         if isinstance(machine, Refused):
             await send_message(stream, machine)
             raise ProtocolError(machine.reason)
         if not is_opener:
             # Not before: so the opener learns that it is refused instead of being admitted for a moment.
-            await send_message(stream, self._introduction())
+            await send_message(stream, introduction)
         return PeerChannel(stream, answer, now=trio.current_time(), machine=machine)
 
     def _introduction(self) -> Introduction:

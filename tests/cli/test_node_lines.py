@@ -35,6 +35,8 @@ def test_who_may_come_in_is_said(fake: ModuleType) -> None:
     assert "only who holds its key" in render.mesh_text(fake.status(keyed=True, public=True))
     assert "addresses are shown to anybody" in render.mesh_text(fake.status(public=True))
     assert "this host and its local networks only" in render.mesh_text(fake.status())
+    listed = render.mesh_text(fake.status(keyed=True, allowed_count=3))
+    assert listed == "a-mesh (only who holds its key; 3 allowed peers and what they certify, no others)"
 
 
 def test_peers_come_and_go(fake: ModuleType) -> None:

@@ -51,7 +51,8 @@ def test_nothing_chosen() -> None:
 
 def test_everything_chosen(key_file: Path) -> None:
     listen = ("/ip4/127.0.0.1/tcp/0", "/ip6/::1/tcp/45654")
-    settings = resolve(mesh="m", key_file=key_file, join=(ADDRESS,), listen=listen, public=True, lan=False)
+    chosen: dict[str, Any] = {"join": (ADDRESS,), "listen": listen, "public": True, "lan": False, "allow": (PEER,)}
+    settings = resolve(mesh="m", key_file=key_file, **chosen)
     assert settings == NodeSettings(
         mesh="m",
         key=KEY,
@@ -59,6 +60,7 @@ def test_everything_chosen(key_file: Path) -> None:
         listen=listen,
         listen_chosen=True,
         public=True,
+        allow=(PEER,),
         lan=False,
         data_dir=Path("/data"),
     )

@@ -95,6 +95,25 @@ def test_the_wrong_key_is_told_and_is_no_peer(start: Start, ask_node: Ask, tmp_p
         end(node)
 
 
+def test_a_node_lets_only_those_in_that_it_was_told_to(start: Start, ask_node: Ask, tmp_path: Path) -> None:
+    directories = [tmp_path / name for name in ("guarded", "listed", "stranger")]
+    ids = [ask_node("id", data_dir=directory)[1].strip() for directory in directories]
+    guarded = start(directories[0], *HERE, "--allow", ids[1], real=True)
+    started = guarded.wait_for_event("started")
+    assert started["allowed_count"] == 1
+    join = ("--join", f"{started['addresses'][0]}/p2p/{ids[0]}")
+    listed, stranger = [start(directory, *HERE, *join, real=True) for directory in directories[1:]]
+    assert guarded.wait_for_event("peer_refused")["peer_id"] == ids[2]
+    refused = stranger.wait_for_event("peer_refused")
+    assert refused["peer_id"] == ids[0]
+    assert f"{ids[2]} is not on the list of peers that are allowed here" in refused["reason"]
+    listed.wait_for(ids[0])
+    peers = json.loads(ask_node("peers", "--json", data_dir=directories[1])[1])
+    assert ids[0] in {peer["peer_id"] for peer in peers}
+    for node in (guarded, listed, stranger):
+        end(node)
+
+
 def test_the_second_on_a_data_directory_and_the_next_after_a_kill(start: Start, ask_node: Ask, data_dir: Path) -> None:
     first = start(data_dir, *HERE, real=True)
     peer_id = first.wait_for_event("started")["peer_id"]

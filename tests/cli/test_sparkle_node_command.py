@@ -21,7 +21,7 @@ from sparkle_mesh.cli.commands import run_command_line
 from sparkle_mesh.cli.control import SOCKET_NAME, run_dir
 from sparkle_mesh.cli.lock import LOCK_NAME
 from sparkle_mesh.cli.signals import StopSignals
-from sparkle_mesh.fabric.identity import load_or_create_identity
+from sparkle_mesh.fabric.identity import Identity, load_or_create_identity
 from sparkle_mesh.membership.invite import Invite
 from sparkle_mesh.membership.keys import MeshKey
 
@@ -56,6 +56,8 @@ WRONG = {
     ("--log-format", "xml"): "xml",
     ("--listen", "45654"): "--listen '45654'",
     ("--join", "10.0.0.1"): "--join '10.0.0.1'",
+    ("--allow", "12D3KooWnobody"): "--allow: '12D3KooWnobody' is not an Ed25519 peer id",
+    ("--allow", "x", "status"): "--allow is for running a node",
     ("--key-file", "/there/is/no/such/file"): "/there/is/no/such/file",
     ("devices", "--kind", "gpu"): "kind 'gpu' is not one of",
     ("devices", "--min-memory", "lots"): "'lots' is no amount of memory",
@@ -112,7 +114,17 @@ def test_an_output_that_cannot_be_written_is_a_failure(call: Any, monkeypatch: p
 def test_help_has_examples_and_every_option(call: Any) -> None:
     code, out, _ = call("--help")
     assert code == 0
-    for text in ("Examples:", "--mesh", "--key-file", "--join", "--listen", "--data-dir", "--no-lan", "--no-public"):
+    for text in (
+        "Examples:",
+        "--mesh",
+        "--key-file",
+        "--join",
+        "--allow",
+        "--listen",
+        "--data-dir",
+        "--no-lan",
+        "--no-public",
+    ):
         assert text in out
     for text in (
         "--public",
@@ -360,12 +372,13 @@ def test_wrong_use_that_only_the_node_finds(call: Any, fake: ModuleType) -> None
 def test_options_reach_the_node(call: Any, fake: ModuleType, tmp_path: Path, data_dir: Path) -> None:
     launch = fake.FakeLaunch([lambda: os.kill(os.getpid(), signal.SIGINT)])
     invite = Invite("ours", MeshKey.generate(), ()).encode()
-    arguments = ("--join", invite, "--listen", "/ip4/127.0.0.1/tcp/0", "--no-lan", "--no-public")
+    allowed = Identity.generate().peer_id
+    arguments = ("--join", invite, "--listen", "/ip4/127.0.0.1/tcp/0", "--no-lan", "--no-public", "--allow", allowed)
     code, out, err = call(*arguments, "--data-dir", str(tmp_path / "d"), launch=launch)
     assert (code, err) == (0, "")
     (settings,) = launch.opened
     assert (settings.mesh, settings.lan, settings.data_dir) == ("ours", False, tmp_path / "d")
-    assert settings.listen == ("/ip4/127.0.0.1/tcp/0",)
+    assert (settings.listen, settings.allow) == (("/ip4/127.0.0.1/tcp/0",), (allowed,))
     assert "mesh       ours (only who holds its key)" in out
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from sparkle_mesh import limits
+from sparkle_mesh.errors import UsageError
 from sparkle_mesh.fabric.identity import Identity
 from sparkle_mesh.membership.bans import Bans
 from sparkle_mesh.membership.certificates import sign_certificate
-from sparkle_mesh.membership.door import Door
+from sparkle_mesh.membership.door import Door, checked_allow
 from sparkle_mesh.membership.messages import Introduction, Refused, Role
 from sparkle_mesh.membership.view import Member
 
@@ -104,3 +105,45 @@ def test_whoever_shows_what_is_not_its_own_is_refused_and_banned_for_it():
         assert isinstance(refused, Refused)
         assert reason in refused.reason
     assert "too often" in door.ban("a", 0.0).reason
+
+
+def test_only_those_on_the_list_come_in_and_whom_they_certify():
+    listed, other = Identity.generate(), Identity.generate()
+    door = Door(keyed=True, public=False, tag=TAG, allow=(listed.peer_id, "t"))
+    assert door.introduced(listed.peer_id, introduction(listed.peer_id, role="node"), 0.0) == listed.peer_id
+    assert door.introduced("a", introduction("a", sign_certificate(listed, "a", TAG)), 0.0) == listed.peer_id
+    assert door.introduced("t", introduction("t"), 0.0) is None
+    lapsed = sign_certificate(listed, "l", TAG, lifetime_s=1)
+    assert door.introduced("l", introduction("l", lapsed), 0.0) == listed.peer_id
+    for name, told, shown in (
+        ("b", introduction("b"), "it has shown no certificate"),
+        ("n", introduction("n", role="node"), "it is of machine n"),
+        ("b", introduction("b", sign_certificate(other, "b", TAG)), f"it is of machine {other.peer_id}"),
+        ("l", introduction("l", lapsed), "its certificate came 9 s ago and was good for 1 s"),
+    ):
+        refused = door.introduced(name, told, 9.0)
+        assert isinstance(refused, Refused)
+        assert f"{name} is not on the list of peers that are allowed here" in refused.reason
+        assert shown in refused.reason
+        # That is no offence: it may have been put on the list of others.
+        assert door.ban(name, 9.0) is None
+    # What is forged is one, on a list or not.
+    forged = door.introduced("b", introduction("b", sign_certificate(listed, "a", TAG)), 0.0)
+    assert isinstance(forged, Refused)
+    assert "is that of 'a'" in forged.reason
+
+
+def test_ones_own_machine_need_not_be_on_the_list():
+    door = Door(keyed=True, public=False, tag=TAG, allow=("somebody",))
+    certificate = sign_certificate(NODE, "a", TAG)
+    assert isinstance(door.introduced("a", introduction("a", certificate), 0.0), Refused)
+    assert door.introduced("a", introduction("a", certificate), 0.0, own=NODE.peer_id) == NODE.peer_id
+    # Where this process has no machine, those without a certificate are not of the same one.
+    assert isinstance(door.introduced("b", introduction("b"), 0.0, own=None), Refused)
+
+
+def test_what_is_no_peer_id_is_not_put_on_the_list():
+    assert checked_allow("--allow", [NODE.peer_id, NODE.peer_id]) == (NODE.peer_id,)
+    for wrong in ("", "12D3KooW", NODE.peer_id[:-1] + "0", "x" * 1000):
+        with pytest.raises(UsageError, match=r"--allow: .* is not an Ed25519 peer id; .* `sparkle-node id` prints"):
+            checked_allow("--allow", [NODE.peer_id, wrong])
