@@ -66,6 +66,13 @@ class ViewStatus(wire.Message, frozen=True, kw_only=True):
     members: Annotated[tuple[wire.PeerIdText, ...], msgspec.Meta(max_length=limits.MESH_MEMBERS_MAX_COUNT)]
 
 
+class RevocationStatus(wire.Message, frozen=True, kw_only=True):
+    """The list of revoked peers that holds: its number, and whom it names."""
+
+    sequence: wire.Count
+    revoked: Annotated[tuple[wire.PeerIdText, ...], msgspec.Meta(max_length=limits.REVOKED_PEERS_MAX_COUNT)]
+
+
 class NodeStatus(wire.Message, frozen=True, kw_only=True):
     """A node: who it is, where it listens, its mesh, its machine.
 
@@ -75,6 +82,8 @@ class NodeStatus(wire.Message, frozen=True, kw_only=True):
         Whether a key guards the mesh; whether one without a key is open beyond this host and its LAN.
     allowed_count
         How many peers are on the list of those that may come in; 0 if there is no such list.
+    founder, revoked_count
+        The peer id of the node that may revoke peers, None if none may; how many it has revoked.
     uptime_s
         Seconds since it started.
     peer_count
@@ -91,6 +100,8 @@ class NodeStatus(wire.Message, frozen=True, kw_only=True):
     keyed: bool
     public: bool
     allowed_count: wire.Count = 0
+    founder: wire.PeerIdText | None = None
+    revoked_count: wire.Count = 0
     role: wire.NameText
     version: wire.NameText
     pid: wire.Count

@@ -15,7 +15,16 @@ import click
 from click.core import ParameterSource
 
 from sparkle_mesh import limits
-from sparkle_mesh.cli.render import failed, found_devices_text, one_line, peers_text, printable, status_text, to_json
+from sparkle_mesh.cli.render import (
+    failed,
+    found_devices_text,
+    one_line,
+    peers_text,
+    printable,
+    revoked_text,
+    status_text,
+    to_json,
+)
 from sparkle_mesh.cli.signals import StopSignals
 from sparkle_mesh.environment import IDENTITY_NAME, resolve_data_dir
 from sparkle_mesh.errors import IdentityError, NoNodeError, SparkleError, UsageError
@@ -125,6 +134,11 @@ def _show_version(context: click.Context, _parameter: click.Parameter, value: bo
     help="Let only this machine in, and the training processes that it certifies. Repeatable.  [default: everybody]",
 )
 @click.option(
+    "--founder",
+    metavar="PEER_ID",
+    help="The machine that may revoke others; it stands in invites.  [default: the invite's, or who it was last]",
+)
+@click.option(
     "--listen",
     metavar="MULTIADDR",
     multiple=True,
@@ -191,6 +205,7 @@ def _run_node(
     key_file: Path | None,
     join: tuple[str, ...],
     allow: tuple[str, ...],
+    founder: str | None,
     listen: tuple[str, ...],
     data_dir: str | None,
     no_lan: bool,
@@ -211,6 +226,7 @@ def _run_node(
         key_file=key_file,
         join=join,
         allow=allow,
+        founder=founder,
         listen=listen,
         public=public,
         lan=not no_lan,
@@ -354,6 +370,25 @@ def show_invite(context: click.Context, data_dir: str | None, as_json: bool, wai
     invite = ask(_resolve_for(context, data_dir), "invite", wait_s=wait_s).invite
     assert invite is not None
     click.echo(to_json({"invite": invite}) if as_json else printable(invite))
+
+
+@sparkle_node.command("revoke", short_help="Throw a machine out of the mesh, as its founder.")
+@click.argument("peer_id", metavar="PEER_ID")
+@_data_dir_option
+@_json_option
+@_wait_option
+@click.pass_context
+def revoke(context: click.Context, peer_id: str, data_dir: str | None, as_json: bool, wait_s: int) -> None:
+    """Throw PEER_ID, and all that it has certified, out of the running node's mesh for good.
+
+    Only the node of the mesh's founder may. All members let go of it at once; who is away learns of it when it comes
+    back. Whoever holds the mesh's key can still come under a new peer id: use --allow as well, or change the key.
+    """
+    from sparkle_mesh.cli.control import ask
+
+    revocations = ask(_resolve_for(context, data_dir), "revoke", revoke=peer_id, wait_s=wait_s).revoke
+    assert revocations is not None
+    click.echo(to_json(revocations) if as_json else revoked_text(revocations))
 
 
 @sparkle_node.command("new-key", short_help="Make a key for a mesh.")

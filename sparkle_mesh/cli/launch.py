@@ -34,6 +34,7 @@ async def open_real_node(settings: NodeSettings) -> AsyncIterator[RunningNode]:
         key=settings.key,
         public=settings.public,
         allow=settings.allow,
+        founder=settings.founder,
         role="node",
         identity=load_or_create_identity(settings.data_dir / IDENTITY_NAME),
         listen=settings.listen,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from sparkle_mesh.status import DeviceStatus, NodeStatus, PeerStatus, ViewStatus
+from sparkle_mesh.status import DeviceStatus, NodeStatus, PeerStatus, RevocationStatus, ViewStatus
 
 if TYPE_CHECKING:
     from sparkle_mesh.capabilities.search import FoundDevice
@@ -177,6 +177,12 @@ def peers_text(peers: Sequence[PeerStatus]) -> str:
     return _table(table)
 
 
+def revoked_text(revocations: RevocationStatus) -> str:
+    """Return who is revoked, one a line, with a heading."""
+    names = "\n".join(printable(peer_id) for peer_id in revocations.revoked)
+    return f"list {revocations.sequence} of revoked peers:\n{names}"
+
+
 def found_devices_text(found: Sequence[FoundDevice]) -> str:
     """Return a table of devices of the mesh, one a line, with a heading."""
     if not found:
@@ -267,6 +273,9 @@ def _identity_rows(status: NodeStatus) -> list[tuple[str, str]]:
     )
     rows += _repeated("device", map(device_text, status.devices))
     rows.append(("mesh", mesh_text(status)))
+    if status.founder is not None:
+        founder = "this machine" if status.founder == status.peer_id else printable(status.founder)
+        rows.append(("founder", f"{founder}, has revoked {status.revoked_count} peers"))
     return rows
 
 

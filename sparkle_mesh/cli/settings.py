@@ -29,6 +29,8 @@ class NodeSettings:
         Whether the owner asked for ``listen``; if not, another port will do.
     join
         Addresses with ``/p2p/…`` tails, and invites to this mesh.
+    founder
+        The peer id of the node that may revoke peers; None if an invite is to say, or the data directory.
     allow
         Peers that are let in, with those that they certify; everybody if there are none.
     """
@@ -40,6 +42,7 @@ class NodeSettings:
     listen_chosen: bool = False
     join: tuple[str, ...] = ()
     allow: tuple[str, ...] = ()
+    founder: str | None = None
     data_dir: Path
     lan: bool = True
 
@@ -58,6 +61,7 @@ def resolve_settings(
     lan: bool,
     data_dir: Path,
     allow: Sequence[str] = (),
+    founder: str | None = None,
 ) -> NodeSettings:
     """Check the options and put them together; an invite fills in the name and key it holds.
 
@@ -82,6 +86,10 @@ def resolve_settings(
             raise UsageError(
                 f"--join: the invite is to the mesh {invite.name!r}, not to {mesh!r}; join one mesh at a time"
             )
+        if founder is not None and invite.founder not in (None, founder):
+            raise UsageError(
+                f"--join: the invite names {invite.founder} as the mesh's founder, and --founder {founder}"
+            )
         if key_is_known and key != invite.key:
             raise UsageError(
                 f"--join: the invite to {invite.name!r} holds another key (or none) than --key-file or another invite"
@@ -97,9 +105,14 @@ def resolve_settings(
         listen_chosen=bool(listen),
         join=tuple(join),
         allow=checked_allow("--allow", allow),
+        founder=checked_allow("--founder", [founder])[0] if founder is not None else None,
         data_dir=data_dir,
         lan=lan,
     )
+    if founder is not None and settings.key is None:
+        raise UsageError(
+            "--founder: nobody can be kept out of a mesh without a key; make one with `sparkle-node new-key`"
+        )
     MeshSecrets(settings.mesh, settings.key)  # says what a name must be
     return settings
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable
+from typing import Final
 
 from sparkle_mesh import limits
 from sparkle_mesh.errors import ProtocolError, UsageError
@@ -13,6 +14,10 @@ from sparkle_mesh.fabric.networks import is_local_address, network_of
 from sparkle_mesh.membership.bans import Bans
 from sparkle_mesh.membership.certificates import CertificateJudge, Judgement
 from sparkle_mesh.membership.messages import Introduction, Refused
+from sparkle_mesh.membership.revocations import RevocationList
+
+# Earlier versions do not know a code of its own, and would not show the reason.
+_NOT_LET_IN: Final = "not_local"
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +52,25 @@ class Door:
         The mesh's, which certificates name.
     allow
         If there are any, only these peers are let in, and those whose certificates these have signed.
+    revocations
+        Whom the mesh's founder has thrown out; it changes while this runs.
     """
 
-    def __init__(self, *, keyed: bool, public: bool, tag: bytes, allow: Collection[PeerId] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        keyed: bool,
+        public: bool,
+        tag: bytes,
+        allow: Collection[PeerId] = (),
+        revocations: RevocationList | None = None,
+    ) -> None:
         self._keyed = keyed
         self._open_to_all = public or keyed
         self._bans = Bans()
         self._certificates = CertificateJudge(tag)
         self._allow = frozenset(allow)
+        self._revocations = RevocationList(tag) if revocations is None else revocations
 
     def refusal(
         self, peer_id: PeerId, address: Address | None, present: Iterable[Address | None], now: float
@@ -105,11 +121,13 @@ class Door:
         if isinstance(judgement, Refused):
             return judgement
         machine = judgement.machine
+        revoked = self.revoked(peer_id, machine)
+        if revoked is not None:
+            return revoked
         if self._allow and not {peer_id, machine} & {*self._allow, own} - {None}:
             shown = judgement.doubt or (f"it is of machine {machine}" if machine else "it has shown no certificate")
-            # Earlier versions do not know a code of its own, and would not show the reason.
             return Refused(
-                code="not_local",
+                code=_NOT_LET_IN,
                 reason=f"{peer_id} is not on the list of peers that are allowed here, nor certified by one of them "
                 f"({shown}); if it should be, add {machine or 'its machine'} with --allow, or allow= of join",
             )
@@ -126,8 +144,19 @@ class Door:
             self.offended(peer_id, now)
             return Refused(code="duplicate", reason=str(error)[: limits.REASON_MAX_CHARS])
 
+    def revoked(self, peer_id: PeerId, machine: PeerId | None = None) -> Refused | None:
+        """Return that ``peer_id``, or the machine that it is of, is revoked, as a refusal; None if neither is."""
+        name = self._revocations.is_revoked(peer_id, machine)
+        if name is None:
+            return None
+        what = name if name == peer_id else f"{name}, the machine that {peer_id} is of,"
+        return Refused(code=_NOT_LET_IN, reason=f"{what} was revoked by the mesh's founder")
+
     def ban(self, peer_id: PeerId, now: float) -> Refused | None:
-        """Return for how long ``peer_id`` is banned, as a refusal; None if it is not."""
+        """Return for how long ``peer_id`` is banned, or that it is revoked, as a refusal; None if it is neither."""
+        revoked = self.revoked(peer_id)
+        if revoked is not None:
+            return revoked
         banned_s = self._bans.banned_for(peer_id, now)
         if not banned_s:
             return None

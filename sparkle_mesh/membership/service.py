@@ -54,6 +54,7 @@ from sparkle_mesh.membership.messages import (
     Role,
 )
 from sparkle_mesh.membership.proof import AnswererProof, Fail, Instruction, OpenerProof, Proven, Say
+from sparkle_mesh.membership.revocations import RevocationList
 from sparkle_mesh.membership.view import Member, View
 from sparkle_mesh.membership.views import MembershipViews
 from sparkle_mesh.wire import PeerAddress
@@ -80,6 +81,10 @@ class MembershipService(MembershipViews):
         How long those who want to form a mesh must have been the same before this process proposes it.
     allow
         If there are any, only these peers are admitted, and those that they have certified.
+    revocations
+        Whom the mesh's founder has thrown out.
+    revocations_changed
+        Called when a newer list has come from a peer.
     certifier
         Says which machine this process is of; None for a node, which is its machine's own.
     heard
@@ -100,6 +105,8 @@ class MembershipService(MembershipViews):
         settle_s: float = limits.VIEW_SETTLE_S,
         software: str = "",
         allow: Collection[PeerId] = (),
+        revocations: RevocationList | None = None,
+        revocations_changed: Callable[[], object] = lambda: None,
         certifier: Certifier | None = None,
         heard: Callable[[PeerId, Sequence[Address], str], None],
         entropy: Entropy = SYSTEM_ENTROPY,
@@ -110,7 +117,11 @@ class MembershipService(MembershipViews):
         self._fabric = fabric
         self._secrets = secrets
         self._host_id, self._min_peers, self._software = host_id, min_peers, software
-        self._door = Door(keyed=secrets.keyed, public=public, tag=secrets.tag, allow=allow)
+        self._revocations = RevocationList(secrets.tag) if revocations is None else revocations
+        self._revocations_changed = revocations_changed
+        self._door = Door(
+            keyed=secrets.keyed, public=public, tag=secrets.tag, allow=allow, revocations=self._revocations
+        )
         self._certifier = certifier
         self._heard = heard
         self._entropy = entropy
@@ -270,6 +281,32 @@ class MembershipService(MembershipViews):
         """``peer_id`` has broken a protocol of the mesh: who does so often is banned for a time."""
         self._door.offended(peer_id, trio.current_time())
 
+    def take_revocations(self, encoded: bytes) -> bool:
+        """Take a list of revoked peers that somebody tells: whoever it names is let go. Return whether it was news.
+
+        Raises
+        ------
+        AuthenticationError, ProtocolError
+            If no process that keeps to the protocol tells it.
+        """
+        if not self._revocations.take(encoded):
+            return False
+        logger.warning("the mesh's founder has revoked %d peers", len(self._revocations.revoked))
+        for channel in list(self._channels.values()):
+            refused = self._door.revoked(channel.peer_id, channel.machine)
+            if refused is not None:
+                # It is not to come back: the others need not wait for that.
+                channel.graceful, channel.gone_reason = True, refused.reason
+                self._let_go(channel)
+                self._start_soon(self._turn_out, channel, refused)
+        return True
+
+    async def _turn_out(self, channel: PeerChannel, refused: Refused) -> None:
+        channel.send(refused)
+        await channel.finish()
+        channel.drop(refused.reason)
+        self._events.send(PeerRefused(channel.peer_id, refused.reason, wrong_key=False))
+
     async def _greet_and_follow(
         self, stream: FabricStream, proof: OpenerProof | AnswererProof, first: list[Instruction]
     ) -> None:
@@ -311,6 +348,13 @@ class MembershipService(MembershipViews):
         if isinstance(answer, Refused):
             error_type = WrongKeyError if answer.code == "key" else ProtocolError
             raise error_type(f"peer {stream.peer_id} refused: {answer.reason}")
+        try:
+            if answer.revocations is not None and self.take_revocations(answer.revocations):
+                self._revocations_changed()
+        except ProtocolError as error:
+            self.offended(stream.peer_id)
+            await send_message(stream, Refused(code="duplicate", reason=str(error)[: limits.REASON_MAX_CHARS]))
+            raise
         own = self._fabric.peer_id if self._certifier is None else self._certifier.machine
         machine = self._door.introduced(stream.peer_id, answer, trio.current_time(), own=own)
         if isinstance(machine, Refused):
@@ -330,6 +374,7 @@ class MembershipService(MembershipViews):
             addresses=tuple(self._fabric.addresses)[: limits.ADDRESSES_PER_PEER_MAX_COUNT],
             software=self._software,
             certificate=None if self._certifier is None else self._certifier.certificate(trio.current_time()),
+            revocations=self._revocations.encoded,
         )
 
     async def _follow(self, channel: PeerChannel) -> None:

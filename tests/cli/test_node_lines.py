@@ -80,6 +80,13 @@ def test_other_lines() -> None:
     assert render.dropped_lines(3).fields == {"lines": 3}
 
 
+def test_the_founder_is_shown(fake: ModuleType) -> None:
+    other = render.status_text(fake.status(founder="12D3KooWFounder", revoked_count=2))
+    assert "founder    12D3KooWFounder, has revoked 2 peers" in other.splitlines()
+    own = render.started(fake.status(founder=fake.PEER_ID), Path("/data")).text
+    assert "founder    this machine, has revoked 0 peers" in own.splitlines()
+
+
 def test_status_for_people(fake: ModuleType) -> None:
     assert render.status_text(fake.status(pid=7)).splitlines()[4:] == [
         "peers      1",

@@ -99,6 +99,17 @@ def test_invites_that_contradict_are_refused(key_file: Path) -> None:
             resolve(key_file=key_file, join=(invite,))
 
 
+def test_the_founder_is_named_by_one(key_file: Path) -> None:
+    assert resolve(key_file=key_file, founder=PEER).founder == PEER
+    ours = Invite("ours", KEY, (), founder=PEER).encode()
+    assert resolve(join=(ours,), founder=PEER).founder == PEER
+    other = Invite("ours", KEY, (), founder="12D3KooWOther").encode()
+    with pytest.raises(UsageError, match="names 12D3KooWOther as the mesh's founder"):
+        resolve(join=(other,), founder=PEER)
+    with pytest.raises(UsageError, match="mesh without a key"):
+        resolve(founder=PEER)
+
+
 def test_a_damaged_invite_is_refused() -> None:
     with pytest.raises(UsageError, match="cut or mistyped"):
         resolve(join=(Invite("ours", KEY, ()).encode()[:-3],))

@@ -65,6 +65,8 @@ WRONG = {
     ("--mesh", ""): "mesh name",
     ("--data-dir", "/dev/null"): "/dev/null",
     ("new-key",): "PATH",
+    ("revoke",): "PEER_ID",
+    ("--founder", "x"): "--founder: 'x' is not an Ed25519 peer id",
     ("status", "--wait", "-1"): "--wait",
     ("status", "--wait", "nan"): "--wait",
 }
@@ -84,8 +86,12 @@ def test_the_processes_exit_code_is_the_commands(ask_node: Ask) -> None:
 
 
 def test_no_node_is_one_line_and_exit_code_1(call: Any, data_dir: Path) -> None:
-    for command in ("status", "peers", "devices", "invite"):
-        assert call(command) == (1, "", f"sparkle-node: no node runs on {data_dir}; start one with `sparkle-node`\n")
+    for command, *arguments in (("status",), ("peers",), ("devices",), ("invite",), ("revoke", "12D3KooWPeer")):
+        assert call(command, *arguments) == (
+            1,
+            "",
+            f"sparkle-node: no node runs on {data_dir}; start one with `sparkle-node`\n",
+        )
 
 
 def test_a_damaged_identity_is_no_wrong_use(call: Any, data_dir: Path) -> None:
@@ -120,6 +126,8 @@ def test_help_has_examples_and_every_option(call: Any) -> None:
         "--key-file",
         "--join",
         "--allow",
+        "--founder",
+        "revoke",
         "--listen",
         "--data-dir",
         "--no-lan",
@@ -211,6 +219,10 @@ def test_commands_ask_the_running_node(call: Any, fake: ModuleType, start: Start
     assert (code, out, err) == (1, "", "sparkle-node: the node answers: it has no devices to tell of\n")
     assert call("invite")[1] == "sparkle-invite-1:fake\n"
     assert json.loads(call("invite", "--json")[1]) == {"invite": "sparkle-invite-1:fake"}
+    assert call("revoke", "12D3KooWPeer") == (0, "list 3 of revoked peers:\n12D3KooWGone\n12D3KooWPeer\n", "")
+    revoked = json.loads(call("revoke", "12D3KooWPeer", "--json")[1])
+    assert revoked == {"sequence": 3, "revoked": ["12D3KooWGone", "12D3KooWPeer"]}
+    assert call("revoke", fake.PEER_ID) == (1, "", "sparkle-node: the node answers: it is the founder\n")
     assert call("id")[1] == f"{fake.PEER_ID}\n"
     assert json.loads(call("id", "--json")[1]) == {"peer_id": fake.PEER_ID, "running": True}
 

@@ -66,9 +66,9 @@ def test_golden_certificate() -> None:
     assert open_certificate(golden, trainer=TRAINER, mesh=MESH) == wire.decode(golden, Certificate)
 
 
-@pytest.mark.parametrize("name", ["introduction.1", "introduction.2"])
+@pytest.mark.parametrize("name", ["introduction.1", "introduction.2", "introduction.3"])
 def test_golden_introductions(name: str) -> None:
-    """The first is of a process that knows nothing of certificates."""
+    """The first is of a process that knows nothing of certificates, the second of one that knows no revocations."""
     golden = (GOLDEN / f"{name}.msgpack").read_bytes()
     introduction = Introduction(
         role="trainer",
@@ -77,11 +77,12 @@ def test_golden_introductions(name: str) -> None:
         min_peers=2,
         addresses=("/ip4/10.0.0.1/tcp/4",),
         software="sparkle-mesh 0.1.0",
-        certificate=signed() if name == "introduction.2" else None,
+        certificate=None if name == "introduction.1" else signed(),
+        revocations=b"revocations" if name == "introduction.3" else None,
     )
     assert wire.decode(golden, Introduction) == introduction
-    newest = (GOLDEN / "introduction.2.msgpack").read_bytes()
-    assert wire.encode(msgspec.structs.replace(introduction, certificate=signed())) == newest
+    newest = msgspec.structs.replace(introduction, certificate=signed(), revocations=b"revocations")
+    assert wire.encode(newest) == (GOLDEN / "introduction.3.msgpack").read_bytes()
 
 
 FORGED = {

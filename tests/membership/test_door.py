@@ -11,6 +11,7 @@ from sparkle_mesh.membership.bans import Bans
 from sparkle_mesh.membership.certificates import sign_certificate
 from sparkle_mesh.membership.door import Door, checked_allow
 from sparkle_mesh.membership.messages import Introduction, Refused, Role
+from sparkle_mesh.membership.revocations import RevocationList
 from sparkle_mesh.membership.view import Member
 
 TAG = b"t" * 32
@@ -147,3 +148,23 @@ def test_what_is_no_peer_id_is_not_put_on_the_list():
     for wrong in ("", "12D3KooW", NODE.peer_id[:-1] + "0", "x" * 1000):
         with pytest.raises(UsageError, match=r"--allow: .* is not an Ed25519 peer id; .* `sparkle-node id` prints"):
             checked_allow("--allow", [NODE.peer_id, wrong])
+
+
+def test_who_is_revoked_is_refused_before_and_after_the_proof():
+    founder = Identity.generate()
+    revocations = RevocationList(TAG, founder.peer_id)
+    door = Door(keyed=True, public=False, tag=TAG, allow=(NODE.peer_id,), revocations=revocations)
+    certified = introduction("a", sign_certificate(NODE, "a", TAG))
+    assert door.introduced("a", certified, 0.0) == NODE.peer_id
+    assert door.refusal(NODE.peer_id, NEAR, [], 0.0) is None
+    revocations.take(revocations.revoking(founder, NODE.peer_id))
+    for refused in (
+        door.refusal(NODE.peer_id, NEAR, [], 0.0),
+        door.ban(NODE.peer_id, 0.0),
+        door.introduced(NODE.peer_id, introduction(NODE.peer_id, role="node"), 0.0),
+    ):
+        assert isinstance(refused, Refused)
+        assert refused.reason == f"{NODE.peer_id} was revoked by the mesh's founder"
+    refused = door.introduced("a", certified, 0.0, own=NODE.peer_id)
+    assert isinstance(refused, Refused)
+    assert refused.reason == f"{NODE.peer_id}, the machine that a is of, was revoked by the mesh's founder"

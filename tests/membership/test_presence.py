@@ -9,6 +9,7 @@ import trio
 import trio.testing
 
 from sparkle_mesh import limits
+from sparkle_mesh.errors import ProtocolError
 from sparkle_mesh.fabric.memory import MemoryFabricNetwork
 from sparkle_mesh.membership.keys import MeshKey, MeshSecrets
 from sparkle_mesh.membership.presence import PresenceService
@@ -72,4 +73,34 @@ async def test_news_are_sealed_and_told_once(autojump_clock: trio.testing.MockCl
         await b.publish(ours.topic, ours.seal(b"junk"))
         await trio.sleep(1)
         assert services[0].refused_count == 2
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_list_of_revoked_peers_is_told_to_all(autojump_clock: trio.testing.MockClock) -> None:
+    network, ours = MemoryFabricNetwork(), MeshSecrets("run", KEY)
+    told: list[bytes] = []
+
+    def take(encoded: bytes) -> None:
+        if encoded == b"forged":
+            raise ProtocolError("it is forged")
+        told.append(encoded)
+
+    async with network.open("a") as a, network.open("b") as b, trio.open_nursery() as nursery:
+        await a.connect("b", b.addresses)
+        services = [
+            PresenceService(fabric, ours, role="node", incarnation=bytes(16), heard=lambda *told: None, revoked=take)
+            for fabric in (a, b)
+        ]
+        async with a.subscribe(ours.topic) as raw:
+            for service in services:
+                await nursery.start(service.run)
+            services[1].revoke(b"first")
+            services[1].revoke(b"second")
+            published = await raw.receive()
+            assert b"second" not in published.data
+            services[1].revoke(b"forged")
+            await raw.receive()
+            await trio.sleep(1)
+        assert told == [b"second"]
+        assert services[0].refused_count == 1
         nursery.cancel_scope.cancel()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -32,6 +33,7 @@ from sparkle_mesh.membership.messages import (
     Role,
 )
 from sparkle_mesh.membership.proof import OpenerProof, Say
+from sparkle_mesh.membership.revocations import sign_revocations
 from sparkle_mesh.membership.service import (
     MembershipService,
     PeerAdmitted,
@@ -264,9 +266,7 @@ def impostor_fabric(mesh: Mesh, name: str) -> MemoryFabric:
     return mesh.network._fabrics[name]
 
 
-async def prove(
-    stream: object, me: str, peer: str, *, introduce_as: str | None = None, certificate: bytes | None = None
-) -> None:
+async def prove(stream: object, me: str, peer: str, *, introduce_as: str | None = None, **told: Any) -> None:
     proof = OpenerProof(MeshSecrets("run", KEY), me=me, peer=peer, nonce=b"n" * 32)
     instructions = proof.start()
     while instructions:
@@ -282,21 +282,19 @@ async def prove(
         host_id=b"h" * 16,
         min_peers=9,
         addresses=(),
-        certificate=certificate,
+        **told,
     )
     await send_message(stream, introduction)  # type: ignore[arg-type]
 
 
 @asynccontextmanager
-async def impostor(
-    mesh: Mesh, name: str, *, introduce_as: str | None = None, certificate: bytes | None = None
-) -> AsyncIterator[tuple[object, MemoryFabric]]:
+async def impostor(mesh: Mesh, name: str, **told: Any) -> AsyncIterator[tuple[object, MemoryFabric]]:
     """A hand-made peer that holds the key, connected to ``b``."""
     async with mesh.network.open(name) as fabric:
         target = mesh.network._fabrics["b"]
         await fabric.connect("b", target.addresses)
         stream = await fabric.open_stream("b", PROTOCOL)
-        await prove(stream, name, "b", introduce_as=introduce_as, certificate=certificate)
+        await prove(stream, name, "b", **told)
         yield stream, fabric
 
 
@@ -425,18 +423,47 @@ async def test_trainers_show_which_machine_they_are_of(autojump_clock: trio.test
             assert machines.items() <= {"a": machine, "b": None, "c": machine, "n": "n"}.items()
 
 
-async def test_a_forged_certificate_is_refused_with_a_reason(autojump_clock: trio.testing.MockClock) -> None:
+@pytest.mark.parametrize("what", ["certificate", "revocations"])
+async def test_what_is_forged_is_refused_with_a_reason(autojump_clock: trio.testing.MockClock, what: str) -> None:
+    identity, tag = Identity.generate(), MeshSecrets("run", KEY).tag
+    told, reason = {
+        "certificate": (sign_certificate(identity, "c", tag), "is that of 'c'"),
+        "revocations": (sign_revocations(identity, bytes(32), sequence=1, revoked=()), "for another mesh"),
+    }[what]
     async with open_mesh() as mesh:
         b = await mesh.start("b")
-        forged = sign_certificate(Identity.generate(), "c", MeshSecrets("run", KEY).tag)
-        async with impostor(mesh, "a", certificate=forged) as (stream, _):
-            (refused,) = await b.until(PeerRefused)
-            assert isinstance(refused, PeerRefused)
-            assert "is that of 'c'" in refused.reason
-            told = await receive_message(stream, MeshMessage)  # type: ignore[arg-type]
-            assert isinstance(told, Refused)
-            assert told.reason == refused.reason
+        b.service._revocations.founder = identity.peer_id
+        for count in range(1, limits.OFFENCES_MAX_COUNT + 1):
+            async with impostor(mesh, "a", **{what: told}) as (stream, _):
+                refused = (await b.until(PeerRefused, count))[-1]
+                assert isinstance(refused, PeerRefused)
+                assert reason in refused.reason
+                heard = await receive_message(stream, MeshMessage)  # type: ignore[arg-type]
+                assert isinstance(heard, Refused)
+                assert heard.reason == refused.reason
         assert b.service.channels == {}
+        assert "too often" in str(b.service._door.ban("a", trio.current_time()))
+
+
+async def test_who_is_revoked_is_let_go_at_once_and_told_why(autojump_clock: trio.testing.MockClock) -> None:
+    founder = Identity.generate()
+    async with open_mesh() as mesh:
+        b, c = await mesh.start("b", min_peers=3), await mesh.start("c", min_peers=3)
+        await join(b, c)
+        b.service._revocations.founder = founder.peer_id
+        news = sign_revocations(founder, MeshSecrets("run", KEY).tag, sequence=1, revoked=["a"])
+        async with impostor(mesh, "a") as (stream, _):
+            await b.until(PeerAdmitted, 2)
+            assert b.service.take_revocations(news)
+            assert not b.service.is_admitted("a")
+            while not isinstance(heard := await receive_message(stream, MeshMessage), Refused):  # type: ignore[arg-type]
+                assert not isinstance(heard, Leave)
+            assert heard.reason == "a was revoked by the mesh's founder"
+            (gone,) = await b.until(PeerGone)
+            assert gone == PeerGone("a", heard.reason, graceful=True)
+            await b.until(PeerRefused)
+        assert not b.service.take_revocations(news)
+        assert list(b.service.channels) == ["c"]
 
 
 async def test_an_answerer_that_is_refused_hears_why(autojump_clock: trio.testing.MockClock, tmp_path: Path) -> None:
