@@ -25,6 +25,7 @@ from sparkle_mesh.discovery.reach import ReachConfig
 from sparkle_mesh.environment import bootstrap_peers, resolve_data_dir
 from sparkle_mesh.errors import CollectiveTimeoutError, ForkedProcessError, MeshMergedError, UsageError
 from sparkle_mesh.fabric.identity import Identity
+from sparkle_mesh.membership.door import checked_allow
 from sparkle_mesh.membership.invite import Invite, is_invite
 from sparkle_mesh.membership.keys import KeyLike, MeshKey
 from sparkle_mesh.membership.view import Member, View
@@ -348,6 +349,7 @@ def open_mesh(
     links: Sequence[str] | None = None,
     on_quorum_loss: str = "raise",
     max_silence_s: float | None = None,
+    allow: Sequence[str] | None = None,
 ) -> AbstractAsyncContextManager[AsyncMesh]:
     """Join a mesh from a trio program; parameters and errors as :func:`join`."""
     if not isinstance(name, str):
@@ -381,6 +383,7 @@ def open_mesh(
         min_peers=int(min_peers),
         max_silence_s=_silence(max_silence_s),
         reach=ReachConfig(bootstrap=bootstrap),
+        allow=_allowed(allow),
     )
     return _open(config, timeout_s, links, forks=on_quorum_loss == "continue")
 
@@ -409,6 +412,14 @@ def _silence(max_silence_s: Any) -> float:
     if not _is_number(max_silence_s, Real) or not low <= max_silence_s <= high:
         raise UsageError(f"max_silence_s is {max_silence_s!r}; give seconds from {low:g} to {high:g}, or None")
     return float(max_silence_s)
+
+
+def _allowed(allow: Sequence[str] | None) -> tuple[str, ...]:
+    if allow is None:
+        return ()
+    if not _texts("allow", allow):
+        raise UsageError("allow is empty, so nobody could come in; name peers, or leave it out to let everybody in")
+    return checked_allow("allow", allow)
 
 
 def _is_number(value: object, kind: type) -> bool:

@@ -17,6 +17,8 @@ from sparkle_mesh.errors import UsageError
 
 DATA_DIR_VARIABLE = "SPARKLE_DATA_DIR"
 BOOTSTRAP_VARIABLE = "SPARKLE_BOOTSTRAP"
+#: The file in the data directory that holds the machine's Ed25519 key.
+IDENTITY_NAME = "identity.key"
 
 
 def resolve_data_dir(data_dir: str | os.PathLike[str] | None = None) -> Path:

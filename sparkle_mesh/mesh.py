@@ -215,22 +215,20 @@ def join(
     links: Sequence[str] | None = None,
     on_quorum_loss: str = "raise",
     max_silence_s: float | None = None,
+    allow: Sequence[str] | None = None,
 ) -> Mesh:
     """Join a mesh and return once ``min_peers`` processes agree on a view.
 
     Parameters
     ----------
-    name
-        The mesh's name (or an invite, which holds name and key). All processes of one run use the same.
-    key, public
-        A :class:`~sparkle_mesh.MeshKey`, its 32 bytes, or the text of a key file. With a key only processes that prove
-        it are admitted, and the name is hidden; without one the mesh is open to this host and its LAN, or if ``public``
-        to everybody.
+    name, key, public
+        The mesh's name, the same in all processes, or an invite, which holds name and key. The key is a
+        :class:`~sparkle_mesh.MeshKey`, its 32 bytes, or the text of a key file: only processes that prove it are
+        admitted, and the name is hidden; without one this host and its LAN are, and all others if ``public``.
     min_peers, timeout_s
         The smallest acceptable view, this process included; and for how many seconds to wait for it.
-    join
-        Invites, or addresses such as ``/ip4/192.168.1.4/tcp/45654/p2p/12D3Koo…``. None are needed on one host or LAN.
-    listen
+    join, listen
+        Invites, or addresses such as ``/ip4/192.168.1.4/tcp/45654/p2p/12D3Koo…``; none are needed on one host or LAN.
         Multiaddrs to listen on; any free port on all interfaces by default.
     data_dir, lan
         Where things are kept (by default ``$SPARKLE_DATA_DIR``, else the platform's user data folder); and whether
@@ -239,14 +237,15 @@ def join(
         Public peers to meet through: addresses, or ``/dnsaddr/<domain>``; ``[]`` for none. For a mesh with a key or a
         public one by default those in ``$SPARKLE_BOOTSTRAP``, else libp2p's.
     links
-        The kinds of data links that may be used, best first: of ``"shared_memory"`` (on one host), ``"tcp"`` and
-        ``"libp2p_stream"`` (over the control plane, where no direct connection comes about); all if None.
+        The kinds of data links, best first: of ``"shared_memory"``, ``"tcp"``, ``"libp2p_stream"``; all if None.
     on_quorum_loss
-        When too few members are left to decide, open calls raise QuorumLostError; and then that is all (``"raise"``),
-        or this process goes on with those that it can reach, in a fork (``"continue"``): call ``synchronize`` next,
-        which waits for it. Of two meshes that meet again, the one that has done less ends with MeshMergedError.
+        When too few members are left to decide, calls raise QuorumLostError; with ``"continue"`` this process then goes
+        on in a fork: call ``synchronize`` next. Of two that meet again, one ends with MeshMergedError.
     max_silence_s
         How long a member may be silent at most (it is learned from how often it is heard); 30 s if None.
+    allow
+        Peer ids of machines (``sparkle-node id``): only these and the processes that they have certified are admitted,
+        and those of this machine; everybody if None. Give all members the same list.
 
     Raises
     ------
@@ -277,6 +276,7 @@ def join(
             links=links,
             on_quorum_loss=on_quorum_loss,
             max_silence_s=max_silence_s,
+            allow=allow,
         ),
         name if not is_invite(name) else "invite",
     )

@@ -277,7 +277,7 @@ async def _await_view(node: MeshNode, follower: ViewFollower, deadline: float, t
     async def note_refusals() -> None:
         with node.membership.events() as events:
             async for event in events:
-                if isinstance(event, PeerRefused) and event.wrong_key:
+                if isinstance(event, PeerRefused):
                     refusals[event.peer_id] = event.reason
 
     async with trio.open_nursery() as nursery:

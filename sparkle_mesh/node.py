@@ -6,6 +6,7 @@ links and collectives (:mod:`sparkle_mesh.mesh`).
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -23,21 +24,26 @@ from sparkle_mesh.devices.detect import DeviceInfo, detect_devices
 from sparkle_mesh.discovery.reach import ReachConfig, ReachService
 from sparkle_mesh.discovery.service import DiscoveryService
 from sparkle_mesh.discovery.strangers import Strangers
-from sparkle_mesh.environment import host_id
+from sparkle_mesh.environment import IDENTITY_NAME, host_id
+from sparkle_mesh.errors import UsageError
 from sparkle_mesh.fabric.identity import Identity
 from sparkle_mesh.fabric.interface import Fabric, PeerId
 from sparkle_mesh.fabric.libp2p_fabric import Libp2pFabric, open_libp2p_fabric
+from sparkle_mesh.membership.certificates import Certifier
 from sparkle_mesh.membership.channel import PeerChannel
 from sparkle_mesh.membership.events import MembershipEvent, PeerAdmitted, PeerGone, PeerRefused, ViewChanged
 from sparkle_mesh.membership.invite import Invite, is_invite
 from sparkle_mesh.membership.keys import MeshKey, MeshSecrets
 from sparkle_mesh.membership.messages import PROTOCOL, Role
 from sparkle_mesh.membership.presence import PresenceService
+from sparkle_mesh.membership.revocation_file import RevocationFile
 from sparkle_mesh.membership.service import MembershipService
 from sparkle_mesh.membership.view import View
 from sparkle_mesh.nurseries import bare_errors
-from sparkle_mesh.status import NodeStatus, PeerStatus, ViewStatus
+from sparkle_mesh.status import NodeStatus, PeerStatus, RevocationStatus, ViewStatus
 from sparkle_mesh.version import __version__
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,11 @@ class NodeConfig:
         The mesh's name, and its key if it has one.
     public
         Whether a mesh without a key is open beyond this host and its local networks.
+    allow
+        If there are any, only these peers are admitted, and those that they have certified as of their machine; this
+        machine's own always are.
+    founder
+        The peer id of the node that may revoke peers; None if the data directory is to say, or an invite in ``join``.
     role
         ``"node"`` watches and helps others to meet; ``"trainer"`` becomes a member of views.
     listen
@@ -93,6 +104,8 @@ class NodeConfig:
     mesh: str
     key: MeshKey | None = None
     public: bool = False
+    allow: tuple[PeerId, ...] = ()
+    founder: PeerId | None = None
     role: Role = "node"
     identity: Identity
     listen: tuple[str, ...]
@@ -106,6 +119,21 @@ class NodeConfig:
     reach: ReachConfig = field(default_factory=ReachConfig)
     entropy: Entropy = field(default=SYSTEM_ENTROPY, repr=False)
     clock: Clock = field(default=SYSTEM_CLOCK, repr=False)
+
+
+def founder_of(founder: PeerId | None, join: tuple[str, ...]) -> PeerId | None:
+    """Return the founder that is named, or that an invite names; None if none does.
+
+    Raises
+    ------
+    UsageError
+        If two are named.
+    """
+    invites = [Invite.decode(item) for item in join if is_invite(item)]
+    named = {founder, *(invite.founder for invite in invites)} - {None}
+    if len(named) > 1:
+        raise UsageError(f"{len(named)} founders are named, and a mesh has one: {', '.join(sorted(map(str, named)))}")
+    return next(iter(named), None)
 
 
 def join_addresses(join: tuple[str, ...]) -> tuple[str, ...]:
@@ -137,6 +165,13 @@ class MeshNode:
             strangers=strangers,
             entropy=config.entropy,
         )
+        self._revocation_file = RevocationFile(config.data_dir, self.secrets.tag, entropy=config.entropy)
+        self.revocations = self._revocation_file.load(founder_of(config.founder, config.join))
+        certifier = (
+            Certifier(config.data_dir / IDENTITY_NAME, fabric.peer_id, self.secrets.tag, entropy=config.entropy)
+            if config.role == "trainer"
+            else None
+        )
         self.membership = MembershipService(
             fabric,
             self.secrets,
@@ -148,6 +183,10 @@ class MeshNode:
             max_silence_s=config.max_silence_s,
             settle_s=config.settle_s,
             software=f"sparkle-mesh {__version__}",
+            allow=config.allow,
+            revocations=self.revocations,
+            revocations_changed=self._pass_revocations_on,
+            certifier=certifier,
             heard=self.discovery.heard,
             strangers=strangers,
             entropy=config.entropy,
@@ -170,24 +209,26 @@ class MeshNode:
             role=config.role,
             incarnation=incarnation,
             heard=self.discovery.heard,
+            revoked=self._take_revocations,
             entropy=config.entropy,
         )
-        self._reach: ReachService | None = None
-        if isinstance(fabric, Libp2pFabric):
-            self._reach = ReachService(
-                fabric,
-                config.reach,
-                strangers=strangers,
-                meeting_key=self.secrets.meeting_key,
-                mesh_protocol=PROTOCOL,
-                is_of_mesh=self.membership.is_admitted,
-                introduce=self.membership.introduce,
-                heard=self.discovery.heard,
-                moved=self._moved,
-                entropy=config.entropy,
-            )
+        self._reach = self._make_reach(fabric, strangers) if isinstance(fabric, Libp2pFabric) else None
         self._started_at = config.clock.now()
         self._devices: tuple[DeviceInfo, ...] = ()
+
+    def _make_reach(self, fabric: Libp2pFabric, strangers: Strangers) -> ReachService:
+        return ReachService(
+            fabric,
+            self.config.reach,
+            strangers=strangers,
+            meeting_key=self.secrets.meeting_key,
+            mesh_protocol=PROTOCOL,
+            is_of_mesh=self.membership.is_admitted,
+            introduce=self.membership.introduce,
+            heard=self.discovery.heard,
+            moved=self._moved,
+            entropy=self.config.entropy,
+        )
 
     @property
     def peer_id(self) -> PeerId:
@@ -201,6 +242,7 @@ class MeshNode:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Take part until cancelled."""
+        self._keep_revocations()
         if self.config.role == "node":
             await self._offer_devices()
         with self.membership.events() as events:
@@ -208,6 +250,8 @@ class MeshNode:
                 if self.config.role != "node":
                     # Its user waits for the mesh, not for a driver to answer.
                     nursery.start_soon(self._offer_devices)
+                if self.revocations.founder == self.config.identity.peer_id:
+                    nursery.start_soon(self._repeat_revocations)
                 await nursery.start(self.capabilities.run)
                 await nursery.start(self.membership.run)
                 await nursery.start(self._presence.run)
@@ -237,6 +281,44 @@ class MeshNode:
         self._devices = await trio.to_thread.run_sync(detect_devices)
         self.capabilities.offer(self._devices)
 
+    def revoke(self, peer_id: PeerId) -> RevocationStatus:
+        """Throw ``peer_id`` out of the mesh for good, and what it certifies; only the founder's node may.
+
+        Raises
+        ------
+        UsageError
+            If this is not the founder's node, ``peer_id`` is none or the founder's, or it could not be written down.
+        """
+        encoded = self.revocations.revoking(self.config.identity, peer_id)
+        self.membership.take_revocations(encoded)
+        self._presence.revoke(encoded)
+        # The next list must have a higher number than this one, after a restart as well.
+        self._revocation_file.save(self.revocations)
+        return RevocationStatus(sequence=self.revocations.sequence, revoked=tuple(sorted(self.revocations.revoked)))
+
+    def _take_revocations(self, encoded: bytes) -> None:
+        if self.membership.take_revocations(encoded):
+            self._keep_revocations()
+
+    def _pass_revocations_on(self) -> None:
+        """A list that came with an introduction may be news to those that were not connected to its teller."""
+        assert self.revocations.encoded is not None
+        self._presence.revoke(self.revocations.encoded)
+        self._keep_revocations()
+
+    async def _repeat_revocations(self) -> None:
+        """News over gossip may get lost, and members that stay connected do not introduce themselves again."""
+        while True:
+            await trio.sleep(limits.REVOCATIONS_RENEW_S)
+            if self.revocations.encoded is not None:
+                self._presence.revoke(self.revocations.encoded)
+
+    def _keep_revocations(self) -> None:
+        try:
+            self._revocation_file.save(self.revocations)
+        except UsageError as error:
+            logger.warning("revoked peers are not kept for the next start: %s", error)
+
     async def leave(self) -> None:
         """Tell the others that this process leaves, and wait until they know."""
         async with trio.open_nursery() as nursery:
@@ -258,6 +340,9 @@ class MeshNode:
             mesh=self.config.mesh,
             keyed=self.secrets.keyed,
             public=self.config.public,
+            allowed_count=len(self.config.allow),
+            founder=self.revocations.founder,
+            revoked_count=len(self.revocations.revoked),
             role=self.config.role,
             version=__version__,
             pid=os.getpid(),
@@ -278,7 +363,10 @@ class MeshNode:
         tail = f"/p2p/{self.peer_id}"
         addresses = tuple(address + tail for address in self.fabric.addresses)
         return Invite(
-            name=self.config.mesh, key=self.config.key, addresses=addresses[: limits.INVITE_ADDRESSES_MAX_COUNT]
+            name=self.config.mesh,
+            key=self.config.key,
+            addresses=addresses[: limits.INVITE_ADDRESSES_MAX_COUNT],
+            founder=self.revocations.founder,
         ).encode()
 
     @contextmanager
@@ -292,6 +380,7 @@ class MeshNode:
         return PeerStatus(
             peer_id=channel.peer_id,
             role=channel.introduction.role,
+            machine=channel.machine,
             addresses=channel.introduction.addresses,
             connected_s=trio.current_time() - channel.admitted_at,
             latency_ms=None if channel.latency_s is None else channel.latency_s * 1e3,

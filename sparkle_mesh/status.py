@@ -26,6 +26,8 @@ class PeerStatus(wire.Message, frozen=True, kw_only=True):
     ----------
     role
         ``"node"`` or ``"trainer"``.
+    machine
+        The peer id of its machine's node, whose key has certified it; a node's own. None where there is no certificate.
     addresses
         Where it says that it listens, without the ``/p2p/…`` tail.
     connected_s
@@ -45,6 +47,7 @@ class PeerStatus(wire.Message, frozen=True, kw_only=True):
 
     peer_id: wire.PeerIdText
     role: wire.NameText
+    machine: wire.PeerIdText | None = None
     addresses: StatusAddresses
     connected_s: Seconds
     link: wire.NameText | None = None
@@ -63,6 +66,13 @@ class ViewStatus(wire.Message, frozen=True, kw_only=True):
     members: Annotated[tuple[wire.PeerIdText, ...], msgspec.Meta(max_length=limits.MESH_MEMBERS_MAX_COUNT)]
 
 
+class RevocationStatus(wire.Message, frozen=True, kw_only=True):
+    """The list of revoked peers that holds: its number, and whom it names."""
+
+    sequence: wire.Count
+    revoked: Annotated[tuple[wire.PeerIdText, ...], msgspec.Meta(max_length=limits.REVOKED_PEERS_MAX_COUNT)]
+
+
 class NodeStatus(wire.Message, frozen=True, kw_only=True):
     """A node: who it is, where it listens, its mesh, its machine.
 
@@ -70,6 +80,10 @@ class NodeStatus(wire.Message, frozen=True, kw_only=True):
     ----------
     keyed, public
         Whether a key guards the mesh; whether one without a key is open beyond this host and its LAN.
+    allowed_count
+        How many peers are on the list of those that may come in; 0 if there is no such list.
+    founder, revoked_count
+        The peer id of the node that may revoke peers, None if none may; how many it has revoked.
     uptime_s
         Seconds since it started.
     peer_count
@@ -85,6 +99,9 @@ class NodeStatus(wire.Message, frozen=True, kw_only=True):
     mesh: wire.NameText
     keyed: bool
     public: bool
+    allowed_count: wire.Count = 0
+    founder: wire.PeerIdText | None = None
+    revoked_count: wire.Count = 0
     role: wire.NameText
     version: wire.NameText
     pid: wire.Count

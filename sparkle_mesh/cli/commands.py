@@ -15,9 +15,18 @@ import click
 from click.core import ParameterSource
 
 from sparkle_mesh import limits
-from sparkle_mesh.cli.render import failed, found_devices_text, one_line, peers_text, printable, status_text, to_json
+from sparkle_mesh.cli.render import (
+    failed,
+    found_devices_text,
+    one_line,
+    peers_text,
+    printable,
+    revoked_text,
+    status_text,
+    to_json,
+)
 from sparkle_mesh.cli.signals import StopSignals
-from sparkle_mesh.environment import resolve_data_dir
+from sparkle_mesh.environment import IDENTITY_NAME, resolve_data_dir
 from sparkle_mesh.errors import IdentityError, NoNodeError, SparkleError, UsageError
 
 if TYPE_CHECKING:
@@ -119,6 +128,17 @@ def _show_version(context: click.Context, _parameter: click.Parameter, value: bo
 )
 @click.option("--join", metavar="ADDR|INVITE", multiple=True, help="A peer to begin with, or an invite. Repeatable.")
 @click.option(
+    "--allow",
+    metavar="PEER_ID",
+    multiple=True,
+    help="Let only this machine in, and the training processes that it certifies. Repeatable.  [default: everybody]",
+)
+@click.option(
+    "--founder",
+    metavar="PEER_ID",
+    help="The machine that may revoke others; it stands in invites.  [default: the invite's, or who it was last]",
+)
+@click.option(
     "--listen",
     metavar="MULTIADDR",
     multiple=True,
@@ -205,6 +225,8 @@ def _run_node(
     mesh: str | None,
     key_file: Path | None,
     join: tuple[str, ...],
+    allow: tuple[str, ...],
+    founder: str | None,
     listen: tuple[str, ...],
     data_dir: str | None,
     no_lan: bool,
@@ -220,7 +242,7 @@ def _run_node(
     from sparkle_mesh.cli.launch import open_real_node
     from sparkle_mesh.cli.output import Reporter, start_logging
     from sparkle_mesh.cli.run import NodeRun, is_port_taken
-    from sparkle_mesh.cli.settings import resolve_settings
+    from sparkle_mesh.cli.settings import ReachOptions, resolve_settings
 
     if public and no_public:
         raise click.UsageError("--public and --no-public contradict each other")
@@ -228,14 +250,18 @@ def _run_node(
         mesh=mesh,
         key_file=key_file,
         join=join,
+        allow=allow,
+        founder=founder,
         listen=listen,
         public=public,
         lan=not no_lan,
-        internet=not no_public,
-        bootstrap=bootstrap,
-        relay_bandwidth=relay_bandwidth,
-        port_mapping=not no_port_mapping,
-        reachability=reachability,
+        reach=ReachOptions(
+            internet=not no_public,
+            bootstrap=bootstrap,
+            relay_bandwidth=relay_bandwidth,
+            port_mapping=not no_port_mapping,
+            reachability=reachability,
+        ),
         data_dir=resolve_data_dir(data_dir),
     )
     runs: list[NodeRun] = []
@@ -287,7 +313,6 @@ def show_id(context: click.Context, data_dir: str | None, as_json: bool) -> None
         assert status is not None
         peer_id = status.peer_id
     except NoNodeError:
-        from sparkle_mesh.cli.launch import IDENTITY_NAME
         from sparkle_mesh.fabric.identity import load_or_create_identity
 
         running, peer_id = False, load_or_create_identity(directory / IDENTITY_NAME).peer_id
@@ -377,6 +402,25 @@ def show_invite(context: click.Context, data_dir: str | None, as_json: bool, wai
     invite = ask(_resolve_for(context, data_dir), "invite", wait_s=wait_s).invite
     assert invite is not None
     click.echo(to_json({"invite": invite}) if as_json else printable(invite))
+
+
+@sparkle_node.command("revoke", short_help="Throw a machine out of the mesh, as its founder.")
+@click.argument("peer_id", metavar="PEER_ID")
+@_data_dir_option
+@_json_option
+@_wait_option
+@click.pass_context
+def revoke(context: click.Context, peer_id: str, data_dir: str | None, as_json: bool, wait_s: int) -> None:
+    """Throw PEER_ID, and all that it has certified, out of the running node's mesh for good.
+
+    Only the node of the mesh's founder may. All members let go of it at once; who is away learns of it when it comes
+    back. Whoever holds the mesh's key can still come under a new peer id: use --allow as well, or change the key.
+    """
+    from sparkle_mesh.cli.control import ask
+
+    revocations = ask(_resolve_for(context, data_dir), "revoke", revoke=peer_id, wait_s=wait_s).revoke
+    assert revocations is not None
+    click.echo(to_json(revocations) if as_json else revoked_text(revocations))
 
 
 @sparkle_node.command("new-key", short_help="Make a key for a mesh.")

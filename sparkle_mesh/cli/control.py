@@ -25,13 +25,13 @@ from sparkle_mesh.capabilities.search import DeviceQuery, FoundDevice
 from sparkle_mesh.cli.lock import running_pid
 from sparkle_mesh.clock import SYSTEM_CLOCK
 from sparkle_mesh.errors import DeadlineError, NodeBusyError, NoNodeError, UsageError
-from sparkle_mesh.status import NodeStatus, PeerStatus
+from sparkle_mesh.status import NodeStatus, PeerStatus, RevocationStatus
 
 VERSION = 1
 LENGTH_BYTES = 4
 SOCKET_NAME = "control.sock"
 
-Command: TypeAlias = Literal["status", "peers", "devices", "invite"]
+Command: TypeAlias = Literal["status", "peers", "devices", "invite", "revoke"]
 
 
 class ControlRequest(wire.Message, frozen=True, kw_only=True):
@@ -40,6 +40,7 @@ class ControlRequest(wire.Message, frozen=True, kw_only=True):
     version: int
     command: wire.NameText
     devices: DeviceQuery | None = None
+    revoke: wire.PeerIdText | None = None
 
 
 class ControlReply(wire.Message, frozen=True, kw_only=True):
@@ -51,6 +52,7 @@ class ControlReply(wire.Message, frozen=True, kw_only=True):
     peers: Annotated[tuple[PeerStatus, ...], msgspec.Meta(max_length=limits.MESH_PEERS_MAX_COUNT)] | None = None
     devices: Annotated[tuple[FoundDevice, ...], msgspec.Meta(max_length=limits.FOUND_DEVICES_MAX_COUNT)] | None = None
     invite: Annotated[str, msgspec.Meta(max_length=limits.CONTROL_MESSAGE_MAX_BYTES)] | None = None
+    revoke: RevocationStatus | None = None
 
 
 def control_supported() -> bool:
@@ -117,6 +119,7 @@ def ask(
     command: Command,
     *,
     devices: DeviceQuery | None = None,
+    revoke: str | None = None,
     timeout_s: float = limits.CONTROL_ASK_TIMEOUT_S,
     wait_s: float = 0.0,
 ) -> ControlReply:
@@ -126,6 +129,8 @@ def ask(
     ----------
     devices
         What the command ``"devices"`` looks for.
+    revoke
+        Whom the command ``"revoke"`` is about.
     wait_s
         For how long a node may be missing altogether; ``timeout_s`` comes on top of it.
 
@@ -145,7 +150,7 @@ def ask(
     patient_until = SYSTEM_CLOCK.now() + wait_s
     deadline = patient_until + timeout_s
     with _connect(data_dir, patient_until, deadline) as connection:
-        request = wire.encode(ControlRequest(version=VERSION, command=command, devices=devices))
+        request = wire.encode(ControlRequest(version=VERSION, command=command, devices=devices, revoke=revoke))
         try:
             # A node that refuses may do so before it has read: the reason is then still there to be read.
             with suppress(BrokenPipeError, ConnectionResetError):

@@ -26,7 +26,7 @@ from sparkle_mesh.cli.control import (
     socket_address,
 )
 from sparkle_mesh.errors import ProtocolError, SparkleError, UsageError
-from sparkle_mesh.status import NodeStatus, PeerStatus
+from sparkle_mesh.status import NodeStatus, PeerStatus, RevocationStatus
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,8 @@ class ControlHandler(Protocol):
     def peers(self) -> Sequence[PeerStatus]: ...
 
     def invite(self) -> str: ...
+
+    def revoke(self, peer_id: str) -> RevocationStatus: ...
 
     async def find_devices(self, query: DeviceQuery) -> Sequence[FoundDevice]: ...
 
@@ -121,6 +123,8 @@ class _Server:
                     return ControlReply(version=VERSION, devices=found)
                 case "invite":
                     return ControlReply(version=VERSION, invite=self._handler.invite())
+                case "revoke":
+                    return ControlReply(version=VERSION, revoke=self._handler.revoke(request.revoke or ""))
                 case unknown:
                     return _refusal(f"it does not know the command {unknown!r}")
         except SparkleError as error:

@@ -8,8 +8,7 @@ from typing import Any, Protocol, TypeAlias
 
 from sparkle_mesh.cli.control_server import ControlHandler
 from sparkle_mesh.cli.settings import NodeSettings
-
-IDENTITY_NAME = "identity.key"
+from sparkle_mesh.environment import IDENTITY_NAME
 
 
 class RunningNode(ControlHandler, Protocol):
@@ -29,25 +28,21 @@ async def open_real_node(settings: NodeSettings) -> AsyncIterator[RunningNode]:
     # This loads libp2p, which takes most of a second: nobody but a running node should wait for it.
     from sparkle_mesh.discovery.reach import ReachConfig
     from sparkle_mesh.fabric.identity import load_or_create_identity
-    from sparkle_mesh.fabric.relay_book import RelayLimits
     from sparkle_mesh.node import NodeConfig, open_node
 
     config = NodeConfig(
         mesh=settings.mesh,
         key=settings.key,
         public=settings.public,
+        allow=settings.allow,
+        founder=settings.founder,
         role="node",
         identity=load_or_create_identity(settings.data_dir / IDENTITY_NAME),
         listen=settings.listen,
         join=settings.join,
         data_dir=settings.data_dir,
         lan=settings.lan,
-        reach=ReachConfig(
-            bootstrap=settings.bootstrap,
-            relay=RelayLimits(bytes_per_s=settings.relay_bytes_per_s) if settings.relay_bytes_per_s else None,
-            port_mapping=settings.port_mapping and bool(settings.bootstrap),
-            reachability=settings.reachability,
-        ),
+        reach=settings.reach or ReachConfig(),
     )
     async with open_node(config) as node:
         yield node

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from sparkle_mesh.status import DeviceStatus, NodeStatus, PeerStatus, ViewStatus
+from sparkle_mesh.status import DeviceStatus, NodeStatus, PeerStatus, RevocationStatus, ViewStatus
 
 if TYPE_CHECKING:
     from sparkle_mesh.capabilities.search import FoundDevice
@@ -77,7 +77,8 @@ def no_control_socket() -> Line:
 
 def peer_joined(peer: PeerStatus) -> Line:
     """Say that a peer was admitted."""
-    where = f" at {printable(peer.addresses[0])}" if peer.addresses else ""
+    where = f" of machine {short_id(peer.machine)}" if peer.machine not in (None, peer.peer_id) else ""
+    where += f" at {printable(peer.addresses[0])}" if peer.addresses else ""
     return Line(
         "peer_joined",
         f"peer joined  {printable(peer.peer_id)} ({printable(peer.role)}{where})",
@@ -158,11 +159,12 @@ def peers_text(peers: Sequence[PeerStatus]) -> str:
     """Return a table of peers, one a line, with a heading."""
     if not peers:
         return "no peers"
-    table = [("PEER", "ROLE", "RANK", "LINK", "LATENCY", "BANDWIDTH", "CONNECTED", "ADDRESS")]
+    table = [("PEER", "ROLE", "MACHINE", "RANK", "LINK", "LATENCY", "BANDWIDTH", "CONNECTED", "ADDRESS")]
     table += [
         (
             printable(peer.peer_id),
             printable(peer.role) if peer.admitted else "not admitted",
+            "-" if peer.machine is None else short_id(peer.machine),
             "-" if peer.rank is None else str(peer.rank),
             "-" if peer.link is None else printable(peer.link),
             "-" if peer.latency_ms is None else f"{peer.latency_ms:.1f} ms",
@@ -173,6 +175,12 @@ def peers_text(peers: Sequence[PeerStatus]) -> str:
         for peer in peers
     ]
     return _table(table)
+
+
+def revoked_text(revocations: RevocationStatus) -> str:
+    """Return who is revoked, one a line, with a heading."""
+    names = "\n".join(printable(peer_id) for peer_id in revocations.revoked)
+    return f"list {revocations.sequence} of revoked peers:\n{names}"
 
 
 def found_devices_text(found: Sequence[FoundDevice]) -> str:
@@ -226,6 +234,8 @@ def mesh_text(status: NodeStatus) -> str:
         who = "public: this machine's addresses are shown to anybody who names the mesh"
     else:
         who = "no key: this host and its local networks only"
+    if status.allowed_count:
+        who += f"; {status.allowed_count} allowed peers and what they certify, no others"
     return f"{printable(status.mesh)} ({who})"
 
 
@@ -263,6 +273,9 @@ def _identity_rows(status: NodeStatus) -> list[tuple[str, str]]:
     )
     rows += _repeated("device", map(device_text, status.devices))
     rows.append(("mesh", mesh_text(status)))
+    if status.founder is not None:
+        founder = "this machine" if status.founder == status.peer_id else printable(status.founder)
+        rows.append(("founder", f"{founder}, has revoked {status.revoked_count} peers"))
     return rows
 
 

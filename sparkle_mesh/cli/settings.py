@@ -13,11 +13,63 @@ from sparkle_mesh.environment import bootstrap_peers
 from sparkle_mesh.errors import UsageError
 
 if TYPE_CHECKING:
+    from sparkle_mesh.discovery.reach import ReachConfig
     from sparkle_mesh.membership.keys import MeshKey
 
 DEFAULT_MESH = "sparkle"
 DEFAULT_LISTEN = f"/ip4/0.0.0.0/tcp/{limits.DEFAULT_PORT}"
 _HOST_PROTOCOLS = ("ip4", "ip6", "dns", "dns4", "dns6")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReachOptions:
+    """The options about what is beyond the local network, as given.
+
+    Attributes
+    ----------
+    internet
+        Whether public peers may be used.
+    bootstrap
+        Which, if the owner says.
+    relay_bandwidth
+        What to carry a second for others, as text; None for the default.
+    port_mapping
+        Whether to ask the router to pass connections on.
+    reachability
+        ``"public"`` or ``"private"`` if the owner knows, else ``"auto"``.
+    """
+
+    internet: bool = True
+    bootstrap: Sequence[str] = ()
+    relay_bandwidth: str | None = None
+    port_mapping: bool = True
+    reachability: str = "auto"
+
+    def resolve(self, *, mesh: str, keyed: bool, public: bool) -> ReachConfig:
+        """Check them, and return what the node of a mesh is to do.
+
+        Raises
+        ------
+        UsageError
+            If one cannot be, or two contradict each other.
+        """
+        from sparkle_mesh.capabilities.search import parse_memory
+        from sparkle_mesh.discovery.bootstrap import choose_bootstrap
+        from sparkle_mesh.discovery.reach import ReachConfig
+        from sparkle_mesh.fabric.relay_book import RelayLimits
+
+        if self.bootstrap and not self.internet:
+            raise UsageError("--bootstrap and --no-public contradict each other")
+        given = self.bootstrap or (None if self.internet else ())
+        bootstrap = choose_bootstrap(given, mesh=mesh, keyed=keyed, public=public, preset=bootstrap_peers())
+        carries = limits.RELAY_BYTES_PER_S if self.relay_bandwidth is None else parse_memory(self.relay_bandwidth)
+        return ReachConfig(
+            bootstrap=bootstrap,
+            relay=RelayLimits(bytes_per_s=float(carries)) if carries else None,
+            # Only where others beyond the local network are to be met.
+            port_mapping=self.port_mapping and bool(bootstrap),
+            reachability=None if self.reachability == "auto" else self.reachability,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,14 +82,12 @@ class NodeSettings:
         Whether the owner asked for ``listen``; if not, another port will do.
     join
         Addresses with ``/p2p/…`` tails, and invites to this mesh.
-    bootstrap
-        Public peers to begin with, addresses or names in DNS.
-    relay_bytes_per_s
-        What this machine carries for others as a relay; 0 for nothing.
-    port_mapping
-        Whether to ask the router to pass connections on, where others beyond the local network are to be met.
-    reachability
-        ``"public"`` or ``"private"`` if the owner knows; None to find out.
+    reach
+        What the node does beyond the local network.
+    founder
+        The peer id of the node that may revoke peers; None if an invite is to say, or the data directory.
+    allow
+        Peers that are let in, with those that they certify; everybody if there are none.
     """
 
     mesh: str
@@ -46,12 +96,11 @@ class NodeSettings:
     listen: tuple[str, ...] = (DEFAULT_LISTEN,)
     listen_chosen: bool = False
     join: tuple[str, ...] = ()
+    allow: tuple[str, ...] = ()
+    founder: str | None = None
     data_dir: Path
     lan: bool = True
-    bootstrap: tuple[str, ...] = ()
-    relay_bytes_per_s: float = limits.RELAY_BYTES_PER_S
-    port_mapping: bool = True
-    reachability: str | None = None
+    reach: ReachConfig | None = None
 
     def on_any_port(self) -> NodeSettings:
         """Return the same settings listening on a port that the system chooses."""
@@ -67,11 +116,9 @@ def resolve_settings(
     public: bool,
     lan: bool,
     data_dir: Path,
-    internet: bool = True,
-    bootstrap: Sequence[str] = (),
-    relay_bandwidth: str | None = None,
-    port_mapping: bool = True,
-    reachability: str = "auto",
+    reach: ReachOptions | None = None,
+    allow: Sequence[str] = (),
+    founder: str | None = None,
 ) -> NodeSettings:
     """Check the options and put them together; an invite fills in the name and key it holds.
 
@@ -81,8 +128,7 @@ def resolve_settings(
         If one cannot be, or two contradict each other; the message names the option.
     """
     # These pull in the cryptography package, which commands that only ask the node do without.
-    from sparkle_mesh.capabilities.search import parse_memory
-    from sparkle_mesh.discovery.bootstrap import choose_bootstrap
+    from sparkle_mesh.membership.door import checked_allow
     from sparkle_mesh.membership.invite import Invite, is_invite
     from sparkle_mesh.membership.keys import MeshKey, MeshSecrets
 
@@ -97,6 +143,10 @@ def resolve_settings(
             raise UsageError(
                 f"--join: the invite is to the mesh {invite.name!r}, not to {mesh!r}; join one mesh at a time"
             )
+        if founder is not None and invite.founder not in (None, founder):
+            raise UsageError(
+                f"--join: the invite names {invite.founder} as the mesh's founder, and --founder {founder}"
+            )
         if key_is_known and key != invite.key:
             raise UsageError(
                 f"--join: the invite to {invite.name!r} holds another key (or none) than --key-file or another invite"
@@ -104,16 +154,7 @@ def resolve_settings(
         mesh, key, key_is_known = invite.name, invite.key, True
     for address in listen:
         check_listen_address(address)
-    if bootstrap and not internet:
-        raise UsageError("--bootstrap and --no-public contradict each other")
     mesh = DEFAULT_MESH if mesh is None else mesh
-    peers = choose_bootstrap(
-        bootstrap or (None if internet else ()),
-        mesh=mesh,
-        keyed=key is not None,
-        public=public,
-        preset=bootstrap_peers(),
-    )
     settings = NodeSettings(
         mesh=mesh,
         key=key,
@@ -121,13 +162,16 @@ def resolve_settings(
         listen=tuple(listen) or (DEFAULT_LISTEN,),
         listen_chosen=bool(listen),
         join=tuple(join),
+        allow=checked_allow("--allow", allow),
+        founder=checked_allow("--founder", [founder])[0] if founder is not None else None,
         data_dir=data_dir,
         lan=lan,
-        bootstrap=peers,
-        relay_bytes_per_s=limits.RELAY_BYTES_PER_S if relay_bandwidth is None else float(parse_memory(relay_bandwidth)),
-        port_mapping=port_mapping,
-        reachability=None if reachability == "auto" else reachability,
+        reach=(reach or ReachOptions()).resolve(mesh=mesh, keyed=key is not None, public=public),
     )
+    if founder is not None and settings.key is None:
+        raise UsageError(
+            "--founder: nobody can be kept out of a mesh without a key; make one with `sparkle-node new-key`"
+        )
     MeshSecrets(settings.mesh, settings.key)  # says what a name must be
     return settings
 
@@ -149,14 +193,21 @@ def check_listen_address(address: str) -> None:
 def check_join_address(address: str) -> None:
     """Make sure that ``address`` is ``/ip4|ip6|dns|dns4|dns6/<host>/tcp/<port>/p2p/<peer id>``.
 
+    For a peer behind a relay that is followed by ``/p2p-circuit/p2p/<peer id>``.
+
     Raises
     ------
     UsageError
         If not; the message shows what it should look like.
     """
-    match address.split("/"):
+    through, is_relayed, behind = address.partition("/p2p-circuit/p2p/")
+    match through.split("/"):
         case ["", protocol, host, "tcp", port, "p2p", peer_id] if (
-            protocol in _HOST_PROTOCOLS and host and peer_id.isalnum() and _is_port(port, lowest=1)
+            protocol in _HOST_PROTOCOLS
+            and host
+            and peer_id.isalnum()
+            and _is_port(port, lowest=1)
+            and (behind.isalnum() or not is_relayed)
         ):
             if not protocol.startswith("ip") or _is_ip(protocol, host):
                 return

@@ -148,16 +148,23 @@ def load_or_create_identity(path: Path) -> Identity:
         If the file is damaged, not the owner's own, readable by others, a symbolic link, or of a newer
         version, or cannot be read or made. It is left as it was.
     """
-    identity = _load(path)
+    identity = load_identity(path)
     if identity is None:
         _create(path)
-        identity = _load(path)
+        identity = load_identity(path)
     if identity is None:
         raise IdentityError(f"identity file {path} vanished while it was made; start again")
     return identity
 
 
-def _load(path: Path) -> Identity | None:
+def load_identity(path: Path) -> Identity | None:
+    """Return the identity kept in ``path``; None if there is no such file, and none is made.
+
+    Raises
+    ------
+    IdentityError
+        If the file cannot be used, as :func:`load_or_create_identity` says.
+    """
     # O_NONBLOCK: a FIFO laid in the file's place must not make the start hang.
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     if path.is_symlink():

@@ -10,7 +10,7 @@ import trio
 
 from sparkle_mesh import limits
 from sparkle_mesh.fabric.framing import receive_message, send_message
-from sparkle_mesh.fabric.interface import FabricStream
+from sparkle_mesh.fabric.interface import FabricStream, PeerId
 from sparkle_mesh.membership.messages import Introduction, MeshMessage, Ping
 
 logger = logging.getLogger(__name__)
@@ -19,9 +19,13 @@ logger = logging.getLogger(__name__)
 class PeerChannel:
     """An admitted peer: its stream, what waits to be sent, and when it was last heard."""
 
-    def __init__(self, stream: FabricStream, introduction: Introduction, *, now: float) -> None:
+    def __init__(
+        self, stream: FabricStream, introduction: Introduction, *, now: float, machine: PeerId | None = None
+    ) -> None:
         self.peer_id = stream.peer_id
         self.introduction = introduction
+        #: The peer id of the node of its machine, proven by a certificate; its own if it is a node.
+        self.machine = machine
         self.admitted_at = now
         self.last_heard = now
         self.latency_s: float | None = None

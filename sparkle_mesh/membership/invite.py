@@ -27,22 +27,25 @@ class _InviteBody(wire.Message, frozen=True):
     name: wire.NameText
     key: wire.Bytes32 | None = None
     addresses: Annotated[tuple[wire.AddressText, ...], msgspec.Meta(max_length=limits.INVITE_ADDRESSES_MAX_COUNT)] = ()
+    founder: wire.PeerIdText | None = None
 
 
 class Invite(msgspec.Struct, frozen=True):
     """A mesh's name, its key if it has one, and addresses (with ``/p2p/…`` tails) of peers to begin with.
 
-    An invite to a keyed mesh holds the key: treat it as a secret.
+    An invite to a keyed mesh holds the key: treat it as a secret. ``founder`` is the peer id of the node that may
+    revoke peers of it (:mod:`.revocations`); None if there is none.
     """
 
     name: str
     key: MeshKey | None
     addresses: tuple[str, ...]
+    founder: str | None = None
 
     def encode(self) -> str:
         """Return the invite as one line of text."""
         secret = self.key.secret if self.key is not None else None
-        body = wire.encode(_InviteBody(name=self.name, key=secret, addresses=self.addresses))
+        body = wire.encode(_InviteBody(name=self.name, key=secret, addresses=self.addresses, founder=self.founder))
         return _PREFIX + base64.urlsafe_b64encode(body + _checksum(body)).decode().rstrip("=")
 
     @classmethod
@@ -78,7 +81,7 @@ class Invite(msgspec.Struct, frozen=True):
         except ProtocolError as error:
             raise UsageError("the invite holds what no version of this program writes; ask for a new one") from error
         key = MeshKey(invite.key) if invite.key is not None else None
-        return cls(name=invite.name, key=key, addresses=invite.addresses)
+        return cls(name=invite.name, key=key, addresses=invite.addresses, founder=invite.founder)
 
 
 def _checksum(body: bytes) -> bytes:

@@ -1,7 +1,8 @@
 """What peers of a mesh say to each other on ``/sparkle/mesh/1``.
 
 First the proof (:class:`Hello`, :class:`Challenge`, :class:`Proof`, or :class:`Refused`), then
-:class:`Introduction` from both sides, then any of the rest.
+:class:`Introduction` from both sides, then any of the rest. To an introduction that it does not
+like a process says :class:`Refused`.
 
 A change of view is one single-decree Paxos instance (Lamport, "Paxos Made Simple", 2001, section 2) per
 lineage and epoch: ``Prepare``/``Promise`` are its phase 1, ``Accept``/``Accepted`` its phase 2, ``Chosen``
@@ -15,6 +16,7 @@ from typing import Annotated, Literal, TypeAlias
 import msgspec
 
 from sparkle_mesh import limits, wire
+from sparkle_mesh.membership.revocations import EncodedRevocations
 from sparkle_mesh.membership.view import Member, MemberList, View
 
 PROTOCOL = "/sparkle/mesh/1"
@@ -94,7 +96,11 @@ class Refused(wire.Message, tag="refused", frozen=True):
 
 
 class Introduction(wire.Message, tag="introduction", frozen=True):
-    """Who this is, sent by both sides right after the proof."""
+    """Who this is: from the opener right after its proof, from the answerer as the answer to that.
+
+    ``certificate`` says which machine a training process is of (:mod:`.certificates`). It is opened apart from the
+    rest, so that one of a later version does no harm. ``revocations`` is the list that holds where the sender is.
+    """
 
     role: Role
     member: Member
@@ -102,6 +108,8 @@ class Introduction(wire.Message, tag="introduction", frozen=True):
     min_peers: wire.Count
     addresses: wire.AddressList
     software: wire.NameText = ""
+    certificate: Annotated[bytes, msgspec.Meta(max_length=limits.CERTIFICATE_MAX_BYTES)] | None = None
+    revocations: EncodedRevocations | None = None
 
 
 class PeerExchange(wire.Message, tag="peers", frozen=True):
@@ -114,6 +122,12 @@ class Met(wire.Message, tag="met", frozen=True):
     """Gossiped by whoever meets peers that nobody has told of yet: others may reach them there. Sealed."""
 
     peers: Annotated[tuple[wire.PeerAddress, ...], msgspec.Meta(max_length=limits.PEER_EXCHANGE_MAX_COUNT)]
+
+
+class Revoked(wire.Message, tag="revoked", frozen=True):
+    """Gossiped when a newer list of revoked peers has come. Sealed; those who do not know it drop it."""
+
+    revocations: EncodedRevocations
 
 
 class Presence(wire.Message, tag="presence", frozen=True):

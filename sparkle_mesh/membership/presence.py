@@ -1,4 +1,4 @@
-"""News of peers over gossip: who has come, and who has moved.
+"""News of peers over gossip: who has come, who has moved, and who was revoked.
 
 It is how halves of a mesh that meet through one common peer become one: whoever meets a peer that nobody has told of
 yet publishes where it listens, once. Nobody publishes that nothing has changed; what gets lost, the lookups of the
@@ -18,7 +18,7 @@ from sparkle_mesh.clock import SYSTEM_ENTROPY, Entropy
 from sparkle_mesh.errors import ProtocolError
 from sparkle_mesh.fabric.interface import Address, Fabric, PeerId
 from sparkle_mesh.membership.keys import MeshSecrets
-from sparkle_mesh.membership.messages import Met, Presence, Role
+from sparkle_mesh.membership.messages import Met, Presence, Revoked, Role
 from sparkle_mesh.wire import PeerAddress
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,8 @@ class PresenceService:
         What this process tells of itself.
     heard
         Takes a peer id, where it is said to listen, and whether it said so itself (``"gossip"``, else ``"exchange"``).
+    revoked
+        Takes a list of revoked peers that somebody publishes; raises ProtocolError if it is forged.
     """
 
     def __init__(
@@ -43,12 +45,14 @@ class PresenceService:
         role: Role,
         incarnation: bytes,
         heard: Callable[[PeerId, Sequence[Address], str], None],
+        revoked: Callable[[bytes], object] = lambda encoded: None,
         entropy: Entropy = SYSTEM_ENTROPY,
     ) -> None:
         self._fabric, self._secrets, self._entropy = fabric, secrets, entropy
         self._role: Role = role
         self._incarnation = incarnation
-        self._heard = heard
+        self._heard, self._revoked = heard, revoked
+        self._revocations: bytes | None = None
         # What the mesh was told already, by whomever.
         self._told: OrderedDict[PeerId, tuple[Address, ...]] = OrderedDict()
         self._to_tell: dict[PeerId, tuple[Address, ...]] = {}
@@ -71,6 +75,11 @@ class PresenceService:
         self._told.pop(peer_id, None)
         self._to_tell.pop(peer_id, None)
 
+    def revoke(self, revocations: bytes) -> None:
+        """Tell the mesh of a list of revoked peers, now; only the last one if there are several."""
+        self._revocations = revocations
+        self._wake.set()
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Publish and listen until cancelled."""
         async with self._fabric.subscribe(self._secrets.topic) as published, trio.open_nursery() as nursery:
@@ -81,7 +90,10 @@ class PresenceService:
 
     def _take(self, publisher: PeerId, sealed: bytes) -> None:
         try:
-            news: Presence | Met = wire.decode(self._secrets.unseal(sealed), Presence | Met)
+            news: Presence | Met | Revoked = wire.decode(self._secrets.unseal(sealed), Presence | Met | Revoked)
+            if isinstance(news, Revoked):
+                self._revoked(news.revocations)
+                return
         except ProtocolError as error:
             self.refused_count += 1
             logger.debug("news from %s dropped: %s", publisher, error)
@@ -113,6 +125,9 @@ class PresenceService:
                 # Several may have met the same peer: the first to tell spares the rest.
                 await trio.sleep(limits.PRESENCE_SETTLE_S * self._entropy.uniform(0.5, 1.5))
             self._wake = trio.Event()
+            if self._revocations is not None:
+                revocations, self._revocations = self._revocations, None
+                await self._publish(Revoked(revocations=revocations))
             while self._to_tell:
                 await self._publish_met()
             if self._own_addresses() != mine:
@@ -125,7 +140,7 @@ class PresenceService:
             self._note_told(peer_id, addresses)
         await self._publish(Met(peers=tuple(PeerAddress(peer_id=who, addresses=where) for who, where in some)))
 
-    async def _publish(self, news: Presence | Met) -> None:
+    async def _publish(self, news: Presence | Met | Revoked) -> None:
         sealed = self._secrets.seal(wire.encode(news), self._entropy)
         await self._fabric.publish(self._secrets.topic, sealed)
 

@@ -9,7 +9,7 @@ decides: the machines of :mod:`.proof`, :mod:`.formation` and :mod:`.view_change
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from typing import Any
 
 import msgspec
@@ -25,12 +25,14 @@ from sparkle_mesh.errors import (
     VersionError,
     WrongKeyError,
 )
-from sparkle_mesh.fabric.framing import receive_message, send_message
+from sparkle_mesh.fabric.framing import send_message
 from sparkle_mesh.fabric.interface import Address, Fabric, FabricStream, PeerConnected, PeerId
+from sparkle_mesh.membership.certificates import Certifier
 from sparkle_mesh.membership.channel import PeerChannel
 from sparkle_mesh.membership.door import Door
 from sparkle_mesh.membership.events import PeerAdmitted, PeerGone, PeerRefused, ViewChanged
 from sparkle_mesh.membership.formation import Candidate
+from sparkle_mesh.membership.greeting import prove, receive_introduction
 from sparkle_mesh.membership.heartbeat import Heartbeat
 from sparkle_mesh.membership.keys import MeshSecrets
 from sparkle_mesh.membership.messages import (
@@ -39,7 +41,6 @@ from sparkle_mesh.membership.messages import (
     Accepted,
     Chosen,
     Declined,
-    Greeting,
     Introduction,
     Leave,
     Leaving,
@@ -53,7 +54,8 @@ from sparkle_mesh.membership.messages import (
     Refused,
     Role,
 )
-from sparkle_mesh.membership.proof import AnswererProof, Fail, Instruction, OpenerProof, Proven, Say
+from sparkle_mesh.membership.proof import AnswererProof, Fail, Instruction, OpenerProof, Say
+from sparkle_mesh.membership.revocations import RevocationList
 from sparkle_mesh.membership.view import Member, View
 from sparkle_mesh.membership.views import MembershipViews
 from sparkle_mesh.wire import PeerAddress
@@ -78,6 +80,14 @@ class MembershipService(MembershipViews):
         For how long a member may be silent at most before it is suspected.
     settle_s
         How long those who want to form a mesh must have been the same before this process proposes it.
+    allow
+        If there are any, only these peers are admitted, and those that they have certified.
+    revocations
+        Whom the mesh's founder has thrown out.
+    revocations_changed
+        Called when a newer list has come from a peer.
+    certifier
+        Says which machine this process is of; None for a node, which is its machine's own.
     heard
         Called with ``(peer id, addresses, source)`` for peers that others tell of.
     strangers
@@ -98,6 +108,10 @@ class MembershipService(MembershipViews):
         max_silence_s: float = limits.SUSPICION_CEILING_S,
         settle_s: float = limits.VIEW_SETTLE_S,
         software: str = "",
+        allow: Collection[PeerId] = (),
+        revocations: RevocationList | None = None,
+        revocations_changed: Callable[[], object] = lambda: None,
+        certifier: Certifier | None = None,
         heard: Callable[[PeerId, Sequence[Address], str], None],
         strangers: Container[PeerId] = (),
         entropy: Entropy = SYSTEM_ENTROPY,
@@ -108,7 +122,12 @@ class MembershipService(MembershipViews):
         self._fabric = fabric
         self._secrets = secrets
         self._host_id, self._min_peers, self._software = host_id, min_peers, software
-        self._door = Door(keyed=secrets.keyed, public=public)
+        self._revocations = RevocationList(secrets.tag) if revocations is None else revocations
+        self._revocations_changed = revocations_changed
+        self._door = Door(
+            keyed=secrets.keyed, public=public, tag=secrets.tag, allow=allow, revocations=self._revocations
+        )
+        self._certifier = certifier
         self._heard = heard
         self._strangers = strangers
         self._entropy = entropy
@@ -279,6 +298,32 @@ class MembershipService(MembershipViews):
         """``peer_id`` has broken a protocol of the mesh: who does so often is banned for a time."""
         self._door.offended(peer_id, trio.current_time())
 
+    def take_revocations(self, encoded: bytes) -> bool:
+        """Take a list of revoked peers that somebody tells: whoever it names is let go. Return whether it was news.
+
+        Raises
+        ------
+        AuthenticationError, ProtocolError
+            If no process that keeps to the protocol tells it.
+        """
+        if not self._revocations.take(encoded):
+            return False
+        logger.warning("the mesh's founder has revoked %d peers", len(self._revocations.revoked))
+        for channel in list(self._channels.values()):
+            refused = self._door.revoked(channel.peer_id, channel.machine)
+            if refused is not None:
+                # It is not to come back: the others need not wait for that.
+                channel.graceful, channel.gone_reason = True, refused.reason
+                self._let_go(channel)
+                self._start_soon(self._turn_out, channel, refused)
+        return True
+
+    async def _turn_out(self, channel: PeerChannel, refused: Refused) -> None:
+        channel.send(refused)
+        await channel.finish()
+        channel.drop(refused.reason)
+        self._events.send(PeerRefused(channel.peer_id, refused.reason, wrong_key=False))
+
     async def _greet_and_follow(
         self, stream: FabricStream, proof: OpenerProof | AnswererProof, first: list[Instruction]
     ) -> None:
@@ -286,7 +331,7 @@ class MembershipService(MembershipViews):
         peer_id = stream.peer_id
         try:
             with trio.fail_after(limits.MESH_PROOF_TIMEOUT_S):
-                introduction = await self._greet(stream, proof, first)
+                channel = await self._greet(stream, proof, first)
         except (SparkleError, trio.TooSlowError) as error:
             wrong_key = isinstance(error, WrongKeyError)
             reason = str(error) or f"peer {peer_id} did not finish the proof in {limits.MESH_PROOF_TIMEOUT_S} s"
@@ -295,32 +340,32 @@ class MembershipService(MembershipViews):
             self._events.send(PeerRefused(peer_id, reason, wrong_key=wrong_key))
             await stream.aclose()
             return
-        await self._follow(PeerChannel(stream, introduction, now=trio.current_time()))
+        await self._follow(channel)
 
     async def _greet(
-        self, stream: FabricStream, proof: OpenerProof | AnswererProof, instructions: list[Instruction]
-    ) -> Introduction:
-        proven = False
-        while True:
-            for instruction in instructions:
-                match instruction:
-                    case Say(message):
-                        await send_message(stream, message)
-                    case Fail(error):
-                        raise error
-                    case Proven():
-                        proven = True
-            if proven:
-                break
-            instructions = proof.receive(await receive_message(stream, Greeting))
-        await send_message(stream, self._introduction())
-        answer = await receive_message(stream, Introduction | Refused)
-        if isinstance(answer, Refused):
-            error_type = WrongKeyError if answer.code == "key" else ProtocolError
-            raise error_type(f"peer {stream.peer_id} refused: {answer.reason}")
-        if answer.member.peer_id != stream.peer_id:
-            raise ProtocolError(f"peer {stream.peer_id} introduced itself as {answer.member.peer_id}")
-        return answer  # type: ignore[no-any-return]
+        self, stream: FabricStream, proof: OpenerProof | AnswererProof, first: list[Instruction]
+    ) -> PeerChannel:
+        await prove(stream, proof, first)
+        is_opener, introduction = isinstance(proof, OpenerProof), self._introduction()
+        if is_opener:
+            await send_message(stream, introduction)
+        answer = await receive_introduction(stream)
+        try:
+            if answer.revocations is not None and self.take_revocations(answer.revocations):
+                self._revocations_changed()
+        except ProtocolError as error:
+            self.offended(stream.peer_id)
+            await send_message(stream, Refused(code="duplicate", reason=str(error)[: limits.REASON_MAX_CHARS]))
+            raise
+        own = self._fabric.peer_id if self._certifier is None else self._certifier.machine
+        machine = self._door.introduced(stream.peer_id, answer, trio.current_time(), own=own)
+        if isinstance(machine, Refused):
+            await send_message(stream, machine)
+            raise ProtocolError(machine.reason)
+        if not is_opener:
+            # Not before: so the opener learns that it is refused instead of being admitted for a moment.
+            await send_message(stream, introduction)
+        return PeerChannel(stream, answer, now=trio.current_time(), machine=machine)
 
     def _introduction(self) -> Introduction:
         return Introduction(
@@ -330,6 +375,8 @@ class MembershipService(MembershipViews):
             min_peers=self._min_peers,
             addresses=tuple(self._fabric.addresses)[: limits.ADDRESSES_PER_PEER_MAX_COUNT],
             software=self._software,
+            certificate=None if self._certifier is None else self._certifier.certificate(trio.current_time()),
+            revocations=self._revocations.encoded,
         )
 
     async def _follow(self, channel: PeerChannel) -> None:
@@ -419,6 +466,11 @@ class MembershipService(MembershipViews):
                 case Leave(reason=reason):
                     channel.graceful = True
                     channel.gone_reason = "it left the mesh" + (f": {reason}" if reason else "")
+                    return
+                case Refused(reason=reason):
+                    # The answerer has admitted the opener by the time that this one has seen its introduction.
+                    channel.gone_reason = f"peer {channel.peer_id} refused: {reason}"
+                    self._events.send(PeerRefused(channel.peer_id, channel.gone_reason, wrong_key=False))
                     return
                 case Leaving():
                     if self._succession is not None:

@@ -18,7 +18,7 @@ from sparkle_mesh.capabilities.search import DeviceQuery, FoundDevice
 from sparkle_mesh.cli.settings import DEFAULT_LISTEN, NodeSettings
 from sparkle_mesh.devices.detect import DeviceInfo
 from sparkle_mesh.errors import UsageError
-from sparkle_mesh.status import NodeStatus, PeerStatus, ViewStatus
+from sparkle_mesh.status import NodeStatus, PeerStatus, RevocationStatus, ViewStatus
 
 PEER_ID = "12D3KooWFakeNode"
 
@@ -72,6 +72,11 @@ class FakeNode:
 
     def invite(self) -> str:
         return "sparkle-invite-1:fake"
+
+    def revoke(self, peer_id: str) -> RevocationStatus:
+        if peer_id == PEER_ID:
+            raise UsageError("it is the founder")
+        return RevocationStatus(sequence=3, revoked=("12D3KooWGone", peer_id))
 
     async def find_devices(self, query: DeviceQuery) -> list[FoundDevice]:
         if query.limit == 4096:

@@ -35,6 +35,8 @@ def test_who_may_come_in_is_said(fake: ModuleType) -> None:
     assert "only who holds its key" in render.mesh_text(fake.status(keyed=True, public=True))
     assert "addresses are shown to anybody" in render.mesh_text(fake.status(public=True))
     assert "this host and its local networks only" in render.mesh_text(fake.status())
+    listed = render.mesh_text(fake.status(keyed=True, allowed_count=3))
+    assert listed == "a-mesh (only who holds its key; 3 allowed peers and what they certify, no others)"
 
 
 def test_peers_come_and_go(fake: ModuleType) -> None:
@@ -42,6 +44,10 @@ def test_peers_come_and_go(fake: ModuleType) -> None:
     assert joined.to_text("12:00:00") == "12:00:00 peer joined  12D3KooWPeer (trainer at /ip4/10.0.0.2/tcp/4)"
     assert json.loads(joined.to_json(0))["peer"]["rank"] == 1
     assert render.peer_joined(fake.peer(addresses=())).text == "peer joined  12D3KooWPeer (trainer)"
+    of_machine = render.peer_joined(fake.peer(machine=fake.PEER_ID))
+    assert of_machine.text == "peer joined  12D3KooWPeer (trainer of machine …FakeNode at /ip4/10.0.0.2/tcp/4)"
+    assert json.loads(of_machine.to_json(0))["peer"]["machine"] == fake.PEER_ID
+    assert render.peer_joined(fake.peer(role="node", machine="12D3KooWPeer", addresses=())).text.endswith("(node)")
     assert render.peer_left("12D3", "it left").text == "peer left    12D3: it left"
     assert json.loads(render.peer_refused("12D3", "wrong key").to_json(0)) == {
         "time": 0,
@@ -74,6 +80,13 @@ def test_other_lines() -> None:
     assert render.dropped_lines(3).fields == {"lines": 3}
 
 
+def test_the_founder_is_shown(fake: ModuleType) -> None:
+    other = render.status_text(fake.status(founder="12D3KooWFounder", revoked_count=2))
+    assert "founder    12D3KooWFounder, has revoked 2 peers" in other.splitlines()
+    own = render.started(fake.status(founder=fake.PEER_ID), Path("/data")).text
+    assert "founder    this machine, has revoked 0 peers" in own.splitlines()
+
+
 def test_status_for_people(fake: ModuleType) -> None:
     assert render.status_text(fake.status(pid=7)).splitlines()[4:] == [
         "peers      1",
@@ -88,13 +101,13 @@ def test_status_for_people(fake: ModuleType) -> None:
 
 def test_a_table_of_peers(fake: ModuleType) -> None:
     peers = [
-        fake.peer(link="tcp", bandwidth_bytes_per_s=11.94e6),
+        fake.peer(link="tcp", bandwidth_bytes_per_s=11.94e6, machine=fake.PEER_ID),
         fake.peer("12D3", rank=None, latency_ms=None, addresses=(), admitted=False, connected_s=0.0),
     ]
     assert render.peers_text(peers).splitlines() == [
-        "PEER          ROLE          RANK  LINK  LATENCY  BANDWIDTH  CONNECTED  ADDRESS",
-        "12D3KooWPeer  trainer       1     tcp   0.2 ms   11.9 MB/s  1 min 1 s  /ip4/10.0.0.2/tcp/4",
-        "12D3          not admitted  -     -     -        -          0 s        -",
+        "PEER          ROLE          MACHINE    RANK  LINK  LATENCY  BANDWIDTH  CONNECTED  ADDRESS",
+        "12D3KooWPeer  trainer       …FakeNode  1     tcp   0.2 ms   11.9 MB/s  1 min 1 s  /ip4/10.0.0.2/tcp/4",
+        "12D3          not admitted  -          -     -     -        -          0 s        -",
     ]
     assert render.peers_text([]) == "no peers"
 

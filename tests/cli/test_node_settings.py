@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparkle_mesh import limits
 from sparkle_mesh.cli.settings import (
     DEFAULT_LISTEN,
     DEFAULT_MESH,
     NodeSettings,
+    ReachOptions,
     check_join_address,
     check_listen_address,
     resolve_settings,
 )
+from sparkle_mesh.discovery.bootstrap import PUBLIC_BOOTSTRAP
+from sparkle_mesh.discovery.reach import ReachConfig
 from sparkle_mesh.errors import UsageError
+from sparkle_mesh.fabric.relay_book import RelayLimits
 from sparkle_mesh.membership.invite import Invite
 from sparkle_mesh.membership.keys import MeshKey
 
@@ -51,17 +57,61 @@ def test_nothing_chosen() -> None:
 
 def test_everything_chosen(key_file: Path) -> None:
     listen = ("/ip4/127.0.0.1/tcp/0", "/ip6/::1/tcp/45654")
-    settings = resolve(mesh="m", key_file=key_file, join=(ADDRESS,), listen=listen, public=True, lan=False)
-    assert settings == NodeSettings(
+    chosen: dict[str, Any] = {"join": (ADDRESS,), "listen": listen, "public": True, "lan": False, "allow": (PEER,)}
+    settings = resolve(mesh="m", key_file=key_file, **chosen)
+    assert settings.reach is not None
+    assert settings.reach.bootstrap == ()
+    assert replace(settings, reach=None) == NodeSettings(
         mesh="m",
         key=KEY,
         join=(ADDRESS,),
         listen=listen,
         listen_chosen=True,
         public=True,
+        allow=(PEER,),
         lan=False,
         data_dir=Path("/data"),
     )
+
+
+def reach_of(public: bool = False, **options: Any) -> ReachConfig:
+    return ReachOptions(**options).resolve(mesh="m", keyed=False, public=public)
+
+
+def test_nobody_beyond_the_local_network_is_looked_for_unless_the_mesh_is_open_to_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("SPARKLE_BOOTSTRAP")
+    assert reach_of().bootstrap == ()
+    assert not reach_of().port_mapping
+    assert reach_of(public=True).bootstrap == PUBLIC_BOOTSTRAP
+    assert reach_of(public=True).port_mapping
+    assert reach_of(public=True, internet=False).bootstrap == ()
+    assert ReachOptions().resolve(mesh="m", keyed=True, public=False).bootstrap == PUBLIC_BOOTSTRAP
+    by_name = ReachOptions().resolve(mesh="global.example.org", keyed=False, public=True)
+    assert by_name.bootstrap == (*PUBLIC_BOOTSTRAP, "/dnsaddr/global.example.org")
+    # DNS is not told the name of a mesh with a key.
+    assert ReachOptions().resolve(mesh="a.example.org", keyed=True, public=False).bootstrap == PUBLIC_BOOTSTRAP
+    monkeypatch.setenv("SPARKLE_BOOTSTRAP", f"{ADDRESS}, none ,")
+    assert reach_of(public=True).bootstrap == (ADDRESS,)
+    assert reach_of(public=True, bootstrap=("/dnsaddr/example.org",)).bootstrap == ("/dnsaddr/example.org",)
+
+
+def test_what_is_lent_as_a_relay_and_said_of_reachability() -> None:
+    assert reach_of().relay == RelayLimits(bytes_per_s=limits.RELAY_BYTES_PER_S)
+    assert reach_of(relay_bandwidth="500kB").relay == RelayLimits(bytes_per_s=500e3)
+    assert reach_of(relay_bandwidth="0").relay is None
+    assert reach_of().reachability is None
+    assert reach_of(reachability="private").reachability == "private"
+    for options, complaint in (
+        ({"bootstrap": (ADDRESS,), "internet": False}, "contradict"),
+        ({"bootstrap": ("/ip4/10.0.0.1/tcp/1",)}, "lacks the peer id"),
+        ({"bootstrap": (f"/ip4/10.0.0.1/udp/1/p2p/{PEER}",)}, "no TCP address"),
+        ({"bootstrap": ("/dnsaddr/",)}, "names no domain"),
+        ({"relay_bandwidth": "much"}, "no amount of memory"),
+    ):
+        with pytest.raises(UsageError, match=complaint):
+            reach_of(**options)
 
 
 def test_any_port_keeps_the_rest() -> None:
@@ -95,6 +145,17 @@ def test_invites_that_contradict_are_refused(key_file: Path) -> None:
     for invite in (other_key, no_key):
         with pytest.raises(UsageError, match="holds another key"):
             resolve(key_file=key_file, join=(invite,))
+
+
+def test_the_founder_is_named_by_one(key_file: Path) -> None:
+    assert resolve(key_file=key_file, founder=PEER).founder == PEER
+    ours = Invite("ours", KEY, (), founder=PEER).encode()
+    assert resolve(join=(ours,), founder=PEER).founder == PEER
+    other = Invite("ours", KEY, (), founder="12D3KooWOther").encode()
+    with pytest.raises(UsageError, match="names 12D3KooWOther as the mesh's founder"):
+        resolve(join=(other,), founder=PEER)
+    with pytest.raises(UsageError, match="mesh without a key"):
+        resolve(founder=PEER)
 
 
 def test_a_damaged_invite_is_refused() -> None:

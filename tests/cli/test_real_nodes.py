@@ -22,7 +22,7 @@ HERE = ("--listen", "/ip4/127.0.0.1/tcp/0", "--no-lan", "--log-format", "json")
 
 def left_in(data_dir: Path) -> set[str]:
     """Return the files that a node left, but for those it is to keep."""
-    kept = {"identity.key", "peers"}
+    kept = {"identity.key", "peers", "revocations"}
     return {str(path.relative_to(data_dir)) for path in data_dir.rglob("*") if not path.is_dir()} - {
         str(path.relative_to(data_dir)) for name in kept for path in [data_dir / name, *(data_dir / name).rglob("*")]
     }
@@ -93,6 +93,51 @@ def test_the_wrong_key_is_told_and_is_no_peer(start: Start, ask_node: Ask, tmp_p
     for node, directory in zip(nodes, directories, strict=True):
         assert ask_node("peers", "--json", data_dir=directory) == (0, "[]\n", "")
         end(node)
+
+
+def test_a_node_lets_only_those_in_that_it_was_told_to(start: Start, ask_node: Ask, tmp_path: Path) -> None:
+    directories = [tmp_path / name for name in ("guarded", "listed", "stranger")]
+    ids = [ask_node("id", data_dir=directory)[1].strip() for directory in directories]
+    guarded = start(directories[0], *HERE, "--allow", ids[1], real=True)
+    started = guarded.wait_for_event("started")
+    assert started["allowed_count"] == 1
+    join = ("--join", f"{started['addresses'][0]}/p2p/{ids[0]}")
+    listed, stranger = [start(directory, *HERE, *join, real=True) for directory in directories[1:]]
+    assert guarded.wait_for_event("peer_refused")["peer_id"] == ids[2]
+    refused = stranger.wait_for_event("peer_refused")
+    assert refused["peer_id"] == ids[0]
+    assert f"{ids[2]} is not on the list of peers that are allowed here" in refused["reason"]
+    listed.wait_for(ids[0])
+    peers = json.loads(ask_node("peers", "--json", data_dir=directories[1])[1])
+    assert ids[0] in {peer["peer_id"] for peer in peers}
+    for node in (guarded, listed, stranger):
+        end(node)
+
+
+def test_the_founder_throws_a_machine_out(start: Start, ask_node: Ask, tmp_path: Path) -> None:
+    key_file = tmp_path / "mesh.key"
+    MeshKey.generate().save(key_file)
+    first_dir, second_dir = tmp_path / "first", tmp_path / "second"
+    first_id, second_id = (ask_node("id", data_dir=path)[1].strip() for path in (first_dir, second_dir))
+    options = ("--mesh", "ours", "--key-file", str(key_file), "--founder", first_id)
+    first = start(first_dir, *options, *HERE, real=True)
+    assert first.wait_for_event("started")["founder"] == first_id
+    invite = ask_node("invite", data_dir=first_dir)[1].strip()
+    second = start(second_dir, "--join", invite, *HERE, real=True)
+    assert second.wait_for_event("started")["founder"] == first_id
+    first.wait_for_event("peer_joined")
+    code, _, err = ask_node("revoke", first_id, data_dir=second_dir)
+    assert code == 1
+    assert "only the founder" in err
+    code, out, _ = ask_node("revoke", second_id, "--json", data_dir=first_dir)
+    assert (code, json.loads(out)) == (0, {"sequence": 1, "revoked": [second_id]})
+    assert first.wait_for_event("peer_left")["reason"] == f"{second_id} was revoked by the mesh's founder"
+    assert "was revoked by the mesh's founder" in second.wait_for_event("peer_refused")["reason"]
+    assert json.loads(ask_node("peers", "--json", data_dir=first_dir)[1]) == []
+    end(second)
+    end(first)
+    (kept,) = (first_dir / "revocations").iterdir()
+    assert kept.stat().st_mode & 0o777 == 0o600
 
 
 def test_the_second_on_a_data_directory_and_the_next_after_a_kill(start: Start, ask_node: Ask, data_dir: Path) -> None:

@@ -21,7 +21,7 @@ from sparkle_mesh.cli.commands import run_command_line
 from sparkle_mesh.cli.control import SOCKET_NAME, run_dir
 from sparkle_mesh.cli.lock import LOCK_NAME
 from sparkle_mesh.cli.signals import StopSignals
-from sparkle_mesh.fabric.identity import load_or_create_identity
+from sparkle_mesh.fabric.identity import Identity, load_or_create_identity
 from sparkle_mesh.membership.invite import Invite
 from sparkle_mesh.membership.keys import MeshKey
 
@@ -56,6 +56,8 @@ WRONG = {
     ("--log-format", "xml"): "xml",
     ("--listen", "45654"): "--listen '45654'",
     ("--join", "10.0.0.1"): "--join '10.0.0.1'",
+    ("--allow", "12D3KooWnobody"): "--allow: '12D3KooWnobody' is not an Ed25519 peer id",
+    ("--allow", "x", "status"): "--allow is for running a node",
     ("--key-file", "/there/is/no/such/file"): "/there/is/no/such/file",
     ("devices", "--kind", "gpu"): "kind 'gpu' is not one of",
     ("devices", "--min-memory", "lots"): "'lots' is no amount of memory",
@@ -63,6 +65,8 @@ WRONG = {
     ("--mesh", ""): "mesh name",
     ("--data-dir", "/dev/null"): "/dev/null",
     ("new-key",): "PATH",
+    ("revoke",): "PEER_ID",
+    ("--founder", "x"): "--founder: 'x' is not an Ed25519 peer id",
     ("status", "--wait", "-1"): "--wait",
     ("status", "--wait", "nan"): "--wait",
 }
@@ -82,8 +86,12 @@ def test_the_processes_exit_code_is_the_commands(ask_node: Ask) -> None:
 
 
 def test_no_node_is_one_line_and_exit_code_1(call: Any, data_dir: Path) -> None:
-    for command in ("status", "peers", "devices", "invite"):
-        assert call(command) == (1, "", f"sparkle-node: no node runs on {data_dir}; start one with `sparkle-node`\n")
+    for command, *arguments in (("status",), ("peers",), ("devices",), ("invite",), ("revoke", "12D3KooWPeer")):
+        assert call(command, *arguments) == (
+            1,
+            "",
+            f"sparkle-node: no node runs on {data_dir}; start one with `sparkle-node`\n",
+        )
 
 
 def test_a_damaged_identity_is_no_wrong_use(call: Any, data_dir: Path) -> None:
@@ -112,7 +120,19 @@ def test_an_output_that_cannot_be_written_is_a_failure(call: Any, monkeypatch: p
 def test_help_has_examples_and_every_option(call: Any) -> None:
     code, out, _ = call("--help")
     assert code == 0
-    for text in ("Examples:", "--mesh", "--key-file", "--join", "--listen", "--data-dir", "--no-lan", "--no-public"):
+    for text in (
+        "Examples:",
+        "--mesh",
+        "--key-file",
+        "--join",
+        "--allow",
+        "--founder",
+        "revoke",
+        "--listen",
+        "--data-dir",
+        "--no-lan",
+        "--no-public",
+    ):
         assert text in out
     for text in (
         "--public",
@@ -199,6 +219,10 @@ def test_commands_ask_the_running_node(call: Any, fake: ModuleType, start: Start
     assert (code, out, err) == (1, "", "sparkle-node: the node answers: it has no devices to tell of\n")
     assert call("invite")[1] == "sparkle-invite-1:fake\n"
     assert json.loads(call("invite", "--json")[1]) == {"invite": "sparkle-invite-1:fake"}
+    assert call("revoke", "12D3KooWPeer") == (0, "list 3 of revoked peers:\n12D3KooWGone\n12D3KooWPeer\n", "")
+    revoked = json.loads(call("revoke", "12D3KooWPeer", "--json")[1])
+    assert revoked == {"sequence": 3, "revoked": ["12D3KooWGone", "12D3KooWPeer"]}
+    assert call("revoke", fake.PEER_ID) == (1, "", "sparkle-node: the node answers: it is the founder\n")
     assert call("id")[1] == f"{fake.PEER_ID}\n"
     assert json.loads(call("id", "--json")[1]) == {"peer_id": fake.PEER_ID, "running": True}
 
@@ -360,12 +384,13 @@ def test_wrong_use_that_only_the_node_finds(call: Any, fake: ModuleType) -> None
 def test_options_reach_the_node(call: Any, fake: ModuleType, tmp_path: Path, data_dir: Path) -> None:
     launch = fake.FakeLaunch([lambda: os.kill(os.getpid(), signal.SIGINT)])
     invite = Invite("ours", MeshKey.generate(), ()).encode()
-    arguments = ("--join", invite, "--listen", "/ip4/127.0.0.1/tcp/0", "--no-lan", "--no-public")
+    allowed = Identity.generate().peer_id
+    arguments = ("--join", invite, "--listen", "/ip4/127.0.0.1/tcp/0", "--no-lan", "--no-public", "--allow", allowed)
     code, out, err = call(*arguments, "--data-dir", str(tmp_path / "d"), launch=launch)
     assert (code, err) == (0, "")
     (settings,) = launch.opened
     assert (settings.mesh, settings.lan, settings.data_dir) == ("ours", False, tmp_path / "d")
-    assert settings.listen == ("/ip4/127.0.0.1/tcp/0",)
+    assert (settings.listen, settings.allow) == (("/ip4/127.0.0.1/tcp/0",), (allowed,))
     assert "mesh       ours (only who holds its key)" in out
 
 

@@ -15,6 +15,7 @@ from sparkle_mesh.errors import IdentityError, ProtocolError
 from sparkle_mesh.fabric import identity as identity_module
 from sparkle_mesh.fabric.identity import (
     Identity,
+    load_identity,
     load_or_create_identity,
     peer_id_of_public_key,
     public_key_of_peer_id,
@@ -53,6 +54,15 @@ def test_peer_ids_are_those_of_libp2p():
         assert identity.peer_id == ID.from_pubkey(pair.public_key).to_base58()
         assert public_key_of_peer_id(identity.peer_id) == pair.public_key.to_bytes()
         assert pair.public_key.verify(b"data", identity.sign(b"data"))
+
+
+def test_loading_makes_nothing(path: Path):
+    assert load_identity(path) is None
+    assert not path.parent.exists()
+    made = load_or_create_identity(path)
+    loaded = load_identity(path)
+    assert loaded is not None
+    assert loaded.peer_id == made.peer_id
 
 
 def test_importing_it_loads_no_libp2p():
@@ -141,7 +151,7 @@ def test_processes_that_start_at_once_agree(path):
 
 
 def test_a_loser_of_the_race_takes_the_winners(path, monkeypatch):
-    load = identity_module._load
+    load = identity_module.load_identity
     winner = []
 
     def load_while_another_makes_it(at: Path) -> Identity | None:
@@ -151,7 +161,7 @@ def test_a_loser_of_the_race_takes_the_winners(path, monkeypatch):
             winner.append(load(at))
         return found
 
-    monkeypatch.setattr(identity_module, "_load", load_while_another_makes_it)
+    monkeypatch.setattr(identity_module, "load_identity", load_while_another_makes_it)
     assert load_or_create_identity(path).peer_id == winner[0].peer_id
 
 

@@ -126,11 +126,21 @@ def test_gossip_unseals_only_under_the_same_key() -> None:
     addresses=st.lists(st.text(min_size=1, max_size=60), max_size=5),
 )
 def test_invites_round_trip(name: str, keyed: bool, addresses: list[str]) -> None:
-    made = Invite(name=name, key=KEY if keyed else None, addresses=tuple(addresses))
+    founder = "12D3KooWFounder" if keyed else None
+    made = Invite(name=name, key=KEY if keyed else None, addresses=tuple(addresses), founder=founder)
     text = made.encode()
     assert "\n" not in text
     assert is_invite(text)
     assert Invite.decode(text + "\n") == made
+
+
+def test_an_invite_of_before_there_were_founders() -> None:
+    """It was made by version 0.1.0."""
+    text = (
+        "sparkle-invite-1:g6RuYW1lo3J1bqNrZXnEIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4"
+        "fqWFkZHJlc3Nlc5GzL2lwNC8xMC4wLjAuMS90Y3AvNBU-Jnw"
+    )
+    assert Invite.decode(text) == Invite(name="run", key=KEY, addresses=("/ip4/10.0.0.1/tcp/4",))
 
 
 def test_damaged_invites_are_refused_and_never_shown() -> None:

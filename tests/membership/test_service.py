@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -12,7 +14,9 @@ import trio.testing
 from sparkle_mesh import limits
 from sparkle_mesh.errors import ClosedError, LinkClosedError
 from sparkle_mesh.fabric.framing import receive_message, send_message
+from sparkle_mesh.fabric.identity import Identity, load_or_create_identity
 from sparkle_mesh.fabric.memory import MemoryFabric, MemoryFabricNetwork
+from sparkle_mesh.membership.certificates import Certifier, sign_certificate
 from sparkle_mesh.membership.events import MembershipEvent
 from sparkle_mesh.membership.keys import MeshKey, MeshSecrets
 from sparkle_mesh.membership.messages import (
@@ -28,8 +32,8 @@ from sparkle_mesh.membership.messages import (
     Refused,
     Role,
 )
-from sparkle_mesh.membership.presence import PresenceService
 from sparkle_mesh.membership.proof import OpenerProof, Say
+from sparkle_mesh.membership.revocations import sign_revocations
 from sparkle_mesh.membership.service import (
     MembershipService,
     PeerAdmitted,
@@ -83,8 +87,9 @@ class Mesh:
         min_peers: int = 2,
         public: bool = False,
         address: str | None = None,
+        certifier: Certifier | None = None,
     ) -> Peer:
-        return await self.nursery.start(self._run, name, key, role, min_peers, public, address)  # type: ignore[no-any-return]
+        return await self.nursery.start(self._run, name, key, role, min_peers, public, address, certifier)  # type: ignore[no-any-return]
 
     async def _run(
         self,
@@ -94,6 +99,7 @@ class Mesh:
         min_peers: int,
         public: bool,
         address: str | None,
+        certifier: Certifier | None,
         *,
         task_status: trio.TaskStatus[Peer],
     ) -> None:
@@ -112,6 +118,7 @@ class Mesh:
                 incarnation=name.encode()[:1] * 16,
                 min_peers=min_peers,
                 public=public,
+                certifier=certifier,
                 heard=hear,
             )
             peer = Peer(fabric, service, nursery)
@@ -259,7 +266,7 @@ def impostor_fabric(mesh: Mesh, name: str) -> MemoryFabric:
     return mesh.network._fabrics[name]
 
 
-async def prove(stream: object, me: str, peer: str, *, introduce_as: str | None = None) -> None:
+async def prove(stream: object, me: str, peer: str, *, introduce_as: str | None = None, **told: Any) -> None:
     proof = OpenerProof(MeshSecrets("run", KEY), me=me, peer=peer, nonce=b"n" * 32)
     instructions = proof.start()
     while instructions:
@@ -275,32 +282,32 @@ async def prove(stream: object, me: str, peer: str, *, introduce_as: str | None 
         host_id=b"h" * 16,
         min_peers=9,
         addresses=(),
+        **told,
     )
     await send_message(stream, introduction)  # type: ignore[arg-type]
 
 
 @asynccontextmanager
-async def impostor(
-    mesh: Mesh, name: str, *, introduce_as: str | None = None
-) -> AsyncIterator[tuple[object, MemoryFabric]]:
+async def impostor(mesh: Mesh, name: str, **told: Any) -> AsyncIterator[tuple[object, MemoryFabric]]:
     """A hand-made peer that holds the key, connected to ``b``."""
     async with mesh.network.open(name) as fabric:
         target = mesh.network._fabrics["b"]
         await fabric.connect("b", target.addresses)
         stream = await fabric.open_stream("b", PROTOCOL)
-        await prove(stream, name, "b", introduce_as=introduce_as)
+        await prove(stream, name, "b", **told)
         yield stream, fabric
 
 
 @pytest.mark.parametrize(
     ("message", "reason"),
     [
-        (Refused(code="full", reason="?"), "Refused out of place"),
+        (Refused(code="full", reason="?"), "peer a refused: ?"),
+        (Hello(version_min=1, version_max=1, nonce=bytes(32)), "broke the protocol"),
         (Leave(reason="bored"), "it left the mesh: bored"),
     ],
 )
 async def test_how_a_channel_ends_is_told(
-    autojump_clock: trio.testing.MockClock, message: Leave | Refused, reason: str
+    autojump_clock: trio.testing.MockClock, message: Leave | Refused | Hello, reason: str
 ) -> None:
     async with open_mesh() as mesh:
         b = await mesh.start("b")
@@ -399,6 +406,81 @@ async def test_an_introduction_under_another_name_is_refused(autojump_clock: tri
             assert "introduced itself as z" in refused.reason
 
 
+async def test_trainers_show_which_machine_they_are_of(autojump_clock: trio.testing.MockClock, tmp_path: Path) -> None:
+    machine = load_or_create_identity(tmp_path / "identity.key").peer_id
+    async with open_mesh() as mesh:
+        # Of two, the one with the smaller name opens: each way once.
+        a, c = [
+            await mesh.start(name, certifier=Certifier(tmp_path / "identity.key", name, MeshSecrets("run", KEY).tag))
+            for name in "ac"
+        ]
+        b = await mesh.start("b", certifier=Certifier(tmp_path / "absent", "b", MeshSecrets("run", KEY).tag))
+        node = await mesh.start("n", role="node")
+        await join(a, b, c, node)
+        for peer in (a, b, c, node):
+            await peer.until(PeerAdmitted, 3)
+            machines = {name: channel.machine for name, channel in peer.service.channels.items()}
+            assert machines.items() <= {"a": machine, "b": None, "c": machine, "n": "n"}.items()
+
+
+@pytest.mark.parametrize("what", ["certificate", "revocations"])
+async def test_what_is_forged_is_refused_with_a_reason(autojump_clock: trio.testing.MockClock, what: str) -> None:
+    identity, tag = Identity.generate(), MeshSecrets("run", KEY).tag
+    told, reason = {
+        "certificate": (sign_certificate(identity, "c", tag), "is that of 'c'"),
+        "revocations": (sign_revocations(identity, bytes(32), sequence=1, revoked=()), "for another mesh"),
+    }[what]
+    async with open_mesh() as mesh:
+        b = await mesh.start("b")
+        b.service._revocations.founder = identity.peer_id
+        for count in range(1, limits.OFFENCES_MAX_COUNT + 1):
+            async with impostor(mesh, "a", **{what: told}) as (stream, _):
+                refused = (await b.until(PeerRefused, count))[-1]
+                assert isinstance(refused, PeerRefused)
+                assert reason in refused.reason
+                heard = await receive_message(stream, MeshMessage)  # type: ignore[arg-type]
+                assert isinstance(heard, Refused)
+                assert heard.reason == refused.reason
+        assert b.service.channels == {}
+        assert "too often" in str(b.service._door.ban("a", trio.current_time()))
+
+
+async def test_who_is_revoked_is_let_go_at_once_and_told_why(autojump_clock: trio.testing.MockClock) -> None:
+    founder = Identity.generate()
+    async with open_mesh() as mesh:
+        b, c = await mesh.start("b", min_peers=3), await mesh.start("c", min_peers=3)
+        await join(b, c)
+        b.service._revocations.founder = founder.peer_id
+        news = sign_revocations(founder, MeshSecrets("run", KEY).tag, sequence=1, revoked=["a"])
+        async with impostor(mesh, "a") as (stream, _):
+            await b.until(PeerAdmitted, 2)
+            assert b.service.take_revocations(news)
+            assert not b.service.is_admitted("a")
+            while not isinstance(heard := await receive_message(stream, MeshMessage), Refused):  # type: ignore[arg-type]
+                assert not isinstance(heard, Leave)
+            assert heard.reason == "a was revoked by the mesh's founder"
+            (gone,) = await b.until(PeerGone)
+            assert gone == PeerGone("a", heard.reason, graceful=True)
+            await b.until(PeerRefused)
+        assert not b.service.take_revocations(news)
+        assert list(b.service.channels) == ["c"]
+
+
+async def test_an_answerer_that_is_refused_hears_why(autojump_clock: trio.testing.MockClock, tmp_path: Path) -> None:
+    """It has taken the opener in already when that has seen its certificate."""
+    load_or_create_identity(tmp_path / "identity.key")
+    wrong = Certifier(tmp_path / "identity.key", "somebody else", MeshSecrets("run", KEY).tag)
+    async with open_mesh() as mesh:
+        a, b = await mesh.start("a"), await mesh.start("b", certifier=wrong)
+        await join(a, b)
+        for peer in (a, b):
+            (refused,) = await peer.until(PeerRefused)
+            assert isinstance(refused, PeerRefused)
+            assert "is that of 'somebody else'" in refused.reason
+        await b.until(PeerGone)
+        assert a.service.channels == b.service.channels == {}
+
+
 async def test_a_peer_that_never_finishes_the_proof_is_let_go(autojump_clock: trio.testing.MockClock) -> None:
     async with open_mesh() as mesh, mesh.network.open("a") as fabric:
         b = await mesh.start("b")
@@ -417,65 +499,6 @@ async def test_peers_that_do_not_speak_the_protocol_are_reported(autojump_clock:
         (refused,) = await a.until(PeerRefused)
         assert isinstance(refused, PeerRefused)
         assert not refused.wrong_key
-
-
-async def test_news_are_sealed_and_told_once(autojump_clock: trio.testing.MockClock) -> None:
-    network = MemoryFabricNetwork()
-    heard: dict[str, list[tuple[str, Sequence[str], str]]] = {"a": [], "b": []}
-    async with network.open("a") as a, network.open("b") as b, trio.open_nursery() as nursery:
-        await a.connect("b", b.addresses)
-        ours = MeshSecrets("run", KEY)
-        services = [
-            PresenceService(
-                fabric,
-                ours,
-                role="trainer",
-                incarnation=b"i" * 16,
-                heard=lambda *told, name=fabric.peer_id: heard[name].append(told),
-            )
-            for fabric in (a, b)
-        ]
-        async with a.subscribe(ours.topic) as raw:
-            for service in services:
-                await nursery.start(service.run)
-            await trio.sleep(10 * limits.PRESENCE_LOOK_S)
-            with pytest.raises(trio.WouldBlock):
-                raw.receive_nowait()  # nothing has changed
-            # Whoever meets a peer tells of it, once; the one who was told does not tell it again.
-            services[1].met("c", ("/ip4/10.0.0.3/tcp/1",))
-            published = await raw.receive()
-            await trio.sleep(0.1)
-            assert b"10.0.0.3" not in published.data
-            assert heard == {"a": [("c", ("/ip4/10.0.0.3/tcp/1",), "exchange")], "b": []}
-            for service in services:
-                service.met("c", ("/ip4/10.0.0.3/tcp/1",))
-            services[0].met("nowhere", ())
-            await trio.sleep(10.0)
-            with pytest.raises(trio.WouldBlock):
-                raw.receive_nowait()
-            # Should it go and come, or move, that is news.
-            services[1].gone("c")
-            services[1].met("c", ("/ip4/10.0.0.3/tcp/1",))
-            services[1].met("d", ("/ip4/10.0.0.4/tcp/1",))
-            await raw.receive()
-            await trio.sleep(0.1)
-            services[1].met("c", ("/ip4/10.0.0.33/tcp/1",))
-            await raw.receive()
-            await trio.sleep(0.1)
-            assert heard["a"][1:] == [
-                ("c", ("/ip4/10.0.0.3/tcp/1",), "exchange"),
-                ("d", ("/ip4/10.0.0.4/tcp/1",), "exchange"),
-                ("c", ("/ip4/10.0.0.33/tcp/1",), "exchange"),
-            ]
-            b._addresses = ("/ip4/10.9.9.9/tcp/1",)
-            await raw.receive()
-            await trio.sleep(0.1)
-            assert heard["a"][-1] == ("b", ("/ip4/10.9.9.9/tcp/1",), "gossip")
-        await b.publish(ours.topic, b"junk" * 10)
-        await b.publish(ours.topic, ours.seal(b"junk"))
-        await trio.sleep(1)
-        assert services[0].refused_count == 2
-        nursery.cancel_scope.cancel()
 
 
 async def test_a_message_for_a_peer_that_does_not_read_lets_it_go(

@@ -185,6 +185,9 @@ def test_a_latecomer_is_told_that_the_mesh_runs_without_it(tmp_path: Path) -> No
     [
         ({"min_peers": 0}, "min_peers is 0"),
         ({"timeout_s": 0}, "timeout_s is 0"),
+        ({"allow": []}, "allow is empty, so nobody could come in"),
+        ({"allow": "12D3KooW"}, "allow is a str; give a list"),
+        ({"allow": ["12D3KooW"]}, "allow: '12D3KooW' is not an Ed25519 peer id"),
         ({"key": "a passphrase"}, "passphrases are refused"),
         ({"join": "/ip4/127.0.0.1/tcp/1"}, "join is a str; give a list"),
         ({"join": 5}, "join is a int; give a list"),

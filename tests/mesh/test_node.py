@@ -10,8 +10,9 @@ import pytest
 import trio
 
 from sparkle_mesh.capabilities.search import DeviceQuery
+from sparkle_mesh.environment import IDENTITY_NAME
 from sparkle_mesh.errors import UsageError
-from sparkle_mesh.fabric.identity import Identity
+from sparkle_mesh.fabric.identity import Identity, load_or_create_identity
 from sparkle_mesh.membership.invite import Invite
 from sparkle_mesh.membership.keys import MeshKey
 from sparkle_mesh.membership.service import PeerRefused, ViewChanged
@@ -69,6 +70,21 @@ async def test_trainers_and_a_node_of_one_host_meet_by_themselves(tmp_path: Path
         assert all(peer.role == "trainer" for peer in node.peers())
         assert {peer.role for peer in trainers[0].peers()} == {"trainer", "node"}
         assert any("this host" in line for line in status.discovery)
+
+
+async def test_trainers_are_of_the_machine_whose_key_lies_in_their_folder(tmp_path: Path) -> None:
+    async with AsyncExitStack() as stack:
+        identity = load_or_create_identity(tmp_path / IDENTITY_NAME)
+        node = await stack.enter_async_context(open_node(config(tmp_path, identity=identity)))
+        join = (f"{node.fabric.addresses[0]}/p2p/{node.peer_id}",)
+        ours = await stack.enter_async_context(open_node(config(tmp_path, role="trainer", join=join)))
+        theirs = await stack.enter_async_context(open_node(config(tmp_path / "b", role="trainer", join=join)))
+        for one in (node, ours, theirs):
+            await until_joined(one, 2)
+        machines = {node.peer_id: node.peer_id, ours.peer_id: node.peer_id, theirs.peer_id: None}
+        for one in (node, ours, theirs):
+            assert {peer.peer_id: peer.machine for peer in one.peers()}.items() < machines.items()
+    assert not (tmp_path / "b" / IDENTITY_NAME).exists()
 
 
 async def until_found(node: MeshNode, query: DeviceQuery, peer_ids: set[str]) -> None:

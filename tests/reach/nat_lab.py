@@ -14,8 +14,8 @@ from typing import Any, Literal
 import pytest
 
 #: ``cone``: a port keeps its number outside, and only who was sent something may answer (as Linux does it, and most
-#: routers at home). ``symmetric``: another number for each peer. ``forwarding``: as ``cone``, and what comes to one port
-#: is passed on to the host behind.
+#: routers at home). ``symmetric``: another number for each peer. ``forwarding``: as ``cone``, and what comes to one
+#: port is passed on to the host behind.
 NatKind = Literal["cone", "symmetric", "forwarding"]
 
 PORT = 45654

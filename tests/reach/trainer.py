@@ -44,14 +44,13 @@ async def main(data_dir: str, key_file: str, bootstrap: str, min_peers: str, *jo
         await mesh.all_reduce(np.ones(1 << 20))
         seconds = trio.current_time() - started_at
         node = mesh._node
+        others = [member.peer_id for member in mesh.view.members if member.peer_id != node.peer_id]
         tell(
             rank=rank,
             size=size,
             right=bool((total == expected).all()),
             megabytes_per_s=round(8.4 / seconds, 1),
-            members={
-                m.peer_id: node.fabric.remote_address(m.peer_id) for m in mesh.view.members if m.peer_id != node.peer_id
-            },
+            members={peer_id: node.fabric.remote_address(peer_id) for peer_id in others},
             addresses=node.fabric.addresses,
             discovery=node.status().discovery,
         )

@@ -62,6 +62,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "sparkle_mesh.discovery.lookup",
     ),
     "sparkle_mesh.membership": (*LEAVES, "sparkle_mesh.fabric"),
+    # It keeps a private file as discovery does.
+    "sparkle_mesh.membership.revocation_file": (
+        *LEAVES,
+        "sparkle_mesh.fabric",
+        "sparkle_mesh.membership",
+        "sparkle_mesh.discovery.files",
+    ),
     # What a node tells about itself: plain records.
     "sparkle_mesh.status": (*LEAVES, "sparkle_mesh.devices"),
     "sparkle_mesh.node": BELOW_THE_NODE,
