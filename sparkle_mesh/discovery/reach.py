@@ -117,7 +117,7 @@ class ReachService:
         self._relaying: RelayService | None = None
         self._nursery: trio.Nursery | None = None
         self._asked_at: dict[PeerId, float] = {}
-        self._meet_now = trio.Event()
+        self._test_now, self._meet_now = trio.Event(), trio.Event()
         self._met = "not yet"
 
     # --- What it knows --------------------------------------------------------------------------
@@ -144,6 +144,7 @@ class ReachService:
         """Do all that until cancelled."""
         async with self._fabric.events() as events, trio.open_nursery() as nursery:
             self._nursery = nursery
+            self._fabric.reach.serve_dial_backs()
             self._reachability.listens(self._listening())
             self._weigh()
             nursery.start_soon(self._infrastructure.run)
@@ -193,7 +194,9 @@ class ReachService:
     async def _test_forever(self) -> None:
         """Ask connected peers beyond the local network, each again after a while."""
         while True:
-            await trio.sleep(limits.REACH_LOOK_S * self._entropy.uniform(0.75, 1.25))
+            self._test_now = trio.Event()
+            with trio.move_on_after(limits.REACH_LOOK_S * self._entropy.uniform(0.75, 1.25)):
+                await self._test_now.wait()
             self._reachability.listens(self._listening())
             now = trio.current_time()
             # Who becomes a relay does not say so by itself.
@@ -261,6 +264,7 @@ class ReachService:
         self._reachability.mapped(address)
         # Those who could not dial this process before may be able to now.
         self._asked_at.clear()
+        self._test_now.set()
 
     def _advertise(self, source: str, addresses: tuple[Address, ...]) -> None:
         if self._fabric.reach.advertise(source, addresses):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -15,8 +14,19 @@ import pytest
 
 #: ``cone``: a port keeps its number outside, and only who was sent something may answer (as Linux does it, and most
 #: routers at home). ``symmetric``: another number for each peer. ``forwarding``: as ``cone``, and what comes to one
-#: port is passed on to the host behind.
-NatKind = Literal["cone", "symmetric", "forwarding"]
+#: port is passed on to the host behind. ``mapping``: as ``cone``, with the chains that miniupnpd fills.
+NatKind = Literal["cone", "symmetric", "forwarding", "mapping"]
+
+_FOR_MINIUPNPD = """
+    table inet filter {
+        chain forward { type filter hook forward priority 0; jump miniupnpd; }
+        chain prerouting { type nat hook prerouting priority -100; jump prerouting_miniupnpd; }
+        chain postrouting { type nat hook postrouting priority 90; jump postrouting_miniupnpd; }
+        chain miniupnpd { }
+        chain prerouting_miniupnpd { }
+        chain postrouting_miniupnpd { }
+    }
+"""
 
 PORT = 45654
 
@@ -93,7 +103,7 @@ class NatLab:
         """Return a new host that everybody can dial."""
         return self._host_on_internet("h")
 
-    def host_behind(self, kind: NatKind, *, rules: Sequence[str] = ()) -> tuple[Host, Host]:
+    def host_behind(self, kind: NatKind) -> tuple[Host, Host]:
         """Return a new host behind a NAT of its own of this ``kind``, and the NAT."""
         nat = self._host_on_internet("n")
         inside = self._namespace("b")
@@ -105,8 +115,9 @@ class NatLab:
         self._in(nat.namespace, "sysctl", "-qw", "net.ipv4.ip_forward=1")
         how = "masquerade fully-random" if kind == "symmetric" else "masquerade"
         forward = f'iifname "wan" tcp dport {PORT} dnat to 192.168.1.2' if kind == "forwarding" else ""
-        passed = "ct status dnat accept" if kind == "forwarding" else ""
+        passed = "ct status dnat accept" if kind in ("forwarding", "mapping") else ""
         ruleset = f"""
+            {_FOR_MINIUPNPD if kind == "mapping" else ""}
             table ip nat {{
                 chain before {{ type nat hook prerouting priority dstnat; {forward}
                 }}

@@ -6,6 +6,7 @@ Usage: trainer.py DATA_DIR KEY_FILE BOOTSTRAP MIN_PEERS [JOIN ...]
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -29,7 +30,7 @@ async def main(data_dir: str, key_file: str, bootstrap: str, min_peers: str, *jo
         key=sparkle.MeshKey.load(key_file),
         bootstrap=[item for item in bootstrap.split(",") if item],
         data_dir=Path(data_dir),
-        listen=["/ip4/0.0.0.0/tcp/45654"],
+        listen=[os.environ.get("SPARKLE_TEST_LISTEN", "/ip4/0.0.0.0/tcp/45654")],
         join=join,
         lan=False,
         min_peers=int(min_peers),
