@@ -153,6 +153,7 @@ class MeshNode:
             software=f"sparkle-mesh {__version__}",
             heard=self.discovery.heard,
             offended=self.membership.offended,
+            welcome=self.membership.is_welcome,
             entropy=config.entropy,
             clock=config.clock,
         )

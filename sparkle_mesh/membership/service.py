@@ -9,6 +9,7 @@ decides: the machines of :mod:`.proof`, :mod:`.formation` and :mod:`.view_change
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,7 +26,8 @@ from sparkle_mesh.errors import (
     WrongKeyError,
 )
 from sparkle_mesh.fabric.framing import receive_message, send_message
-from sparkle_mesh.fabric.interface import Address, Fabric, FabricStream, PeerConnected, PeerId
+from sparkle_mesh.fabric.interface import Address, Fabric, FabricEvent, FabricStream, PeerConnected, PeerId
+from sparkle_mesh.fabric.networks import source_of
 from sparkle_mesh.membership.channel import PeerChannel
 from sparkle_mesh.membership.door import Door
 from sparkle_mesh.membership.events import PeerAdmitted, PeerGone, PeerRefused, ViewChanged
@@ -53,6 +55,7 @@ from sparkle_mesh.membership.messages import (
     Role,
 )
 from sparkle_mesh.membership.proof import AnswererProof, Fail, Instruction, OpenerProof, Proven, Say
+from sparkle_mesh.membership.strangers import Strangers
 from sparkle_mesh.membership.view import Member, View
 from sparkle_mesh.membership.views import MembershipViews
 from sparkle_mesh.wire import PeerAddress
@@ -104,9 +107,13 @@ class MembershipService(MembershipViews):
         self._secrets = secrets
         self._host_id, self._min_peers, self._software = host_id, min_peers, software
         self._door = Door(keyed=secrets.keyed, public=public)
+        self._strangers = Strangers()
         self._heard = heard
         self._entropy = entropy
+        self._stranger_came = trio.Event()
         self._opening: set[PeerId] = set()
+        #: Streams on which the proof goes on.
+        self._greeting: Counter[PeerId] = Counter()
         self._leaving = False
         self._heartbeat = Heartbeat(
             self._channels,
@@ -141,9 +148,18 @@ class MembershipService(MembershipViews):
         """The admitted peers."""
         return self._channels
 
+    @property
+    def strangers(self) -> Strangers:
+        """The connected peers that are not admitted; to be read only."""
+        return self._strangers
+
     def is_admitted(self, peer_id: PeerId) -> bool:
         """Whether ``peer_id`` has proven the key and is connected."""
         return peer_id in self._channels
+
+    def is_welcome(self, peer_id: PeerId) -> bool:
+        """Whether ``peer_id``, which is connected, is admitted or would be if it proved the key."""
+        return peer_id in self._channels or self._reason_to_refuse(peer_id) is None
 
     def state_of_play(self) -> str:
         """Say in a few words what the first view waits for."""
@@ -163,9 +179,11 @@ class MembershipService(MembershipViews):
                 self._fabric.handle(PROTOCOL, self._serve)
                 nursery.start_soon(self._keep_time)
                 nursery.start_soon(self._heartbeat.run)
+                nursery.start_soon(self._watch_strangers)
                 task_status.started()
                 try:
                     async for event in connections:
+                        self._note_connection(event)
                         if isinstance(event, PeerConnected) and self._fabric.peer_id < event.peer_id:
                             nursery.start_soon(self._open, event.peer_id)
                 finally:
@@ -210,6 +228,34 @@ class MembershipService(MembershipViews):
                 self._succession.tick()
                 self._look_for_others()
 
+    # --- Strangers ------------------------------------------------------------------------------
+
+    def _note_connection(self, event: FabricEvent) -> None:
+        if not isinstance(event, PeerConnected):
+            self._strangers.went(event.peer_id)
+        elif event.peer_id not in self._channels:
+            self._note_stranger(event.peer_id, event.remote_address)
+
+    def _note_stranger(self, peer_id: PeerId, address: Address | None) -> None:
+        leaves = self._strangers.came(peer_id, source_of(address) or peer_id, trio.current_time())
+        self._stranger_came.set()
+        if leaves is not None:
+            logger.info("stranger %s makes way for another: %d are connected", leaves, len(self._strangers))
+            self._start_soon(self._fabric.disconnect, leaves)
+
+    async def _watch_strangers(self) -> None:
+        """Let those go who do not prove anything."""
+        while True:
+            self._stranger_came = trio.Event()
+            wakeup = self._strangers.next_wakeup()
+            with trio.move_on_at(float("inf") if wakeup is None else wakeup):
+                await self._stranger_came.wait()
+            for peer_id in self._strangers.overdue(trio.current_time()):
+                reason = f"peer {peer_id} did not prove within {limits.STRANGER_STAY_MAX_S:g} s that it is of this mesh"
+                logger.info("not admitted: %s", reason)
+                self._events.send(PeerRefused(peer_id, reason, wrong_key=False))
+                self._start_soon(self._fabric.disconnect, peer_id)
+
     # --- Streams --------------------------------------------------------------------------------
 
     async def _open(self, peer_id: PeerId) -> None:
@@ -228,7 +274,7 @@ class MembershipService(MembershipViews):
             return
         nonce = self._entropy.token(32)
         proof = OpenerProof(self._secrets, me=self._fabric.peer_id, peer=peer_id, nonce=nonce)
-        await self._greet_and_follow(stream, proof, proof.start())
+        await self._greet_and_follow(stream, proof, self._refusal(peer_id) or proof.start())
 
     async def _open_stream(self, peer_id: PeerId) -> FabricStream | None:
         """Open the mesh's stream; a peer that is only just starting may not serve it yet, so try more than once."""
@@ -246,11 +292,12 @@ class MembershipService(MembershipViews):
     async def _serve(self, stream: FabricStream) -> None:
         nonce = self._entropy.token(32)
         proof = AnswererProof(self._secrets, me=self._fabric.peer_id, peer=stream.peer_id, nonce=nonce)
-        first: list[Instruction] = []
-        problem = self._reason_to_refuse(stream.peer_id)
-        if problem is not None:
-            first = [Say(problem), Fail(ProtocolError(f"peer {stream.peer_id}: {problem.reason}"))]
-        await self._greet_and_follow(stream, proof, first)
+        await self._greet_and_follow(stream, proof, self._refusal(stream.peer_id))
+
+    def _refusal(self, peer_id: PeerId) -> list[Instruction]:
+        """Return how to refuse ``peer_id``; nothing if it may come in."""
+        problem = self._reason_to_refuse(peer_id)
+        return [] if problem is None else [Say(problem), Fail(ProtocolError(f"peer {peer_id}: {problem.reason}"))]
 
     def _reason_to_refuse(self, peer_id: PeerId) -> Refused | None:
         if self._leaving:
@@ -259,17 +306,29 @@ class MembershipService(MembershipViews):
         return self._door.refusal(peer_id, self._fabric.remote_address(peer_id), present, trio.current_time())
 
     def offended(self, peer_id: PeerId) -> None:
-        """``peer_id`` has broken a protocol of the mesh: who does so often is banned for a time."""
-        self._door.offended(peer_id, trio.current_time())
+        """``peer_id`` has broken a protocol of the mesh: who does so often is banned for a time, and let go."""
+        banned = self._door.offended(peer_id, trio.current_time())
+        if banned and peer_id in self._channels:
+            self._channels[peer_id].drop("it broke the protocol too often")
 
     async def _greet_and_follow(
         self, stream: FabricStream, proof: OpenerProof | AnswererProof, first: list[Instruction]
     ) -> None:
         """Prove, introduce, and follow the peer to the end; all that goes wrong with it ends here."""
         peer_id = stream.peer_id
+        if self._greeting[peer_id] >= limits.MESH_STREAMS_PER_STRANGER_MAX_COUNT:
+            # Nothing is told of it: whoever opens thousands shall not be told of thousands of times.
+            logger.info("%s has %d streams of %s open and proves nothing", peer_id, self._greeting[peer_id], PROTOCOL)
+            await stream.reset()
+            return
+        self._greeting[peer_id] += 1
         try:
             with trio.fail_after(limits.MESH_PROOF_TIMEOUT_S):
                 introduction = await self._greet(stream, proof, first)
+            # Others may have come in since it was asked first: of those who prove it together, not all may fit.
+            problem = self._reason_to_refuse(peer_id)
+            if problem is not None:
+                raise ProtocolError(f"peer {peer_id}: {problem.reason}")
         except (SparkleError, trio.TooSlowError) as error:
             wrong_key = isinstance(error, WrongKeyError)
             reason = str(error) or f"peer {peer_id} did not finish the proof in {limits.MESH_PROOF_TIMEOUT_S} s"
@@ -278,6 +337,10 @@ class MembershipService(MembershipViews):
             self._events.send(PeerRefused(peer_id, reason, wrong_key=wrong_key))
             await stream.aclose()
             return
+        finally:
+            self._greeting[peer_id] -= 1
+            if not self._greeting[peer_id]:
+                del self._greeting[peer_id]
         await self._follow(PeerChannel(stream, introduction, now=trio.current_time()))
 
     async def _greet(
@@ -323,6 +386,7 @@ class MembershipService(MembershipViews):
             previous.drop("it came again on a new stream")
             self._let_go(previous)
         self._channels[peer_id] = channel
+        self._strangers.went(peer_id)
         try:
             with channel.scope:
                 async with trio.open_nursery() as nursery:
@@ -334,6 +398,9 @@ class MembershipService(MembershipViews):
             self._let_go(channel)
             await channel.finish()
             if self._channels.get(peer_id) is None:
+                if peer_id in self._fabric.connected_peers():
+                    # Should it be connected once more before this connection is gone, nobody would tell.
+                    self._note_stranger(peer_id, self._fabric.remote_address(peer_id))
                 with trio.move_on_after(limits.CLOSE_TIMEOUT_S) as scope:
                     scope.shield = True
                     await self._fabric.disconnect(peer_id)
