@@ -90,6 +90,11 @@ class HonestPair:
 
 
 @pytest.fixture
+def make_pair() -> type[HonestPair]:
+    return HonestPair
+
+
+@pytest.fixture
 def until() -> Callable[[Callable[[], object]], Awaitable[None]]:
     """Return what waits until something holds that nobody tells of."""
 
@@ -167,15 +172,22 @@ def open_memory_node(
 
 
 @pytest.fixture
-def open_strangers() -> Callable[[int], AbstractAsyncContextManager[list[Libp2pFabric]]]:
-    """Return what opens so many fabrics, each of which proves an identity of its own and nothing else."""
+def open_strangers() -> Callable[..., AbstractAsyncContextManager[list[Libp2pFabric]]]:
+    """Return what opens so many fabrics, each of which proves an identity of its own and nothing else.
+
+    The id of every second one is smaller than that of ``beside``, if it is given, and the others' are larger: of two
+    peers it is the one with the smaller id that opens the mesh's stream.
+    """
 
     @asynccontextmanager
-    async def opened(count: int) -> AsyncIterator[list[Libp2pFabric]]:
+    async def opened(count: int, *, beside: MeshNode | None = None) -> AsyncIterator[list[Libp2pFabric]]:
         strangers: list[Libp2pFabric] = []
 
         async def hold(*, task_status: trio.TaskStatus[None]) -> None:
-            async with open_libp2p_fabric(Identity.generate(), listen=()) as fabric:
+            identity = Identity.generate()
+            while beside is not None and (identity.peer_id < beside.peer_id) != len(strangers) % 2:
+                identity = Identity.generate()
+            async with open_libp2p_fabric(identity, listen=()) as fabric:
                 strangers.append(fabric)
                 task_status.started()
                 await trio.sleep_forever()
