@@ -139,4 +139,4 @@ async def test_thousands_of_refusals_at_one_moment_do_not_end_the_node(honest_pa
             await stranger.disconnect(one.peer_id)
             await until(lambda: not one.membership._greeting)
             nursery.cancel_scope.cancel()
-        assert 0 < told <= limits.MESH_STREAMS_PER_STRANGER_MAX_COUNT + 1
+        assert 0 < told < 20
