@@ -268,7 +268,7 @@ class GuardedSwarm(Swarm):
         super().remove_conn(swarm_conn)
         peer_id = swarm_conn.muxed_conn.peer_id
         if not self.connections.get(peer_id) and peer_id in self.peerstore.peer_ids():
-            # Else everybody who ever came is remembered, and past a thousand this peer's own keys are given up first.
+            # Else everybody who ever came is remembered; there is a bound, but it gives up this peer's own entry first.
             self.peerstore.clear_peerdata(peer_id)
         self._on_disconnected(swarm_conn)
 
