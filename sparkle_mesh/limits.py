@@ -26,7 +26,8 @@ GOSSIP_MESSAGE_MAX_BYTES = 256 * KIB
 GOSSIP_SEEN_MAX_COUNT = 16384
 MEMORY_STREAM_BUFFER_MAX_BYTES = 256 * KIB
 CONNECTIONS_MAX_COUNT = 1024
-CONNECTIONS_PER_PEER_MAX_COUNT = 8
+# Two that dial each other at once have two; more are for those that are lost and not yet noticed to be.
+CONNECTIONS_PER_PEER_MAX_COUNT = 4
 INBOUND_STREAMS_PER_CONNECTION_MAX_COUNT = 512
 DIALS_AT_ONCE_MAX_COUNT = 32
 # How long one address is tried before the next one is tried beside it.
@@ -160,6 +161,13 @@ MESH_CLOSE_TIMEOUT_S = 15.0
 # How often a thread that waits for the mesh looks for a Ctrl-C that came the moment before it began to wait.
 SIGNAL_LOOK_INTERVAL_S = 0.25
 MESH_PROOF_TIMEOUT_S = 10.0
+# Connected peers that have not proven yet that they are of the mesh, in all and of one address: the oldest makes way
+# for one more. And how long they may stay.
+STRANGERS_MAX_COUNT = 160
+STRANGERS_PER_ADDRESS_MAX_COUNT = 96
+STRANGER_STAY_MAX_S = 20.0
+# Of one peer, on which it has not proven anything yet.
+MESH_STREAMS_PER_STRANGER_MAX_COUNT = 4
 INVITE_ADDRESSES_MAX_COUNT = 16
 KEY_FILE_MAX_BYTES = 4 * KIB
 # What says that a training process is of a machine; it holds two peer ids, and is believed for so long from when it
@@ -558,7 +566,12 @@ assert KAD_ANSWER_RECORDS_MAX_BYTES + LOOKUP_NAMED_MAX_COUNT * 4 * KIB <= KAD_ME
 assert PING_INTERVAL_S * 3 < SILENCE_TIMEOUT_S
 assert NODE_PING_INTERVAL_S * 3 < NODE_SILENCE_TIMEOUT_S
 assert PING_INTERVAL_S * 3 < SUSPICION_FLOOR_S < SUSPICION_CEILING_S < SILENCE_TIMEOUT_S
-assert MESH_PROOF_TIMEOUT_S < JOIN_TIMEOUT_S
+assert MESH_PROOF_TIMEOUT_S < STRANGER_STAY_MAX_S < JOIN_TIMEOUT_S
+assert STRANGERS_PER_ADDRESS_MAX_COUNT < STRANGERS_MAX_COUNT
+# What all of them are refused for at one moment is told in events.
+assert STRANGERS_MAX_COUNT * MESH_STREAMS_PER_STRANGER_MAX_COUNT < NODE_EVENTS_MAX_COUNT
+# With as many connections as each may have they leave room for those who are of the mesh.
+assert STRANGERS_MAX_COUNT * CONNECTIONS_PER_PEER_MAX_COUNT + UNPROVEN_SOCKETS_MAX_COUNT < CONNECTIONS_MAX_COUNT
 assert VIEW_SETTLE_S < PROPOSER_STAGGER_S < PROPOSAL_TIMEOUT_S < SILENCE_TIMEOUT_S
 assert DISCOVERY_DIALS_PER_SOURCE_MAX_COUNT * 2 <= DISCOVERY_DIALS_MAX_COUNT
 assert DISCOVERY_CONTACTS_MAX_COUNT >= MESH_MEMBERS_MAX_COUNT

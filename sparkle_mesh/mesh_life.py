@@ -22,7 +22,7 @@ from sparkle_mesh.errors import (
     SparkleError,
 )
 from sparkle_mesh.fabric.identity import Identity
-from sparkle_mesh.membership.service import PeerRefused
+from sparkle_mesh.membership.events import PeerRefused
 from sparkle_mesh.node import MeshNode, NodeConfig, open_node
 from sparkle_mesh.nurseries import bare_errors
 from sparkle_mesh.transport.connector import LinkConnector

@@ -21,9 +21,9 @@ from sparkle_mesh.capabilities.search import DeviceQuery, FoundDevice
 from sparkle_mesh.capabilities.service import CapabilityService
 from sparkle_mesh.clock import SYSTEM_CLOCK, SYSTEM_ENTROPY, Clock, Entropy
 from sparkle_mesh.devices.detect import DeviceInfo, detect_devices
+from sparkle_mesh.discovery.public_peers import PublicPeers
 from sparkle_mesh.discovery.reach import ReachConfig, ReachService
 from sparkle_mesh.discovery.service import DiscoveryService
-from sparkle_mesh.discovery.strangers import Strangers
 from sparkle_mesh.environment import IDENTITY_NAME, host_id
 from sparkle_mesh.errors import UsageError
 from sparkle_mesh.fabric.identity import Identity
@@ -152,7 +152,7 @@ class MeshNode:
         self.fabric = fabric
         self.secrets = MeshSecrets(config.mesh, config.key)
         incarnation = config.entropy.token(16)
-        strangers = Strangers()
+        public_peers = PublicPeers()
         self.discovery = DiscoveryService(
             fabric,
             mesh_tag=self.secrets.tag,
@@ -162,7 +162,7 @@ class MeshNode:
             join=join_addresses(config.join),
             known=config.known,
             lan=config.lan,
-            strangers=strangers,
+            public_peers=public_peers,
             entropy=config.entropy,
         )
         self._revocation_file = RevocationFile(config.data_dir, self.secrets.tag, entropy=config.entropy)
@@ -188,7 +188,7 @@ class MeshNode:
             revocations_changed=self._pass_revocations_on,
             certifier=certifier,
             heard=self.discovery.heard,
-            strangers=strangers,
+            public_peers=public_peers,
             entropy=config.entropy,
         )
         self.capabilities = CapabilityService(
@@ -200,6 +200,7 @@ class MeshNode:
             software=f"sparkle-mesh {__version__}",
             heard=self.discovery.heard,
             offended=self.membership.offended,
+            welcome=self.membership.is_welcome,
             entropy=config.entropy,
             clock=config.clock,
         )
@@ -212,15 +213,15 @@ class MeshNode:
             revoked=self._take_revocations,
             entropy=config.entropy,
         )
-        self._reach = self._make_reach(fabric, strangers) if isinstance(fabric, Libp2pFabric) else None
+        self._reach = self._make_reach(fabric, public_peers) if isinstance(fabric, Libp2pFabric) else None
         self._started_at = config.clock.now()
         self._devices: tuple[DeviceInfo, ...] = ()
 
-    def _make_reach(self, fabric: Libp2pFabric, strangers: Strangers) -> ReachService:
+    def _make_reach(self, fabric: Libp2pFabric, public_peers: PublicPeers) -> ReachService:
         return ReachService(
             fabric,
             self.config.reach,
-            strangers=strangers,
+            public_peers=public_peers,
             meeting_key=self.secrets.meeting_key,
             mesh_protocol=PROTOCOL,
             is_of_mesh=self.membership.is_admitted,

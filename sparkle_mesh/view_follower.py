@@ -26,8 +26,9 @@ from sparkle_mesh.errors import (
     SparkleError,
     UnreachableError,
 )
+from sparkle_mesh.membership.events import PeerAdmitted
 from sparkle_mesh.membership.instructions import Entered, Excluded, QuorumMissing
-from sparkle_mesh.membership.service import MembershipService, PeerAdmitted
+from sparkle_mesh.membership.service import MembershipService
 from sparkle_mesh.membership.succession import Merged
 from sparkle_mesh.membership.view import Member, View
 from sparkle_mesh.transport.link import Link

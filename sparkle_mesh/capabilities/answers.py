@@ -19,7 +19,7 @@ from sparkle_mesh.capabilities.store import RecordStore, StaleRecordError
 from sparkle_mesh.discovery.routing_table import RoutingTable
 from sparkle_mesh.errors import SparkleError
 from sparkle_mesh.fabric.interface import Address, PeerId
-from sparkle_mesh.fabric.networks import ip_of
+from sparkle_mesh.fabric.networks import source_of
 from sparkle_mesh.wire import PeerAddress
 
 
@@ -46,8 +46,7 @@ class Answers:
                 return self._stored(question, sender, remote_address, now)
 
     def _stored(self, question: Store, sender: PeerId, remote_address: Address | None, now: float) -> Answer:
-        # Without the port: it is another one for each connection.
-        origin = str(ip_of(remote_address) or sender)
+        origin = source_of(remote_address) or sender
         held_sequence = None
         try:
             self._store.store(question.record, question.keys, now, sender=sender, origin=origin)

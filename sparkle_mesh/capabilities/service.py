@@ -44,6 +44,8 @@ class CapabilityService:
         What it says of itself.
     offended
         Takes a peer that asked what is no question, or did not seal it for this mesh.
+    welcome
+        Whether a peer, which is connected, is answered: membership may have shut the door to it.
     heard
         Takes a peer that was named in a lookup, where it is said to listen, and ``"exchange"``.
     """
@@ -59,6 +61,7 @@ class CapabilityService:
         software: str,
         heard: Callable[[PeerId, Sequence[Address], str], object] = lambda *_: None,
         offended: Callable[[PeerId], object] = lambda peer_id: None,
+        welcome: Callable[[PeerId], bool] = lambda peer_id: True,
         entropy: Entropy = SYSTEM_ENTROPY,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
@@ -68,7 +71,7 @@ class CapabilityService:
         self._store = RecordStore(secrets)
         self._answers = Answers(self._table, self._store)
         self._asker = Asker(fabric, secrets, entropy)
-        self._answerer = Answerer(fabric, secrets, entropy, self._answer, offended)
+        self._answerer = Answerer(fabric, secrets, entropy, self._answer, offended, welcome)
         self._limiter = trio.CapacityLimiter(limits.LOOKUPS_AT_ONCE_MAX_COUNT)
         self._publisher = Publisher(
             identity,
@@ -256,7 +259,8 @@ class CapabilityService:
                 logger.debug("in a lookup: %s", error)
                 lookup.failed(peer.peer_id)
             else:
-                lookup.answered(peer.peer_id, answer.peers)
+                remote_address = self._fabric.remote_address(peer.peer_id)
+                lookup.answered(peer.peer_id, answer.peers, remote_address=remote_address)
                 for one in answer.peers:
                     self._heard(one.peer_id, one.addresses, "exchange")
                 if records is not None:

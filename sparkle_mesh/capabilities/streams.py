@@ -125,7 +125,10 @@ class _Allowance:
 
 
 class Answerer:
-    """Serves the protocol: ``answer(question, sender)`` for each question, ``offended(sender)`` for what is none."""
+    """Serves the protocol: ``answer(question, sender)`` for each question of one that is ``welcome``.
+
+    ``offended(sender)`` is for what is no question.
+    """
 
     def __init__(
         self,
@@ -134,9 +137,10 @@ class Answerer:
         entropy: Entropy,
         answer: Callable[[Question, PeerId], Answer],
         offended: Callable[[PeerId], object],
+        welcome: Callable[[PeerId], bool],
     ) -> None:
         self._fabric, self._secrets, self._entropy = fabric, secrets, entropy
-        self._answer, self._offended = answer, offended
+        self._answer, self._offended, self._welcome = answer, offended, welcome
         self._streams: Counter[PeerId] = Counter()
         self._allowances: dict[PeerId, _Allowance] = {}
         #: Streams that ended with something that is no question, since the start.
@@ -179,7 +183,7 @@ class Answerer:
             question: Question | None = None
             with trio.move_on_after(limits.KAD_STREAM_IDLE_S):
                 question = await sealed.receive(Question)
-            if question is None:
+            if question is None or not self._welcome(peer_id):
                 await sealed.stream.aclose()
                 return
             await trio.sleep(allowance.wait_s(trio.current_time()))

@@ -125,7 +125,7 @@ class NodeRun:
 
     def _tell_event(self, event: object, known: set[str]) -> None:
         # The classes are the node's; importing them at the top would load libp2p before the node is opened.
-        from sparkle_mesh.membership.service import PeerRefused, ViewChanged
+        from sparkle_mesh.membership.events import PeerRefused, ViewChanged
         from sparkle_mesh.node import PeerJoined, PeerLeft
 
         match event:

@@ -11,7 +11,7 @@ import trio
 from sparkle_mesh import limits
 from sparkle_mesh.clock import Entropy
 from sparkle_mesh.discovery.bootstrap import ResolveTxt, resolve_bootstrap
-from sparkle_mesh.discovery.strangers import Strangers
+from sparkle_mesh.discovery.public_peers import PublicPeers
 from sparkle_mesh.errors import SparkleError
 from sparkle_mesh.fabric.interface import Address, Fabric, PeerId
 from sparkle_mesh.wire import PeerAddress
@@ -43,12 +43,12 @@ class Infrastructure:
         fabric: PortFabric,
         bootstrap: Sequence[str],
         *,
-        strangers: Strangers,
+        public_peers: PublicPeers,
         connected: Callable[[PeerId], object],
         resolve: ResolveTxt,
         entropy: Entropy,
     ) -> None:
-        self._fabric, self._bootstrap, self._strangers = fabric, tuple(bootstrap), strangers
+        self._fabric, self._bootstrap, self._public_peers = fabric, tuple(bootstrap), public_peers
         self._connected, self._resolve, self._entropy = connected, resolve, entropy
         self._peers: dict[PeerId, PeerAddress] = {}
         self._tried = False
@@ -84,7 +84,7 @@ class Infrastructure:
         for peer in await resolve_bootstrap(self._bootstrap, self._resolve):
             if peer.peer_id != self._fabric.peer_id:
                 if peer.peer_id not in self._peers:
-                    self._strangers.hold(peer.peer_id)
+                    self._public_peers.hold(peer.peer_id)
                 self._peers[peer.peer_id] = peer
         self._tried = True
 

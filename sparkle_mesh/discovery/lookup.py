@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from sparkle_mesh import limits
 from sparkle_mesh.discovery.addresses import dialable, is_peer_id_text
 from sparkle_mesh.discovery.routing_table import distance, key_of_peer
-from sparkle_mesh.fabric.interface import PeerId
+from sparkle_mesh.fabric.interface import Address, PeerId
 from sparkle_mesh.fabric.networks import network_of
 from sparkle_mesh.wire import PeerAddress
 
@@ -47,7 +47,7 @@ _OWN_DHT = LookupBounds()
 class _Candidate:
     named: PeerAddress
     distance: int
-    #: Public ones that it is said to listen in.
+    #: Public ones that it is said to listen in; once it has answered, the one that it has answered from.
     networks: frozenset[str]
     #: None before it is asked.
     asked_at: float | None = None
@@ -121,12 +121,20 @@ class Lookup:
         patience = [c.asked_at + self._bounds.patience_s for c in self._all() if c.in_flight and c.asked_at is not None]
         return min([self._deadline, *(time for time in patience if time > now)])
 
-    def answered(self, peer_id: PeerId, closer: Iterable[PeerAddress]) -> None:
-        """``peer_id`` has answered, and names peers that it holds to be closer."""
+    def answered(
+        self, peer_id: PeerId, closer: Iterable[PeerAddress], *, remote_address: Address | None = None
+    ) -> None:
+        """``peer_id`` has answered, and names peers that it holds to be closer.
+
+        Its network is that of ``remote_address``, which it is connected from or to, whatever it is said to listen at.
+        """
         candidate = self._candidates.get(peer_id)
         if candidate is None or not candidate.in_flight:
             return
         candidate.answered = True
+        network = network_of(remote_address)
+        if network is not None:
+            candidate.networks = frozenset({network})
         named = [peer for peer in closer if is_peer_id_text(peer.peer_id)]
         named.sort(key=lambda peer: distance(self._key, self._place_of(peer.peer_id)))
         self._add(

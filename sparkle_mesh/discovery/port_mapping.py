@@ -9,7 +9,7 @@ import ipaddress
 import logging
 import socket as stdlib_socket
 import struct
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,11 +111,15 @@ def map_by_upnp(port: int, lifetime_s: float = limits.PORT_MAPPING_S) -> Mapping
     return Mapping(host, port, lifetime_s, "UPnP")
 
 
-class PortMapper:
-    """Keeps one port mapped."""
+async def _by_upnp(port: int) -> Mapping:
+    return await trio.to_thread.run_sync(map_by_upnp, port, abandon_on_cancel=True)
 
-    def __init__(self, *, entropy: Entropy) -> None:
-        self._entropy = entropy
+
+class PortMapper:
+    """Keeps one port mapped; ``by_upnp`` asks by UPnP."""
+
+    def __init__(self, *, entropy: Entropy, by_upnp: Callable[[int], Awaitable[Mapping]] = _by_upnp) -> None:
+        self._entropy, self._by_upnp = entropy, by_upnp
         self._mapping: Mapping | None = None
         self._status = "not tried yet"
 
@@ -144,7 +148,7 @@ class PortMapper:
         except SparkleError as error:
             reasons.append(str(error))
         try:
-            return self._done(await trio.to_thread.run_sync(map_by_upnp, port, abandon_on_cancel=True))
+            return self._done(await self._by_upnp(port))
         except SparkleError as error:
             reasons.append(str(error))
         self._status = "; ".join(reasons)[: limits.REASON_MAX_CHARS]

@@ -15,7 +15,7 @@ import trio
 
 from sparkle_mesh import limits
 from sparkle_mesh.discovery.lookup import Lookup, LookupBounds
-from sparkle_mesh.discovery.strangers import Strangers
+from sparkle_mesh.discovery.public_peers import PublicPeers
 from sparkle_mesh.errors import SparkleError
 from sparkle_mesh.fabric.interface import Address, Fabric, PeerId
 from sparkle_mesh.wire import PeerAddress
@@ -55,14 +55,14 @@ class PublicDht:
     ----------
     roots
         Returns peers to begin with.
-    strangers
+    public_peers
         Told of whom this is connected to only to ask.
     """
 
     def __init__(
-        self, fabric: Fabric, kad: KadClient, *, roots: Callable[[], Iterable[PeerAddress]], strangers: Strangers
+        self, fabric: Fabric, kad: KadClient, *, roots: Callable[[], Iterable[PeerAddress]], public_peers: PublicPeers
     ) -> None:
-        self._fabric, self._kad, self._roots, self._strangers = fabric, kad, roots, strangers
+        self._fabric, self._kad, self._roots, self._public_peers = fabric, kad, roots, public_peers
 
     async def meet(
         self, key: bytes, addresses: Sequence[Address], found: Callable[[PeerAddress], object]
@@ -119,7 +119,7 @@ class PublicDht:
         async def ask(peer: PeerAddress) -> None:
             try:
                 if peer.peer_id not in self._fabric.connected_peers():
-                    self._strangers.hold(peer.peer_id)
+                    self._public_peers.hold(peer.peer_id)
                     held.add(peer.peer_id)
                     await self._fabric.connect(peer.peer_id, peer.addresses, timeout_s=limits.PUBLIC_DHT_PATIENCE_S)
                 answer = await self._kad.ask(peer.peer_id, key)
@@ -159,7 +159,7 @@ class PublicDht:
     async def _let_go(self, peer_id: PeerId) -> None:
         try:
             # Somebody else may have come to need it.
-            if self._strangers.held_count(peer_id) == 1:
+            if self._public_peers.held_count(peer_id) == 1:
                 await self._fabric.disconnect(peer_id)
         finally:
-            self._strangers.release(peer_id)
+            self._public_peers.release(peer_id)

@@ -20,9 +20,9 @@ from sparkle_mesh.discovery.bootstrap import ResolveTxt, resolve_txt
 from sparkle_mesh.discovery.infrastructure import Infrastructure
 from sparkle_mesh.discovery.port_mapping import PortMapper
 from sparkle_mesh.discovery.public_dht import PublicDht
+from sparkle_mesh.discovery.public_peers import PublicPeers
 from sparkle_mesh.discovery.reachability import Reachability
 from sparkle_mesh.discovery.relays import RelayKeeper
-from sparkle_mesh.discovery.strangers import Strangers
 from sparkle_mesh.errors import SparkleError
 from sparkle_mesh.fabric.circuits import is_circuit
 from sparkle_mesh.fabric.interface import Address, PeerConnected, PeerId
@@ -64,7 +64,7 @@ class ReachService:
 
     Parameters
     ----------
-    strangers
+    public_peers
         Told of whom this is connected to for what they serve.
     meeting_key
         32 bytes under which the mesh's peers meet in the public DHT.
@@ -83,7 +83,7 @@ class ReachService:
         fabric: Libp2pFabric,
         config: ReachConfig,
         *,
-        strangers: Strangers,
+        public_peers: PublicPeers,
         meeting_key: bytes,
         mesh_protocol: str,
         is_of_mesh: Callable[[PeerId], bool],
@@ -93,7 +93,7 @@ class ReachService:
         resolve: ResolveTxt = resolve_txt,
         entropy: Entropy = SYSTEM_ENTROPY,
     ) -> None:
-        self._fabric, self._config, self._strangers, self._entropy = fabric, config, strangers, entropy
+        self._fabric, self._config, self._public_peers, self._entropy = fabric, config, public_peers, entropy
         self._meeting_key = meeting_key
         self._mesh_protocol, self._is_of_mesh, self._introduce = mesh_protocol, is_of_mesh, introduce
         self._heard, self._moved = heard, moved
@@ -101,12 +101,12 @@ class ReachService:
         self._infrastructure = Infrastructure(
             fabric,
             config.bootstrap,
-            strangers=strangers,
+            public_peers=public_peers,
             connected=self.look_at,
             resolve=resolve,
             entropy=entropy,
         )
-        self._dht = PublicDht(fabric, fabric.reach.kad, roots=self._infrastructure.connected, strangers=strangers)
+        self._dht = PublicDht(fabric, fabric.reach.kad, roots=self._infrastructure.connected, public_peers=public_peers)
         self._relays = RelayKeeper(
             fabric,
             fabric.reach.relays,
@@ -205,7 +205,7 @@ class ReachService:
             room = limits.REACH_OBSERVERS_MAX_COUNT - len(self._asked_at)
             for peer_id in list(self._fabric.connected_peers())[: max(room, 0)]:
                 if not is_local_address(self._fabric.remote_address(peer_id)) and (
-                    peer_id in self._strangers or self._is_of_mesh(peer_id)
+                    peer_id in self._public_peers or self._is_of_mesh(peer_id)
                 ):
                     self.look_at(peer_id)
             self._weigh()
@@ -218,7 +218,7 @@ class ReachService:
         remote_address = self._fabric.remote_address(peer_id) or ""
         try:
             report = await ask_identity(self._fabric, peer_id)
-            if peer_id in self._strangers and self._mesh_protocol in report.protocols:
+            if peer_id in self._public_peers and self._mesh_protocol in report.protocols:
                 self._introduce(peer_id)
             if HOP_PROTOCOL in report.protocols and not is_circuit(remote_address):
                 self._relays.found(peer_id, of_mesh=self._is_of_mesh(peer_id))

@@ -66,7 +66,7 @@ class DiscoveryService:
     any_node
         Whether to connect to nodes of this host that are of other meshes only. Off: they have nothing to tell
         to this mesh, and would refuse.
-    strangers
+    public_peers
         Peers that are connected for what they serve to everybody: they are neither kept connected nor let go here.
     registry, cache, beacons
         Replace the real ones.
@@ -89,7 +89,7 @@ class DiscoveryService:
         known: Sequence[str] = (),
         lan: bool = True,
         any_node: bool = False,
-        strangers: Container[PeerId] = (),
+        public_peers: Container[PeerId] = (),
         entropy: Entropy = SYSTEM_ENTROPY,
         clock: Clock = SYSTEM_CLOCK,
         registry: Registry | None = None,
@@ -101,7 +101,7 @@ class DiscoveryService:
         self._host_tags = (mesh_tag,) if name_tag is None or name_tag == mesh_tag else (mesh_tag, name_tag)
         self._role: Role = role
         self._any_node = any_node
-        self._strangers = strangers
+        self._public_peers = public_peers
         self._clock = clock
         self._join = [parse_join_address(text) for text in join]
         self._known = [parse_join_address(text) for text in known]
@@ -133,7 +133,7 @@ class DiscoveryService:
 
     def refused(self, peer_id: PeerId, reason: str = "it is not of this mesh") -> None:
         """Take note that ``peer_id`` was connected but is not of this mesh: let it go and leave it alone for long."""
-        if peer_id in self._strangers:
+        if peer_id in self._public_peers:
             return
         self._directory.refused(peer_id, trio.current_time(), reason)
         if self._nursery is not None:
@@ -236,7 +236,7 @@ class DiscoveryService:
     async def _follow_until_closed(self, events: trio.MemoryReceiveChannel[FabricEvent]) -> None:
         async for event in events:
             now = trio.current_time()
-            if event.peer_id in self._strangers and self._directory.get(event.peer_id) is None:
+            if event.peer_id in self._public_peers and self._directory.get(event.peer_id) is None:
                 continue
             if isinstance(event, PeerConnected):
                 self._directory.connected(event.peer_id, now, remote_address=event.remote_address)

@@ -48,7 +48,7 @@ def assemble_host(
     quiet_libp2p_logging()
     key_pair = create_new_key_pair(identity.private_key_bytes())
     peer_id = ID.from_pubkey(key_pair.public_key)
-    peerstore = PeerStore()
+    peerstore = PeerStore(max_peers=2 * limits.CONNECTIONS_MAX_COUNT)
     peerstore.add_key_pair(peer_id, key_pair)
     noise = Noise(key_pair, noise_privkey=create_new_noise_key_pair().private_key)
     swarm = GuardedSwarm(peer_id, peerstore, GuardedUpgrader(noise), tasks, on_connected, on_disconnected)

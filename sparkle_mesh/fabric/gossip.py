@@ -20,7 +20,7 @@ from sparkle_mesh import limits
 from sparkle_mesh.errors import UsageError
 from sparkle_mesh.fabric.guards import GuardedHost, GuardedTasks
 from sparkle_mesh.fabric.hubs import FabricCounters, TopicHub
-from sparkle_mesh.fabric.interface import Published
+from sparkle_mesh.fabric.interface import Accepts, Published
 
 PROTOCOLS = (TProtocol("/meshsub/1.1.0"), TProtocol("/meshsub/1.0.0"))
 
@@ -68,7 +68,8 @@ class _BoundedPubsub(Pubsub):
         if len(msg.topicIDs) != 1 or len(msg.data) > limits.GOSSIP_MESSAGE_MAX_BYTES:
             self._counters.publications_malformed += 1
             return False
-        return msg.topicIDs[0] in self._topics
+        # Before it is looked at any further: what is not accepted is not worth a check of its signature.
+        return self._topics.takes(msg.topicIDs[0], ID(msg.from_id).to_base58(), bytes(msg.data))
 
     async def handle_sending_messages(self, peer_id: ID, stream: INetStream, queue: RpcQueue) -> None:
         # The original's 32 places are fewer than one burst.
@@ -122,8 +123,10 @@ class Gossip:
         await self._pubsub.publish(topic, data)
 
     @asynccontextmanager
-    async def subscribe(self, topic: str) -> AsyncIterator[trio.MemoryReceiveChannel[Published]]:
-        async with self._topics.subscribe(topic) as messages:
+    async def subscribe(
+        self, topic: str, accepts: Accepts | None = None
+    ) -> AsyncIterator[trio.MemoryReceiveChannel[Published]]:
+        async with self._topics.subscribe(topic, accepts) as messages:
             self._readers[topic] += 1
             try:
                 async with self._joining:

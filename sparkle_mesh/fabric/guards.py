@@ -17,6 +17,7 @@ from libp2p.abc import INetConn, INetStream, ISecureConn
 from libp2p.connection_types import ConnectionType
 from libp2p.custom_types import TProtocol
 from libp2p.host.basic_host import BasicHost
+from libp2p.identity.identify_push.identify_push import ID_PUSH
 from libp2p.io.exceptions import ConnectionClosedError, IOException
 from libp2p.network import swarm
 from libp2p.network.config import ConnectionConfig
@@ -269,6 +270,10 @@ class GuardedSwarm(Swarm):
 
     def remove_conn(self, swarm_conn: SwarmConn) -> None:
         super().remove_conn(swarm_conn)
+        peer_id = swarm_conn.muxed_conn.peer_id
+        if not self.connections.get(peer_id) and peer_id in self.peerstore.peer_ids():
+            # Else everybody who ever came is remembered; there is a bound, but it gives up this peer's own entry first.
+            self.peerstore.clear_peerdata(peer_id)
         self._on_disconnected(swarm_conn)
 
 
@@ -310,6 +315,8 @@ class GuardedHost(BasicHost):
     def __init__(self, network: GuardedSwarm, counters: FabricCounters, **options: Any) -> None:
         self._counters = counters
         super().__init__(network, disable_identify_address_discovery=True, **options)
+        # What a peer says there of itself would be kept, and nobody reads it.
+        self.remove_stream_handler(ID_PUSH)
 
     def _schedule_identify(self, peer_id: ID, *, reason: str) -> None:
         """Discovery tells addresses, and streams are opened for one protocol: there is nothing to ask."""

@@ -11,7 +11,7 @@ import trio
 
 from sparkle_mesh import limits
 from sparkle_mesh.errors import SparkleError
-from sparkle_mesh.fabric.interface import FabricEvent, PeerConnected, Published
+from sparkle_mesh.fabric.interface import Accepts, FabricEvent, PeerConnected, PeerId, Published
 
 logger = logging.getLogger("sparkle_mesh.fabric")
 
@@ -23,6 +23,7 @@ class FabricCounters:
     handler_failures: int = 0
     publications_dropped: int = 0
     publications_malformed: int = 0
+    publications_refused: int = 0
     event_subscribers_dropped: int = 0
     sockets_refused: int = 0
     upgrades_failed: int = 0
@@ -110,10 +111,20 @@ class TopicHub:
 
     def __init__(self, counters: FabricCounters) -> None:
         self._counters = counters
-        self._subscribers: dict[str, set[trio.MemorySendChannel[Published]]] = {}
+        # With what each of them accepts.
+        self._subscribers: dict[str, dict[trio.MemorySendChannel[Published], Accepts | None]] = {}
 
     def __contains__(self, topic: str) -> bool:
         return topic in self._subscribers
+
+    def takes(self, topic: str, publisher: PeerId, data: bytes) -> bool:
+        """Whether there are subscribers, and all of them accept the message: else it is not passed on either."""
+        tests = self._subscribers.get(topic)
+        if tests is None:
+            return False
+        accepted = all(accepts is None or accepts(publisher, data) for accepts in tests.values())
+        self._counters.publications_refused += not accepted
+        return accepted
 
     def deliver(self, topic: str, published: Published) -> None:
         """Hand ``published`` to those who subscribe; the newest is dropped for one whose channel is full."""
@@ -127,15 +138,17 @@ class TopicHub:
                 continue
 
     @asynccontextmanager
-    async def subscribe(self, topic: str) -> AsyncIterator[trio.MemoryReceiveChannel[Published]]:
+    async def subscribe(
+        self, topic: str, accepts: Accepts | None = None
+    ) -> AsyncIterator[trio.MemoryReceiveChannel[Published]]:
         send, receive = trio.open_memory_channel[Published](limits.SUBSCRIPTION_MAX_COUNT)
-        self._subscribers.setdefault(topic, set()).add(send)
+        self._subscribers.setdefault(topic, {})[send] = accepts
         with send, receive:
             try:
                 yield receive
             finally:
-                subscribers = self._subscribers.get(topic, set())
-                subscribers.discard(send)
+                subscribers = self._subscribers.get(topic, {})
+                subscribers.pop(send, None)
                 if not subscribers:
                     self._subscribers.pop(topic, None)
 

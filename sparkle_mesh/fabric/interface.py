@@ -98,6 +98,8 @@ class FabricStream(Protocol):
 
 StreamHandler: TypeAlias = Callable[[FabricStream], Awaitable[None]]
 RawHandler: TypeAlias = Callable[[trio.SocketStream], Awaitable[None]]
+#: Whether what a peer publishes is worth being passed on.
+Accepts: TypeAlias = Callable[[PeerId, bytes], bool]
 
 
 class Fabric(Protocol):
@@ -166,8 +168,13 @@ class Fabric(Protocol):
         """Publish ``data`` (signed by this peer) to those who subscribe to ``topic``; best effort."""
         ...
 
-    def subscribe(self, topic: str) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[Published]]:
-        """Receive what others publish on ``topic``. A slow reader loses messages, never memory."""
+    def subscribe(
+        self, topic: str, accepts: Accepts | None = None
+    ) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[Published]]:
+        """Receive what others publish on ``topic``. A slow reader loses messages, never memory.
+
+        What ``accepts`` says no to is neither received nor passed on to others: anybody may publish. It must not raise.
+        """
         ...
 
     def close_in_child(self) -> None:

@@ -19,6 +19,7 @@ from sparkle_mesh.fabric.hubs import EventHub, FabricCounters, run_guarded
 from sparkle_mesh.fabric.identity import Identity, check_peer_id
 from sparkle_mesh.fabric.importing import import_libp2p
 from sparkle_mesh.fabric.interface import (
+    Accepts,
     Address,
     FabricEvent,
     PeerConnected,
@@ -293,9 +294,11 @@ class Libp2pFabric:
         """As ``Fabric.publish``. Raises UsageError over ``limits.GOSSIP_MESSAGE_MAX_BYTES``."""
         await self._gossip.publish(topic, data)
 
-    def subscribe(self, topic: str) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[Published]]:
+    def subscribe(
+        self, topic: str, accepts: Accepts | None = None
+    ) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[Published]]:
         """As ``Fabric.subscribe``."""
-        return self._gossip.subscribe(topic)
+        return self._gossip.subscribe(topic, accepts)
 
     def close_in_child(self) -> None:
         """As ``Fabric.close_in_child``; the event loop's own descriptors go too."""

@@ -20,6 +20,7 @@ from sparkle_mesh.errors import ClosedError, LinkClosedError, UnreachableError, 
 from sparkle_mesh.fabric.hubs import EventHub, FabricCounters, TopicHub, run_guarded
 from sparkle_mesh.fabric.identity import Identity
 from sparkle_mesh.fabric.interface import (
+    Accepts,
     Address,
     FabricEvent,
     PeerConnected,
@@ -433,13 +434,16 @@ class MemoryFabric:
             )
 
     def _receive_published(self, topic: str, message_id: tuple[PeerId, int], data: bytes) -> None:
-        if topic in self._topics and message_id not in self._seen and message_id[0] != self._peer_id:
+        known = message_id in self._seen or message_id[0] == self._peer_id
+        if not known and self._topics.takes(topic, message_id[0], data):
             self._topics.deliver(topic, Published(message_id[0], data))
             self._spread(topic, message_id, data)
 
-    def subscribe(self, topic: str) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[Published]]:
+    def subscribe(
+        self, topic: str, accepts: Accepts | None = None
+    ) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[Published]]:
         """As ``Fabric.subscribe``."""
-        return self._topics.subscribe(topic)
+        return self._topics.subscribe(topic, accepts)
 
     def close_in_child(self) -> None:
         """As ``Fabric.close_in_child``; there are no descriptors."""

@@ -48,3 +48,14 @@ def network_of(address: Address | None) -> str | None:
         return None
     prefix = limits.NETWORK_IPV4_PREFIX_BITS if ip.version == 4 else limits.NETWORK_IPV6_PREFIX_BITS
     return str(ipaddress.ip_network((ip, prefix), strict=False))
+
+
+def source_of(address: Address | None) -> str | None:
+    """Return what stands for whoever connects from ``address``, for limits by address; None if it has no IP address.
+
+    It is the address without its port. Of a public IPv6 address it is the network: one host may have all of it.
+    """
+    ip = ip_of(address)
+    if ip is None:
+        return None
+    return (network_of(address) if ip.version == 6 else None) or str(ip)

@@ -29,6 +29,7 @@ from sparkle_mesh import limits
 from sparkle_mesh.errors import UsageError
 from sparkle_mesh.fabric.hubs import FabricCounters, run_guarded
 from sparkle_mesh.fabric.interface import Address, RawHandler
+from sparkle_mesh.fabric.networks import source_of
 
 logger = logging.getLogger("sparkle_mesh.fabric")
 
@@ -341,7 +342,8 @@ class PortListener:
         handler = None
         proven = False
         try:
-            with self._gate.admit(stream.socket.getpeername()[0]):
+            host, port = stream.socket.getpeername()[:2]
+            with self._gate.admit(source_of(tcp_address(host, port)) or host):
                 _tune(stream.socket)
                 handler = await self._classify(stream)
                 proven = handler is not None or await self._try_upgrade(stream)

@@ -162,8 +162,9 @@ class Door:
             return None
         return Refused(code="full", reason=f"it broke the protocol too often: not for another {banned_s:.0f} s")
 
-    def offended(self, peer_id: PeerId, now: float) -> None:
-        """``peer_id`` has broken the protocol."""
+    def offended(self, peer_id: PeerId, now: float) -> bool:
+        """``peer_id`` has broken the protocol; return whether it is banned now."""
         banned_s = self._bans.offended(peer_id, now)
         if banned_s:
             logger.warning("peer %s broke the protocol too often: it is banned for %.0f s", peer_id, banned_s)
+        return banned_s > 0

@@ -2,7 +2,8 @@
 
 It is how halves of a mesh that meet through one common peer become one: whoever meets a peer that nobody has told of
 yet publishes where it listens, once. Nobody publishes that nothing has changed; what gets lost, the lookups of the
-mesh's DHT find. The payloads are sealed; what does not unseal or decode is dropped and counted.
+mesh's DHT find. The payloads are sealed for their publisher, so that nobody passes on as their own what they have
+overheard; what does not unseal or decode is dropped, counted, and not passed on.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from sparkle_mesh.membership.messages import Met, Presence, Revoked, Role
 from sparkle_mesh.wire import PeerAddress
 
 logger = logging.getLogger(__name__)
+
+
+def _seal_context(publisher: PeerId) -> bytes:
+    return f"news\0{publisher}".encode()
 
 
 class PresenceService:
@@ -82,23 +87,38 @@ class PresenceService:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Publish and listen until cancelled."""
-        async with self._fabric.subscribe(self._secrets.topic) as published, trio.open_nursery() as nursery:
+        async with (
+            self._fabric.subscribe(self._secrets.topic, self._accepts) as published,
+            trio.open_nursery() as nursery,
+        ):
             nursery.start_soon(self._publish_forever)
             task_status.started()
             async for message in published:
                 self._take(message.peer_id, message.data)
 
-    def _take(self, publisher: PeerId, sealed: bytes) -> None:
+    def _accepts(self, publisher: PeerId, sealed: bytes) -> bool:
         try:
-            news: Presence | Met | Revoked = wire.decode(self._secrets.unseal(sealed), Presence | Met | Revoked)
-            if isinstance(news, Revoked):
-                self._revoked(news.revocations)
-                return
+            self._open(publisher, sealed)
         except ProtocolError as error:
             self.refused_count += 1
             logger.debug("news from %s dropped: %s", publisher, error)
-            return
-        if isinstance(news, Presence):
+            return False
+        return True
+
+    def _open(self, publisher: PeerId, sealed: bytes) -> Presence | Met | Revoked:
+        payload = self._secrets.unseal(sealed, context=_seal_context(publisher))
+        news: Presence | Met | Revoked = wire.decode(payload, Presence | Met | Revoked)
+        return news
+
+    def _take(self, publisher: PeerId, sealed: bytes) -> None:
+        news = self._open(publisher, sealed)
+        if isinstance(news, Revoked):
+            try:
+                self._revoked(news.revocations)
+            except ProtocolError as error:
+                self.refused_count += 1
+                logger.debug("revocations from %s dropped: %s", publisher, error)
+        elif isinstance(news, Presence):
             self._take_in(publisher, news.addresses, "gossip")
         else:
             for peer in news.peers:
@@ -141,7 +161,8 @@ class PresenceService:
         await self._publish(Met(peers=tuple(PeerAddress(peer_id=who, addresses=where) for who, where in some)))
 
     async def _publish(self, news: Presence | Met | Revoked) -> None:
-        sealed = self._secrets.seal(wire.encode(news), self._entropy)
+        context = _seal_context(self._fabric.peer_id)
+        sealed = self._secrets.seal(wire.encode(news), self._entropy, context=context)
         await self._fabric.publish(self._secrets.topic, sealed)
 
     def _own_addresses(self) -> tuple[Address, ...]:

@@ -9,8 +9,8 @@ decides: the machines of :mod:`.proof`, :mod:`.formation` and :mod:`.view_change
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection, Container, Sequence
-from typing import Any
 
 import msgspec
 import trio
@@ -25,14 +25,13 @@ from sparkle_mesh.errors import (
     VersionError,
     WrongKeyError,
 )
-from sparkle_mesh.fabric.framing import send_message
 from sparkle_mesh.fabric.interface import Address, Fabric, FabricStream, PeerConnected, PeerId
 from sparkle_mesh.membership.certificates import Certifier
 from sparkle_mesh.membership.channel import PeerChannel
 from sparkle_mesh.membership.door import Door
-from sparkle_mesh.membership.events import PeerAdmitted, PeerGone, PeerRefused, ViewChanged
+from sparkle_mesh.membership.events import PeerAdmitted, PeerGone, PeerRefused
 from sparkle_mesh.membership.formation import Candidate
-from sparkle_mesh.membership.greeting import prove, receive_introduction
+from sparkle_mesh.membership.greeting import introduce, open_mesh_stream, prove
 from sparkle_mesh.membership.heartbeat import Heartbeat
 from sparkle_mesh.membership.keys import MeshSecrets
 from sparkle_mesh.membership.messages import (
@@ -56,13 +55,13 @@ from sparkle_mesh.membership.messages import (
 )
 from sparkle_mesh.membership.proof import AnswererProof, Fail, Instruction, OpenerProof, Say
 from sparkle_mesh.membership.revocations import RevocationList
+from sparkle_mesh.membership.stranger_watch import StrangerWatch
+from sparkle_mesh.membership.strangers import Strangers
 from sparkle_mesh.membership.view import Member, View
 from sparkle_mesh.membership.views import MembershipViews
 from sparkle_mesh.wire import PeerAddress
 
 logger = logging.getLogger(__name__)
-
-__all__ = ["MembershipService", "PeerAdmitted", "PeerGone", "PeerRefused", "ViewChanged"]
 
 
 class MembershipService(MembershipViews):
@@ -90,7 +89,7 @@ class MembershipService(MembershipViews):
         Says which machine this process is of; None for a node, which is its machine's own.
     heard
         Called with ``(peer id, addresses, source)`` for peers that others tell of.
-    strangers
+    public_peers
         Peers that are connected for what they serve to everybody: they are not asked for the mesh's proof, unless
         :meth:`introduce` says so.
     """
@@ -113,7 +112,7 @@ class MembershipService(MembershipViews):
         revocations_changed: Callable[[], object] = lambda: None,
         certifier: Certifier | None = None,
         heard: Callable[[PeerId, Sequence[Address], str], None],
-        strangers: Container[PeerId] = (),
+        public_peers: Container[PeerId] = (),
         entropy: Entropy = SYSTEM_ENTROPY,
     ) -> None:
         member = Member(peer_id=fabric.peer_id, incarnation=incarnation)
@@ -128,10 +127,15 @@ class MembershipService(MembershipViews):
             keyed=secrets.keyed, public=public, tag=secrets.tag, allow=allow, revocations=self._revocations
         )
         self._certifier = certifier
+        self._strangers = StrangerWatch(
+            fabric, is_admitted=self.is_admitted, refused=self._refuse_stranger, start_soon=self._start_soon
+        )
         self._heard = heard
-        self._strangers = strangers
+        self._public_peers = public_peers
         self._entropy = entropy
         self._opening: set[PeerId] = set()
+        #: Streams on which the proof goes on.
+        self._greeting: Counter[PeerId] = Counter()
         self._leaving = False
         self._heartbeat = Heartbeat(
             self._channels,
@@ -145,11 +149,6 @@ class MembershipService(MembershipViews):
     # --- What it knows --------------------------------------------------------------------------
 
     @property
-    def member(self) -> Member:
-        """This process as a member."""
-        return self._member
-
-    @property
     def view(self) -> View | None:
         """The view this process is in; for a node, one it watches."""
         if self._formation.view is None and self._role == "node":
@@ -157,26 +156,18 @@ class MembershipService(MembershipViews):
         return self._formation.view
 
     @property
-    def view_elsewhere(self) -> View | None:
-        """A view of other processes that this one is not in, if it has heard of one."""
-        return next(iter(self._formation.views_elsewhere.values()), None)
-
-    @property
     def channels(self) -> dict[PeerId, PeerChannel]:
         """The admitted peers."""
         return self._channels
 
-    def is_admitted(self, peer_id: PeerId) -> bool:
-        """Whether ``peer_id`` has proven the key and is connected."""
-        return peer_id in self._channels
+    @property
+    def strangers(self) -> Strangers:
+        """The connected peers that are not admitted; to be read only."""
+        return self._strangers.strangers
 
-    def state_of_play(self) -> str:
-        """Say in a few words what the first view waits for."""
-        return self._formation.state_of_play()
-
-    def events(self) -> Any:
-        """Subscribe to :data:`MembershipEvent`; a context manager yielding a receive channel."""
-        return self._events.subscribe()
+    def is_welcome(self, peer_id: PeerId) -> bool:
+        """Whether ``peer_id``, which is connected, is admitted or would be if it proved the key."""
+        return peer_id in self._channels or self._reason_to_refuse(peer_id) is None
 
     # --- Running --------------------------------------------------------------------------------
 
@@ -188,10 +179,14 @@ class MembershipService(MembershipViews):
                 self._fabric.handle(PROTOCOL, self._serve)
                 nursery.start_soon(self._keep_time)
                 nursery.start_soon(self._heartbeat.run)
+                nursery.start_soon(self._strangers.run)
                 task_status.started()
                 try:
                     async for event in connections:
-                        if isinstance(event, PeerConnected) and event.peer_id not in self._strangers:
+                        if event.peer_id in self._public_peers:
+                            continue
+                        self._strangers.note(event)
+                        if isinstance(event, PeerConnected):
                             self.introduce(event.peer_id)
                 finally:
                     # It takes no more tasks.
@@ -253,40 +248,31 @@ class MembershipService(MembershipViews):
             return
         banned = self._door.ban(peer_id, trio.current_time())
         if banned is not None:
-            self._events.send(PeerRefused(peer_id, banned.reason, wrong_key=False))
+            self._refuse_stranger(peer_id, banned.reason)
             return
         self._opening.add(peer_id)
         try:
-            stream = await self._open_stream(peer_id)
+            stream = await open_mesh_stream(self._fabric, peer_id)
+        except UnreachableError as error:
+            self._refuse_stranger(peer_id, str(error))
+            return
         finally:
             self._opening.discard(peer_id)
         if stream is None:
             return
         nonce = self._entropy.token(32)
         proof = OpenerProof(self._secrets, me=self._fabric.peer_id, peer=peer_id, nonce=nonce)
-        await self._greet_and_follow(stream, proof, proof.start())
-
-    async def _open_stream(self, peer_id: PeerId) -> FabricStream | None:
-        """Open the mesh's stream; a peer that is only just starting may not serve it yet, so try more than once."""
-        for attempt in range(limits.MESH_STREAM_ATTEMPTS_COUNT):
-            try:
-                return await self._fabric.open_stream(peer_id, PROTOCOL, timeout_s=limits.OPEN_STREAM_TIMEOUT_S)
-            except UnreachableError as error:
-                reason = str(error)
-            await trio.sleep(limits.MESH_STREAM_RETRY_S * 2**attempt)
-            if peer_id not in self._fabric.connected_peers():
-                return None
-        self._events.send(PeerRefused(peer_id, reason, wrong_key=False))
-        return None
+        await self._greet_and_follow(stream, proof, self._refusal(peer_id) or proof.start())
 
     async def _serve(self, stream: FabricStream) -> None:
         nonce = self._entropy.token(32)
         proof = AnswererProof(self._secrets, me=self._fabric.peer_id, peer=stream.peer_id, nonce=nonce)
-        first: list[Instruction] = []
-        problem = self._reason_to_refuse(stream.peer_id)
-        if problem is not None:
-            first = [Say(problem), Fail(ProtocolError(f"peer {stream.peer_id}: {problem.reason}"))]
-        await self._greet_and_follow(stream, proof, first)
+        await self._greet_and_follow(stream, proof, self._refusal(stream.peer_id))
+
+    def _refusal(self, peer_id: PeerId) -> list[Instruction]:
+        """Return how to refuse ``peer_id``; nothing if it may come in."""
+        problem = self._reason_to_refuse(peer_id)
+        return [] if problem is None else [Say(problem), Fail(ProtocolError(f"peer {peer_id}: {problem.reason}"))]
 
     def _reason_to_refuse(self, peer_id: PeerId) -> Refused | None:
         if self._leaving:
@@ -295,8 +281,10 @@ class MembershipService(MembershipViews):
         return self._door.refusal(peer_id, self._fabric.remote_address(peer_id), present, trio.current_time())
 
     def offended(self, peer_id: PeerId) -> None:
-        """``peer_id`` has broken a protocol of the mesh: who does so often is banned for a time."""
-        self._door.offended(peer_id, trio.current_time())
+        """``peer_id`` has broken a protocol of the mesh: who does so often is banned for a time, and let go."""
+        banned = self._door.offended(peer_id, trio.current_time())
+        if banned and peer_id in self._channels:
+            self._channels[peer_id].drop("it broke the protocol too often")
 
     def take_revocations(self, encoded: bytes) -> bool:
         """Take a list of revoked peers that somebody tells: whoever it names is let go. Return whether it was news.
@@ -322,16 +310,26 @@ class MembershipService(MembershipViews):
         channel.send(refused)
         await channel.finish()
         channel.drop(refused.reason)
-        self._events.send(PeerRefused(channel.peer_id, refused.reason, wrong_key=False))
+        self._refuse_stranger(channel.peer_id, refused.reason)
 
     async def _greet_and_follow(
         self, stream: FabricStream, proof: OpenerProof | AnswererProof, first: list[Instruction]
     ) -> None:
         """Prove, introduce, and follow the peer to the end; all that goes wrong with it ends here."""
         peer_id = stream.peer_id
+        if self._greeting[peer_id] >= limits.MESH_STREAMS_PER_STRANGER_MAX_COUNT:
+            # Nothing is told of it: whoever opens thousands shall not be told of thousands of times.
+            logger.info("%s has %d streams of %s open and proves nothing", peer_id, self._greeting[peer_id], PROTOCOL)
+            await stream.reset()
+            return
+        self._greeting[peer_id] += 1
         try:
             with trio.fail_after(limits.MESH_PROOF_TIMEOUT_S):
                 channel = await self._greet(stream, proof, first)
+            # Others may have come in since it was asked first: of those who prove it together, not all may fit.
+            problem = self._reason_to_refuse(peer_id)
+            if problem is not None:
+                raise ProtocolError(f"peer {peer_id}: {problem.reason}")
         except (SparkleError, trio.TooSlowError) as error:
             wrong_key = isinstance(error, WrongKeyError)
             reason = str(error) or f"peer {peer_id} did not finish the proof in {limits.MESH_PROOF_TIMEOUT_S} s"
@@ -340,32 +338,33 @@ class MembershipService(MembershipViews):
             self._events.send(PeerRefused(peer_id, reason, wrong_key=wrong_key))
             await stream.aclose()
             return
+        finally:
+            self._greeting[peer_id] -= 1
+            if not self._greeting[peer_id]:
+                del self._greeting[peer_id]
         await self._follow(channel)
 
     async def _greet(
         self, stream: FabricStream, proof: OpenerProof | AnswererProof, first: list[Instruction]
     ) -> PeerChannel:
         await prove(stream, proof, first)
-        is_opener, introduction = isinstance(proof, OpenerProof), self._introduction()
-        if is_opener:
-            await send_message(stream, introduction)
-        answer = await receive_introduction(stream)
+        is_opener = isinstance(proof, OpenerProof)
+        answer, machine = await introduce(stream, self._introduction(), is_opener=is_opener, judge=self._judge)
+        return PeerChannel(stream, answer, now=trio.current_time(), machine=machine)
+
+    def _judge(self, peer_id: PeerId, introduction: Introduction) -> PeerId | Refused | None:
+        """Return of which machine ``peer_id`` shows to be, if it does; or why it may not come in."""
         try:
-            if answer.revocations is not None and self.take_revocations(answer.revocations):
+            if introduction.revocations is not None and self.take_revocations(introduction.revocations):
                 self._revocations_changed()
         except ProtocolError as error:
-            self.offended(stream.peer_id)
-            await send_message(stream, Refused(code="duplicate", reason=str(error)[: limits.REASON_MAX_CHARS]))
-            raise
+            self.offended(peer_id)
+            return Refused(code="duplicate", reason=str(error)[: limits.REASON_MAX_CHARS])
         own = self._fabric.peer_id if self._certifier is None else self._certifier.machine
-        machine = self._door.introduced(stream.peer_id, answer, trio.current_time(), own=own)
-        if isinstance(machine, Refused):
-            await send_message(stream, machine)
-            raise ProtocolError(machine.reason)
-        if not is_opener:
-            # Not before: so the opener learns that it is refused instead of being admitted for a moment.
-            await send_message(stream, introduction)
-        return PeerChannel(stream, answer, now=trio.current_time(), machine=machine)
+        return self._door.introduced(peer_id, introduction, trio.current_time(), own=own)
+
+    def _refuse_stranger(self, peer_id: PeerId, reason: str) -> None:
+        self._events.send(PeerRefused(peer_id, reason, wrong_key=False))
 
     def _introduction(self) -> Introduction:
         return Introduction(
@@ -387,6 +386,7 @@ class MembershipService(MembershipViews):
             previous.drop("it came again on a new stream")
             self._let_go(previous)
         self._channels[peer_id] = channel
+        self._strangers.strangers.went(peer_id)
         try:
             with channel.scope:
                 async with trio.open_nursery() as nursery:
@@ -398,6 +398,9 @@ class MembershipService(MembershipViews):
             self._let_go(channel)
             await channel.finish()
             if self._channels.get(peer_id) is None:
+                if peer_id in self._fabric.connected_peers():
+                    # Should it be connected once more before this connection is gone, nobody would tell.
+                    self._strangers.came(peer_id, self._fabric.remote_address(peer_id))
                 with trio.move_on_after(limits.CLOSE_TIMEOUT_S) as scope:
                     scope.shield = True
                     await self._fabric.disconnect(peer_id)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import trio
 
@@ -24,7 +25,7 @@ from sparkle_mesh.membership.meetings import Meetings, Weight
 from sparkle_mesh.membership.messages import Accept, Agreement, Chosen, Leaving, Meeting, Merger, Role
 from sparkle_mesh.membership.operations import OpenOperations, is_routed
 from sparkle_mesh.membership.succession import Change, Succession, joins
-from sparkle_mesh.membership.view import Member
+from sparkle_mesh.membership.view import Member, View
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,28 @@ class MembershipViews:
         if self._succession is None:
             raise MeshClosedError("this process is in no view yet")
         return self._succession
+
+    @property
+    def member(self) -> Member:
+        """This process as a member."""
+        return self._member
+
+    @property
+    def view_elsewhere(self) -> View | None:
+        """A view of other processes that this one is not in, if it has heard of one."""
+        return next(iter(self._formation.views_elsewhere.values()), None)
+
+    def state_of_play(self) -> str:
+        """Say in a few words what the first view waits for."""
+        return self._formation.state_of_play()
+
+    def is_admitted(self, peer_id: PeerId) -> bool:
+        """Whether ``peer_id`` has proven the key and is connected."""
+        return peer_id in self._channels
+
+    def events(self) -> Any:
+        """Subscribe to :data:`MembershipEvent`; a context manager yielding a receive channel."""
+        return self._events.subscribe()
 
     def member_of(self, peer_id: PeerId) -> Member | None:
         """Return the member or candidate that ``peer_id`` is, if it is connected and computes."""

@@ -19,7 +19,7 @@ from sparkle_mesh.cli.run import NodeRun, is_port_taken
 from sparkle_mesh.cli.settings import DEFAULT_LISTEN, NodeSettings
 from sparkle_mesh.cli.signals import StopSignals
 from sparkle_mesh.errors import NodeRunningError, SparkleError, UsageError
-from sparkle_mesh.membership.service import PeerRefused, ViewChanged
+from sparkle_mesh.membership.events import PeerRefused, ViewChanged
 from sparkle_mesh.membership.view import Member, View
 from sparkle_mesh.node import PeerJoined, PeerLeft
 

@@ -153,3 +153,17 @@ def test_answers_that_nobody_asked_for_and_bad_names_are_left_alone():
     lookup.failed("c")
     assert lookup.is_over(0.2)
     assert [peer.peer_id for peer in lookup.closest()] == ["a"]
+
+
+def test_where_it_answers_from_counts_and_not_where_it_is_said_to_listen():
+    """Peers that are connected already are asked whatever addresses are told of them."""
+    crowd = [PeerAddress(f"crowd{n}", (f"/ip4/20.{n}.0.1/tcp/1",)) for n in range(30)]
+    honest = [PeerAddress(f"honest{n}", (f"/ip4/9.9.{n}.9/tcp/1",)) for n in range(8)]
+    lookup, now = Lookup(KEY, ME, crowd + honest, now=0.0), 0.0
+    while not lookup.is_over(now):
+        for peer in lookup.due(now):
+            address = "/ip4/8.8.4.4/tcp/9" if peer in crowd else peer.addresses[0]
+            lookup.answered(peer.peer_id, (), remote_address=address)
+    found = lookup.closest()
+    assert len(found) == COUNT
+    assert sum(peer in crowd for peer in found) <= limits.LOOKUP_NETWORK_MAX_COUNT

@@ -121,14 +121,13 @@ async def test_the_mapping_is_kept_and_its_end_is_told(monkeypatch: pytest.Monke
             raise UnreachableError("it is off")
         return mapping
 
-    def by_upnp(port: int) -> Mapping:
+    async def by_upnp(port: int) -> Mapping:
         raise UnreachableError("there is none")
 
     monkeypatch.setattr(port_mapping, "default_gateway", lambda: "192.168.1.1")
     monkeypatch.setattr(port_mapping, "map_by_nat_pmp", by_nat_pmp)
-    monkeypatch.setattr(port_mapping, "map_by_upnp", by_upnp)
     told: list[str | None] = []
-    mapper = PortMapper(entropy=SYSTEM_ENTROPY)
+    mapper = PortMapper(entropy=SYSTEM_ENTROPY, by_upnp=by_upnp)
     statuses = []
     with trio.move_on_after(4 * 3600):
         async with trio.open_nursery() as nursery:

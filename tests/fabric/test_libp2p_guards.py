@@ -77,9 +77,8 @@ async def test_garbage_on_every_protocol_leaves_the_node_serving(libp2p_pair, ec
     one, other = libp2p_pair
     other.handle("/echo", echo)
     protocols = list(other._host.get_mux().get_protocols())
-    assert {"/meshsub/1.1.0", "/meshsub/1.0.0", "/ipfs/id/1.0.0", "/ipfs/id/push/1.0.0", "/ipfs/ping/1.0.0"} <= {
-        str(protocol) for protocol in protocols
-    }
+    assert {"/meshsub/1.1.0", "/meshsub/1.0.0", "/ipfs/id/1.0.0", "/ipfs/ping/1.0.0"} <= set(map(str, protocols))
+    assert "/ipfs/id/push/1.0.0" not in protocols
     for protocol in filter(None, protocols):
         for garbage in GARBAGE:
             stream = await one.open_stream(other.peer_id, protocol)
@@ -276,6 +275,18 @@ async def test_closed_inbound_connections_leave_no_task_behind(echo):
             tasks = trio.lowlevel.current_statistics().tasks_living
             assert before is None or tasks <= before
             before = tasks
+
+
+async def test_nothing_is_remembered_of_who_is_gone(echo):
+    async with open_libp2p_fabric(Identity.generate()) as fabric:
+        for _ in range(3):
+            async with open_libp2p_fabric(Identity.generate()) as other:
+                await other.connect(fabric.peer_id, fabric.addresses)
+                assert fabric.connected_peers() == {other.peer_id}
+            async with fabric.events() as events:
+                while fabric.connected_peers():
+                    await events.receive()
+        assert [peer_id.to_base58() for peer_id in fabric._swarm.peerstore.peer_ids()] == [fabric.peer_id]
 
 
 async def test_close_leaks_no_socket_and_no_thread(echo):

@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from sparkle_mesh.discovery.public_dht import PublicDht
-from sparkle_mesh.discovery.strangers import Strangers
+from sparkle_mesh.discovery.public_peers import PublicPeers
 from sparkle_mesh.errors import UnreachableError
 from sparkle_mesh.fabric.identity import Identity
 from sparkle_mesh.fabric.interface import FabricStream
@@ -38,7 +38,7 @@ async def test_provider_records_by_which_two_peers_that_know_only_it_find_each_o
     key = b"\x12\x20" + hashlib.sha256(b"a mesh").digest()
     root = PeerAddress(peer_id=go.peer_id, addresses=(go.address,))
     async with open_libp2p_fabric(Identity.generate()) as one, open_libp2p_fabric(Identity.generate()) as other:
-        dhts = [PublicDht(f, f.reach.kad, roots=lambda: [root], strangers=Strangers()) for f in (one, other)]
+        dhts = [PublicDht(f, f.reach.kad, roots=lambda: [root], public_peers=PublicPeers()) for f in (one, other)]
         found: list[PeerAddress] = []
         with trio.fail_after(30):
             assert await dhts[0].meet(key, one.addresses, found.append) == (1, 1)

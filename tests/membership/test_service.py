@@ -17,7 +17,7 @@ from sparkle_mesh.fabric.framing import receive_message, send_message
 from sparkle_mesh.fabric.identity import Identity, load_or_create_identity
 from sparkle_mesh.fabric.memory import MemoryFabric, MemoryFabricNetwork
 from sparkle_mesh.membership.certificates import Certifier, sign_certificate
-from sparkle_mesh.membership.events import MembershipEvent
+from sparkle_mesh.membership.events import MembershipEvent, PeerAdmitted, PeerGone, PeerRefused, ViewChanged
 from sparkle_mesh.membership.keys import MeshKey, MeshSecrets
 from sparkle_mesh.membership.messages import (
     PROTOCOL,
@@ -34,13 +34,7 @@ from sparkle_mesh.membership.messages import (
 )
 from sparkle_mesh.membership.proof import OpenerProof, Say
 from sparkle_mesh.membership.revocations import sign_revocations
-from sparkle_mesh.membership.service import (
-    MembershipService,
-    PeerAdmitted,
-    PeerGone,
-    PeerRefused,
-    ViewChanged,
-)
+from sparkle_mesh.membership.service import MembershipService
 from sparkle_mesh.membership.view import Member, View
 from sparkle_mesh.nurseries import bare_errors
 

@@ -17,8 +17,8 @@ import sparkle_mesh as sparkle
 from sparkle_mesh.environment import IDENTITY_NAME
 from sparkle_mesh.errors import JoinTimeoutError
 from sparkle_mesh.fabric.identity import Identity, load_or_create_identity
+from sparkle_mesh.membership.events import PeerRefused
 from sparkle_mesh.membership.keys import MeshKey
-from sparkle_mesh.membership.service import PeerRefused
 from sparkle_mesh.node import MeshNode, NodeConfig, NodeEvent, open_node
 
 KEY = MeshKey.generate()

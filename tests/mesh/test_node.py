@@ -13,9 +13,9 @@ from sparkle_mesh.capabilities.search import DeviceQuery
 from sparkle_mesh.environment import IDENTITY_NAME
 from sparkle_mesh.errors import UsageError
 from sparkle_mesh.fabric.identity import Identity, load_or_create_identity
+from sparkle_mesh.membership.events import PeerRefused, ViewChanged
 from sparkle_mesh.membership.invite import Invite
 from sparkle_mesh.membership.keys import MeshKey
-from sparkle_mesh.membership.service import PeerRefused, ViewChanged
 from sparkle_mesh.node import MeshNode, NodeConfig, PeerJoined, PeerLeft, open_node
 
 KEY = MeshKey.generate()

@@ -15,9 +15,9 @@ from sparkle_mesh import limits
 from sparkle_mesh.environment import IDENTITY_NAME
 from sparkle_mesh.errors import UsageError
 from sparkle_mesh.fabric.identity import Identity, load_or_create_identity
+from sparkle_mesh.membership.events import PeerRefused
 from sparkle_mesh.membership.invite import Invite
 from sparkle_mesh.membership.keys import MeshKey
-from sparkle_mesh.membership.service import PeerRefused
 from sparkle_mesh.node import MeshNode, NodeConfig, NodeEvent, open_node
 
 KEY = MeshKey.generate()

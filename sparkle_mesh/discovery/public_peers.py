@@ -7,7 +7,7 @@ from collections import Counter
 from sparkle_mesh.fabric.interface import PeerId
 
 
-class Strangers:
+class PublicPeers:
     """Those of the public DHT, bootstrap peers, relays: nobody asks them for a mesh's proof, or lets them go for it."""
 
     def __init__(self) -> None:
