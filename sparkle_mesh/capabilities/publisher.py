@@ -131,7 +131,7 @@ class Publisher:
         self.sequence = max(above + 1, int(self._clock.wall_time() * 1000))
         self._record = record
         self._signed = sign_record(record, self._identity, self._secrets, sequence=self.sequence, entropy=self._entropy)
-        keys = index_keys(self._identity.peer_id, record, self._secrets)
+        keys = index_keys(record, self._secrets)
         if keys != self._keys:
             self._keys, self._looked_at = keys, float("-inf")
 

@@ -78,7 +78,7 @@ class MembershipService(MembershipViews):
     settle_s
         How long those who want to form a mesh must have been the same before this process proposes it.
     heard
-        Called with ``(peer id, addresses, source)`` for peers that others tell of.
+        Called with ``(peer id, addresses, source, role)`` for peers that others tell of.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class MembershipService(MembershipViews):
         max_silence_s: float = limits.SUSPICION_CEILING_S,
         settle_s: float = limits.VIEW_SETTLE_S,
         software: str = "",
-        heard: Callable[[PeerId, Sequence[Address], str], None],
+        heard: Callable[[PeerId, Sequence[Address], str, str], None],
         entropy: Entropy = SYSTEM_ENTROPY,
     ) -> None:
         member = Member(peer_id=fabric.peer_id, incarnation=incarnation)
@@ -192,8 +192,17 @@ class MembershipService(MembershipViews):
                 for channel in list(self._channels.values()):
                     nursery.start_soon(self._farewell, channel, reason)
 
-    async def _farewell(self, channel: PeerChannel, reason: str) -> None:
-        channel.send(Leave(reason=reason))
+    def spare(self, peer_id: PeerId) -> None:
+        """Let ``peer_id`` go, because there are enough others: they are named to it, so that it finds them."""
+        channel = self._channels.get(peer_id)
+        if channel is not None and not channel.stays and not self._leaving:
+            channel.stays = channel.graceful = True
+            channel.gone_reason = "there are enough others"
+            self._name_others(channel)
+            self._start_soon(self._farewell, channel, "it has enough peers", True)
+
+    async def _farewell(self, channel: PeerChannel, reason: str, stays: bool = False) -> None:
+        channel.send(Leave(reason=reason, stays=stays))
         await channel.finish()
         channel.drop("this process left")
 
@@ -348,18 +357,12 @@ class MembershipService(MembershipViews):
         self._carry_out(self._formation.candidate_went(channel.peer_id, now=now))
         if not self._leaving:
             self._start_soon(self._miss, channel.introduction.member, reason, channel.graceful)
-        self._events.send(PeerGone(channel.peer_id, reason, channel.graceful))
+        self._events.send(PeerGone(channel.peer_id, reason, channel.graceful, channel.stays))
 
     def _welcome(self, channel: PeerChannel) -> None:
         introduction, now = channel.introduction, trio.current_time()
-        others = [
-            PeerAddress(peer_id=other.peer_id, addresses=other.introduction.addresses)
-            for other in self._channels.values()
-            if other is not channel and other.introduction.addresses
-        ]
-        for start in range(0, len(others), limits.PEER_EXCHANGE_MAX_COUNT):
-            channel.send(PeerExchange(peers=tuple(others[start : start + limits.PEER_EXCHANGE_MAX_COUNT])))
-        self._heard(channel.peer_id, introduction.addresses, "introduction")
+        self._name_others(channel)
+        self._heard(channel.peer_id, introduction.addresses, "introduction", introduction.role)
         self._events.send(PeerAdmitted(channel.peer_id, introduction))
         if introduction.role == "trainer":
             candidate = Candidate(introduction.member, introduction.host_id, introduction.min_peers)
@@ -370,6 +373,20 @@ class MembershipService(MembershipViews):
                 self._tell_of_merger(introduction.member)
         else:
             self._carry_out(self._formation.watcher_came(channel.peer_id, now=now))
+
+    def _name_others(self, channel: PeerChannel) -> None:
+        """Tell the peer of others: to a trainer all trainers, which it needs, and some of the rest, drawn by lot."""
+        others = [other for other in self._channels.values() if other is not channel and other.introduction.addresses]
+        others.sort(key=lambda other: self._entropy.uniform(0.0, 1.0))
+        is_to_trainer = channel.introduction.role == "trainer"
+        needed = [other for other in others if is_to_trainer and other.introduction.role == "trainer"]
+        rest = [other for other in others if other not in needed]
+        named = [
+            PeerAddress(other.peer_id, other.introduction.addresses, other.introduction.role)
+            for other in (*needed, *rest[: limits.PEER_EXCHANGE_SAMPLE_COUNT])
+        ]
+        for start in range(0, len(named), limits.PEER_EXCHANGE_MAX_COUNT):
+            channel.send(PeerExchange(peers=tuple(named[start : start + limits.PEER_EXCHANGE_MAX_COUNT])))
 
     async def _write(self, channel: PeerChannel) -> None:
         try:
@@ -391,9 +408,10 @@ class MembershipService(MembershipViews):
                 return
             self._heartbeat.heard(channel)
             match message:
-                case Leave(reason=reason):
-                    channel.graceful = True
-                    channel.gone_reason = "it left the mesh" + (f": {reason}" if reason else "")
+                case Leave(reason=reason, stays=stays):
+                    channel.graceful, channel.stays = True, stays
+                    what = "it let this connection go" if stays else "it left the mesh"
+                    channel.gone_reason = what + (f": {reason}" if reason else "")
                     return
                 case Leaving():
                     if self._succession is not None:
@@ -405,7 +423,7 @@ class MembershipService(MembershipViews):
                     channel.ponged(probe, now=channel.last_heard)
                 case PeerExchange(peers=peers):
                     for peer in peers:
-                        self._heard(peer.peer_id, peer.addresses, "exchange")
+                        self._heard(peer.peer_id, peer.addresses, "exchange", peer.role)
                 case Prepare() | Promise() | Accept() | Accepted() | Declined() | Chosen():
                     self._agree(channel, message)
                 case Meeting() | Merger():
