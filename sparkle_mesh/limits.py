@@ -154,13 +154,13 @@ VIEWS_REMEMBERED_MAX_COUNT = 8
 # Lives of processes that are believed to be over.
 MEMBERS_SUSPECTED_MAX_COUNT = 4 * MESH_MEMBERS_MAX_COUNT
 PING_INTERVAL_S = 2.0
-# Nobody waits for a node: it is asked seldom, and may be silent for longer.
+# Nobody waits for a node.
 NODE_PING_INTERVAL_S = 30.0
 NODE_SILENCE_TIMEOUT_S = 120.0
+NODE_LOOK_INTERVAL_S = 5.0
 # Of a larger mesh only so many are asked at a time, so that the load of a process does not grow with it.
 PINGS_AT_ONCE_MAX_COUNT = 32
-# A member that compiles or loads may hold the interpreter for long; one that died is noticed by its closed connection.
-# So long a member may be silent; and longer, up to the ceiling, if it has been before.
+# A member that compiles may hold the interpreter for long; it may be silent for longer, up to the ceiling, if it was.
 SUSPICION_FLOOR_S = 12.0
 SUSPICION_CEILING_S = 30.0
 # The least that a user may set as the ceiling.

@@ -111,11 +111,14 @@ class CapabilityService:
     def admitted(
         self, peer_id: PeerId, addresses: Iterable[Address], role: Literal["", "node", "trainer"] = ""
     ) -> None:
-        """``peer_id`` has proven that it is of the mesh."""
-        remote_address, known = self._fabric.remote_address(peer_id), peer_id in self._table
+        """``peer_id`` has proven that it is of the mesh, or answered as only one of the mesh can."""
+        known, remote_address = peer_id in self._table, self._fabric.remote_address(peer_id)
         self._table.answered(peer_id, addresses, trio.current_time(), remote_address=remote_address, role=role)
-        if known:
-            return
+        if not known and peer_id in self._table:
+            self._is_new(peer_id)
+
+    def _is_new(self, peer_id: PeerId) -> None:
+        """``peer_id`` has come into the table: it may be one to hold records, or lead to others that are near."""
         if any(self._is_among(peer_id, key, limits.CAPABILITY_HOLDERS_COUNT) for key in self._publisher.keys):
             self._publisher.hurry()
         if self._is_among(peer_id, key_of_peer(self._fabric.peer_id), limits.NODE_DEGREE_NEAR_COUNT):
@@ -204,7 +207,11 @@ class CapabilityService:
 
     def _answer(self, question: Question, sender: PeerId) -> Answer:
         self._used(sender)
-        return self._answers.answer(question, sender, self._fabric.remote_address(sender), trio.current_time())
+        known = sender in self._table
+        answer = self._answers.answer(question, sender, self._fabric.remote_address(sender), trio.current_time())
+        if not known and sender in self._table:
+            self._is_new(sender)
+        return answer
 
     async def _ask(self, peer: PeerAddress, question: Question) -> Answer:
         try:
@@ -213,8 +220,7 @@ class CapabilityService:
             self._table.failed(peer.peer_id)
             raise
         self._used(peer.peer_id)
-        remote_address = self._fabric.remote_address(peer.peer_id)
-        self._table.answered(peer.peer_id, peer.addresses, trio.current_time(), remote_address=remote_address)
+        self.admitted(peer.peer_id, peer.addresses)
         return answer
 
     async def _ask_holder(self, peer: PeerAddress, question: Question) -> Answer:

@@ -2,13 +2,13 @@
 
 Trainers need connections to each other, all of them: their views do. Nodes need no more than that the graph hangs
 together, that nobody can cut one of them off, and that the DHT works. So a node dials whoever it hears of until it has
-``limits.NODE_DEGREE_TARGET_COUNT`` connections, and lets some go beyond ``limits.NODE_DEGREE_MAX_COUNT``. It keeps
+``limits.NODE_DEGREE_TARGET_COUNT`` connections, and lets some go beyond ``limits.NODE_DEGREE_MAX_COUNT``, not counting
+those with which records are renewed: to make them anew each time would cost more. It keeps
 
 - those that its user has named;
 - those that are closest to it in the space of keys: through them halves of a mesh that meet find all of each other;
 - some that it has chosen itself, at random, and the oldest of those that came to it: whoever comes later, with
-  however many names, displaces none of them;
-- those with which records are renewed.
+  however many names, displaces none of them.
 
 Of the rest goes who is of the most crowded public network, then who came last. A trainer keeps connections to a few
 nodes, those of its own host first. Whoever is let go is told of others before.
@@ -207,32 +207,38 @@ class Degree:
         return (neighbour.role == _TRAINER) != self._is_trainer
 
     def _done_with(self, now: float) -> list[PeerId]:
-        """Return those that were connected to be asked, and were not for a while, beyond what is aimed at."""
+        """Return those that this process has connected to, and that have served their purpose.
+
+        Who was to be asked something, and was not for a while, if there are as many as is aimed at; who was chosen
+        when there were none yet, if there are more than are accepted.
+        """
         nodes = self._nodes()
         kept = self._kept(nodes, now)
         idle = [
             neighbour
             for neighbour in nodes
-            if neighbour.asked
+            if (neighbour.asked or neighbour.chosen)
             and neighbour.introduced
             and neighbour.peer_id not in kept
             and now - max(neighbour.used_at, neighbour.since) >= limits.DEGREE_IDLE_S
         ]
-        idle.sort(key=lambda neighbour: neighbour.used_at)
-        room = max(len(self._neighbours) - limits.NODE_DEGREE_TARGET_COUNT, 0)
-        return [neighbour.peer_id for neighbour in idle[:room]]
+        idle.sort(key=lambda neighbour: (neighbour.chosen, neighbour.used_at))
+        spare, excess = (
+            len(self._neighbours) - bound for bound in (limits.NODE_DEGREE_TARGET_COUNT, limits.NODE_DEGREE_MAX_COUNT)
+        )
+        return [n.peer_id for count, n in enumerate(idle) if count < (excess if n.chosen else spare)]
 
     def _beyond(self, among: list[Neighbour], max_count: int, now: float) -> list[PeerId]:
-        """Return who is to go so that ``max_count`` are left, or those that are kept."""
-        excess = len(among) - max_count
-        if excess <= 0:
+        """Return who is to go so that ``max_count`` are left that are not busy, or those that are kept."""
+        excess = sum(not neighbour.is_busy(now) for neighbour in among) - max_count
+        over = len(among) - max_count - limits.NODE_DEGREE_BUSY_MAX_COUNT
+        if excess <= 0 and over <= 0:
             return []
         kept = self._kept(among, now)
         crowds = Counter(neighbour.network for neighbour in among if neighbour.network is not None)
         ripe = [n for n in among if n.introduced and now - n.since >= limits.DEGREE_GRACE_S]
         ripe.sort(key=lambda n: (crowds[n.network] if n.network else 0, n.asked, n.since), reverse=True)
-        loose = [n.peer_id for n in ripe if n.peer_id not in kept][:excess]
-        over = len(among) - limits.NODE_DEGREE_BUSY_MAX_COUNT
+        loose = [n.peer_id for n in ripe if n.peer_id not in kept][: max(excess, 0)]
         if over > len(loose):
             loose += [n.peer_id for n in ripe if n.peer_id in kept and not n.configured][: over - len(loose)]
         return loose

@@ -265,8 +265,9 @@ class Directory:
 
     def dial_succeeded(self, peer_id: PeerId, now: float, *, remote_address: Address | None = None) -> None:
         """The dial of ``peer_id`` ended and a connection stands."""
-        self._dial_ended(peer_id)
+        # In this order: it was dialed for its own sake.
         self.connected(peer_id, now, remote_address=remote_address)
+        self._dial_ended(peer_id)
 
     def dial_failed(self, peer_id: PeerId, now: float, reason: str) -> None:
         """The dial of ``peer_id`` ended without a connection."""

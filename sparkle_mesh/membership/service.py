@@ -377,10 +377,11 @@ class MembershipService(MembershipViews):
     def _name_others(self, channel: PeerChannel) -> None:
         """Tell the peer of others: to a trainer all trainers, which it needs, and some of the rest, drawn by lot."""
         others = [other for other in self._channels.values() if other is not channel and other.introduction.addresses]
-        others.sort(key=lambda other: self._entropy.uniform(0.0, 1.0))
         is_to_trainer = channel.introduction.role == "trainer"
         needed = [other for other in others if is_to_trainer and other.introduction.role == "trainer"]
         rest = [other for other in others if other not in needed]
+        if len(rest) > limits.PEER_EXCHANGE_SAMPLE_COUNT:
+            rest.sort(key=lambda other: self._entropy.uniform(0.0, 1.0))
         named = [
             PeerAddress(other.peer_id, other.introduction.addresses, other.introduction.role)
             for other in (*needed, *rest[: limits.PEER_EXCHANGE_SAMPLE_COUNT])
