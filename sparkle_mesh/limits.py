@@ -222,7 +222,7 @@ CAPABILITY_LIFETIME_S = 52.0
 CAPABILITY_LIFETIME_MAX_S = 600.0
 CAPABILITY_RENEW_S = 20.0
 # How often its holders are looked for anew, beside whenever one comes that is closer to its keys.
-CAPABILITY_REPUBLISH_S = 300.0
+CAPABILITY_REPUBLISH_S = 600.0
 # When newcomers come, once for all of them.
 CAPABILITY_SETTLE_S = 0.5
 CAPABILITY_HOLDERS_COUNT = 8
@@ -276,7 +276,7 @@ DISCOVERY_CACHED_FAILURES_COUNT = 3
 DISCOVERY_EVENTS_RETRY_S = 1.0
 # Connections that a node aims at and accepts, to other nodes; those that are kept whoever comes; see degree.py.
 NODE_DEGREE_TARGET_COUNT = 10
-NODE_DEGREE_MAX_COUNT = 20
+NODE_DEGREE_MAX_COUNT = 16
 NODE_DEGREE_BUSY_MAX_COUNT = 512
 NODE_DEGREE_NEAR_COUNT = 4
 NODE_DEGREE_CHOSEN_COUNT = 4

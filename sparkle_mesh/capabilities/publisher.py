@@ -119,7 +119,8 @@ class Publisher:
         if record != self._record or self._signed is None:
             self._sign(record, self.sequence)
         now = trio.current_time()
-        if now - self._looked_at >= limits.CAPABILITY_REPUBLISH_S:
+        # Not all at once that have started together.
+        if now - self._looked_at >= limits.CAPABILITY_REPUBLISH_S * self._entropy.uniform(0.75, 1.25):
             self._looked_at = now
             await self._look_for_holders()
         async with trio.open_nursery() as nursery:
