@@ -4,7 +4,8 @@
 
 The nodes are started one after the other, each with the address of one random other. Then it is measured
 
-- how long after the last one said that it listens all are one mesh, and every one finds every other's devices;
+- how long after the last one said that it listens all are one mesh (from each a way leads to each other one, over
+  however many others), and every one finds every other's devices;
 - what each costs when nothing happens: CPU time, memory, and bytes sent a minute (what passes over the loopback
   interface, headers included; told only with root, in a network namespace of its own);
 - after some are killed, how long a search for devices takes, and when the killed are gone from its answers.
@@ -97,6 +98,12 @@ class Nodes:
         """Return whose devices a node finds."""
         return {one["peer_id"] for one in self.ask(number, "devices", "--kind", "cpu")}
 
+    def is_one_mesh(self) -> bool:
+        """Whether from each node a way leads to each other one."""
+        return _hangs_together(
+            {one: {p["peer_id"] for p in self.ask(n, "peers")} for n, one in enumerate(self.peer_ids)}
+        )
+
     def kill(self, number: int) -> None:
         self.processes[number].kill()
         self.processes[number].wait()
@@ -107,6 +114,14 @@ class Nodes:
             process.kill()
         for process in self.processes:
             process.wait()
+
+
+def _hangs_together(graph: dict[str, set[str]]) -> bool:
+    """Whether all of a graph can be reached from one of it; given who is connected to whom, from both ends."""
+    left, edge = dict(graph), [next(iter(graph))]
+    while edge:
+        edge.extend(left.pop(edge.pop(), ()))
+    return not left
 
 
 def _event(log: Path, name: str) -> dict[str, Any] | None:
@@ -161,11 +176,7 @@ def measure(options: argparse.Namespace, say: Any) -> dict[str, Any]:
         say("waiting until they are one mesh")
         everyone = set(nodes.peer_ids)
         figures: dict[str, Any] = {"nodes": count}
-        figures["one_mesh_s"] = _until(
-            "forming one mesh",
-            lambda: all(nodes.ask(number, "status")["peer_count"] == count - 1 for number in range(count)),
-            options.timeout,
-        )
+        figures["one_mesh_s"] = _until("forming one mesh", nodes.is_one_mesh, options.timeout)
         figures["all_found_s"] = figures["one_mesh_s"] + _until(
             "finding every device", lambda: all(nodes.found_by(n) == everyone for n in range(count)), options.timeout
         )
@@ -174,6 +185,8 @@ def measure(options: argparse.Namespace, say: Any) -> dict[str, Any]:
         time.sleep(options.idle)
         minutes = (time.monotonic() - started) / 60
         after = _costs(nodes)
+        degrees = [nodes.ask(number, "status")["peer_count"] for number in range(count)]
+        figures["connections"], figures["connections_worst"] = statistics.median(degrees), max(degrees)
         pairs = zip(after, before, strict=True)
         figures["cpu_s_per_min"] = statistics.median((later[0] - earlier[0]) / minutes for later, earlier in pairs)
         figures["memory_mb"] = statistics.median(memory / 1e6 for _, memory in after)

@@ -233,7 +233,7 @@ class World:
                     min_peers=min_peers,
                     settle_s=limits.REJOIN_SETTLE_S if min_peers == 1 else limits.VIEW_SETTLE_S,
                     public=True,
-                    heard=lambda peer_id, addresses, source: None,
+                    heard=lambda peer_id, addresses, source, role: None,
                     entropy=entropy,
                 )
                 node = Node(name, fabric, service, scope, min_peers)

@@ -185,8 +185,7 @@ REVOCATION_FILE_MAX_BYTES = 40 * KIB
 # Tries to open a mesh stream, and the pause after the first; each later one is twice as long.
 MESH_STREAM_ATTEMPTS_COUNT = 4
 MESH_STREAM_RETRY_S = 0.25
-# How long the set of candidates must stay as it is before a first view is proposed, and how much longer
-# each next-lowest candidate waits before it steps in for a silent proposer.
+# How long candidates must stay the same before a first view is proposed; how much longer the next-lowest waits.
 VIEW_SETTLE_S = 0.3
 # The same for one that was a member before: there is a mesh, most likely, that it has to find first.
 REJOIN_SETTLE_S = 3.0
@@ -199,7 +198,7 @@ VIEW_CHANGE_STAGGER_S = 0.5
 VIEW_CHANGE_TIMEOUT_S = 1.5
 VIEW_CHANGE_TIMEOUT_MAX_S = 24.0
 VIEW_CHANGE_RETRY_S = 0.1
-# When a newcomer that the last view has left out, because not all members are connected to it, is a reason for another.
+# When a newcomer that the last view has left out is a reason for another.
 JOINER_RETRY_S = 1.0
 # How long so few members may be left that they cannot decide, until that is told.
 QUORUM_MISSING_S = 5.0
@@ -208,13 +207,13 @@ VIEWS_REMEMBERED_MAX_COUNT = 8
 # Lives of processes that are believed to be over.
 MEMBERS_SUSPECTED_MAX_COUNT = 4 * MESH_MEMBERS_MAX_COUNT
 PING_INTERVAL_S = 2.0
-# Nobody waits for a node: it is asked seldom, and may be silent for longer.
+# Nobody waits for a node.
 NODE_PING_INTERVAL_S = 30.0
 NODE_SILENCE_TIMEOUT_S = 120.0
+NODE_LOOK_INTERVAL_S = 5.0
 # Of a larger mesh only so many are asked at a time, so that the load of a process does not grow with it.
 PINGS_AT_ONCE_MAX_COUNT = 32
-# A member that compiles or loads may hold the interpreter for long; one that died is noticed by its closed connection.
-# So long a member may be silent; and longer, up to the ceiling, if it has been before.
+# A member that compiles may hold the interpreter for long; it may be silent for longer, up to the ceiling, if it was.
 SUSPICION_FLOOR_S = 12.0
 SUSPICION_CEILING_S = 30.0
 # The least that a user may set as the ceiling.
@@ -223,8 +222,7 @@ SUSPICION_LOOK_INTERVAL_S = 0.5
 SILENCES_REMEMBERED_MAX_COUNT = 32
 # When a connection is dropped on which nothing comes.
 SILENCE_TIMEOUT_S = 60.0
-# How long a member whose one connection has ended has to show that it is there: its data link may stand, or it is
-# reached again.
+# How long a member whose one connection has ended has to show that it is there, by its data link or another one.
 RECONNECT_GRACE_S = 2.0
 # How long a member has to answer when its data link has ended.
 LINK_PROBE_S = 2.0
@@ -233,8 +231,7 @@ LEAVE_TIMEOUT_S = 3.0
 # How long the members of a view have to connect to each other.
 VIEW_ENTRY_TIMEOUT_S = 15.0
 VIEW_CHANGES_MAX_COUNT = 1024
-# How long synchronising members wait for a view with those who want to join, and how long they leave it after that
-# came to nothing.
+# How long synchronising members wait for a view with newcomers, and leave it after that came to nothing.
 ADMISSION_TIMEOUT_S = 3.0
 ADMISSION_PAUSE_S = 10.0
 # What is verified and sent at a time of a training state.
@@ -256,15 +253,16 @@ BAN_MAX_S = 86400.0
 BANS_MAX_COUNT = 4096
 MESH_OUTBOX_MAX_COUNT = 4096
 PEER_EXCHANGE_MAX_COUNT = 64
+PEER_EXCHANGE_SAMPLE_COUNT = 20
+# How soon trainers look for others in the DHT; then after twice as long each time.
+TRAINERS_LOOK_MIN_S = 2.0
+TRAINERS_LOOK_MAX_S = 120.0
 LINK_METRICS_MAX_COUNT = 4096
 OPERATIONS_PER_PROMISE_MAX_COUNT = 2048
 # Of these, such as have begun in the epoch; others have ended with an earlier one, and are named for who comes later.
 OPERATIONS_OPEN_MAX_COUNT = 1536
-# A member whose control stream ended may have its last data still in flight: wait this long for the
-# end of its data link before calling operations off.
-LINK_DRAIN_S = 1.0
 VIEWS_ELSEWHERE_MAX_COUNT = 64
-# How often a mesh asks another of its name that it has met which of them goes on, until it knows.
+# How often a mesh asks another of its name which of them goes on.
 MEETING_INTERVAL_S = 1.0
 # Of peers that are known, with which to begin when a process joins again.
 REJOIN_ADDRESSES_MAX_COUNT = 64
@@ -277,7 +275,7 @@ CAPABILITY_LIFETIME_S = 52.0
 CAPABILITY_LIFETIME_MAX_S = 600.0
 CAPABILITY_RENEW_S = 20.0
 # How often its holders are looked for anew, beside whenever one comes that is closer to its keys.
-CAPABILITY_REPUBLISH_S = 180.0
+CAPABILITY_REPUBLISH_S = 600.0
 # When newcomers come, once for all of them.
 CAPABILITY_SETTLE_S = 0.5
 CAPABILITY_HOLDERS_COUNT = 8
@@ -325,17 +323,38 @@ DISCOVERY_FRESH_RETRY_S = 2.0
 # A connection that ends sooner counts as a failed dial.
 DISCOVERY_STABLE_CONNECTION_S = 5.0
 DISCOVERY_FORGET_S = 600.0
+DISCOVERY_TIDY_S = 1.0
 DISCOVERY_FORGET_FAILURES_COUNT = 8
 DISCOVERY_CACHED_FAILURES_COUNT = 3
 DISCOVERY_EVENTS_RETRY_S = 1.0
+# Connections that a node aims at and accepts, to other nodes; those that are kept whoever comes; see degree.py.
+NODE_DEGREE_TARGET_COUNT = 10
+NODE_DEGREE_MAX_COUNT = 16
+NODE_DEGREE_BUSY_MAX_COUNT = 512
+NODE_DEGREE_NEAR_COUNT = 4
+NODE_DEGREE_CHOSEN_COUNT = 4
+NODE_DEGREE_INBOUND_COUNT = 4
+NODE_DEGREE_TRAINERS_MAX_COUNT = 32
+TRAINER_NODES_TARGET_COUNT = 4
+TRAINER_NODES_MAX_COUNT = 10
+# Since its last use a connection is busy, and then done with; so long who came last is not let go.
+DEGREE_BUSY_S = 60.0
+DEGREE_IDLE_S = 90.0
+DEGREE_GRACE_S = 15.0
+DEGREE_LOOK_S = 5.0
+# After how long one that had enough peers is tried again; and by a process that has nobody else.
+SPARED_BACKOFF_S = 300.0
+SPARED_ALONE_BACKOFF_S = 10.0
 # The table of whom to ask: peers in each range of distance, and of one network in one and in all.
 ROUTING_BUCKET_MAX_COUNT = 20
 ROUTING_NETWORK_BUCKET_MAX_COUNT = 4
 ROUTING_NETWORK_MAX_COUNT = 16
 ROUTING_FAILURES_MAX_COUNT = 2
-ROUTING_REFRESH_S = 120.0
-# One lookup: its time, peers asked at once and in all, names taken from each, and after how long the next one is
-# asked beside one that has not answered.
+ROUTING_REFRESH_S = 600.0
+# When one comes that is near, there may be more: the pause before one looks, and until one looks again.
+ROUTING_NEAR_SETTLE_S = 2.0
+ROUTING_NEAR_PAUSE_S = 30.0
+# One lookup: its time, peers asked at once and in all, names taken from each, and when the next is asked beside one.
 LOOKUP_TIMEOUT_S = 4.0
 LOOKUP_PARALLEL_COUNT = 4
 LOOKUP_PEERS_MAX_COUNT = 64
@@ -413,10 +432,8 @@ REGISTRY_MESHES_MAX_COUNT = 16
 REGISTRY_POLL_S = 0.25
 REGISTRY_POLL_FAST_S = 15.0
 REGISTRY_POLL_SLOW_S = 1.0
-# Whether processes still live, and whether this one's addresses changed, is looked at now and then.
 REGISTRY_CHECK_S = 10.0
-# Entries of processes that cannot be seen from here (another host on a shared disk) are left alone until
-# they are this old; living ones are renewed more often.
+# Entries of processes that cannot be seen from here are left alone until they are so old; the living renew theirs.
 REGISTRY_FOREIGN_MAX_AGE_S = 24 * 3600.0
 REGISTRY_RENEW_S = 3600.0
 # A process's start time as two readers see it may differ by this much (adjusted clocks).
@@ -447,8 +464,7 @@ COLLECTIVE_EAGER_MAX_BYTES = 64 * KIB
 COLLECTIVE_OPERATIONS_AHEAD_MAX_COUNT = 1024
 # How often a callback for progress is called.
 PROGRESS_INTERVAL_S = 0.05
-# Operations of a group in flight at a time; further calls wait. And of those that ranks may make in any order, with
-# tags or between two: more of them could wait for each other.
+# Operations of a group in flight; further calls wait. Of those in any order (tags, two ranks) more could deadlock.
 COLLECTIVE_IN_FLIGHT_MAX_COUNT = 32
 COLLECTIVE_UNORDERED_MAX_COUNT = 1024
 # Tags, and pairs of ranks that send to each other with each of them.
@@ -541,7 +557,6 @@ OUTPUT_FLUSH_TIMEOUT_S = 2.0
 # --- Relations -----------------------------------------------------------------------------------
 assert LINK_HEADER_MAX_BYTES + LINK_INLINE_PAYLOAD_MAX_BYTES < RECORD_MAX_BYTES < 2**24
 assert LINK_INLINE_PAYLOAD_MAX_BYTES < LINK_STRIPE_BYTES <= RECORD_MAX_BYTES
-assert COLLECTIVE_PART_BYTES % LINK_STRIPE_BYTES == 0
 assert LINK_DIAL_TIMEOUT_S + LINK_WELCOME_TIMEOUT_S < LINK_HANDSHAKE_TIMEOUT_S
 assert LINK_PENDING_PER_PEER_MAX_COUNT < LINK_PENDING_MAX_COUNT
 assert MESH_MEMBERS_MAX_COUNT < LINK_PENDING_MAX_COUNT
@@ -550,7 +565,7 @@ assert LINK_STREAM_WINDOW_BYTES * CONNECTIONS_PER_PEER_MAX_COUNT < UNREAD_BYTES_
 assert CONNECTIONS_MAX_COUNT < FABRIC_EVENTS_MAX_COUNT
 assert UPGRADE_TIMEOUT_S < DIAL_TIMEOUT_S
 assert COLLECTIVE_PART_BYTES <= RECORD_MAX_BYTES
-assert COLLECTIVE_PART_BYTES % 64 == 0
+assert COLLECTIVE_PART_BYTES % 64 == COLLECTIVE_PART_BYTES % LINK_STRIPE_BYTES == 0
 assert COLLECTIVE_EAGER_MAX_BYTES <= COLLECTIVE_SEGMENT_MIN_BYTES <= COLLECTIVE_SEGMENT_BYTES
 assert COLLECTIVE_IN_FLIGHT_MAX_COUNT <= COLLECTIVE_UNORDERED_MAX_COUNT <= COLLECTIVE_OPERATIONS_AHEAD_MAX_COUNT
 assert 2 * (COLLECTIVE_IN_FLIGHT_MAX_COUNT + COLLECTIVE_UNORDERED_MAX_COUNT) < COLLECTIVE_OUTBOX_MAX_COUNT
@@ -579,4 +594,7 @@ assert BEACON_START_TIMES_S[-1] < BEACON_NEWCOMER_S < BEACON_INTERVAL_S
 assert CERTIFICATE_LIFETIME_S <= CERTIFICATE_LIFETIME_MAX_S
 assert REVOKED_PEERS_MAX_COUNT * (PEER_ID_MAX_CHARS + 2) + 1 * KIB < REVOCATIONS_MAX_BYTES < REVOCATION_FILE_MAX_BYTES
 assert REVOCATIONS_MAX_BYTES * 2 < CONTROL_MESSAGE_MAX_BYTES
+assert NODE_DEGREE_TARGET_COUNT < NODE_DEGREE_MAX_COUNT <= PEER_EXCHANGE_SAMPLE_COUNT < PEER_EXCHANGE_MAX_COUNT
+assert NODE_DEGREE_MAX_COUNT < NODE_DEGREE_BUSY_MAX_COUNT < CONNECTIONS_MAX_COUNT
+assert CAPABILITY_RENEW_S * 2 < DEGREE_BUSY_S < DEGREE_IDLE_S < SPARED_BACKOFF_S
 assert REGISTRY_RENEW_S * 2 < REGISTRY_FOREIGN_MAX_AGE_S

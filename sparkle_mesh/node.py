@@ -151,6 +151,7 @@ class MeshNode:
         self.config = config
         self.fabric = fabric
         self.secrets = MeshSecrets(config.mesh, config.key)
+        self._host_id = host_id()
         incarnation = config.entropy.token(16)
         public_peers = PublicPeers()
         self.discovery = DiscoveryService(
@@ -163,6 +164,7 @@ class MeshNode:
             known=config.known,
             lan=config.lan,
             public_peers=public_peers,
+            let_go=self._spare,
             entropy=config.entropy,
         )
         self._revocation_file = RevocationFile(config.data_dir, self.secrets.tag, entropy=config.entropy)
@@ -176,7 +178,7 @@ class MeshNode:
             fabric,
             self.secrets,
             role=config.role,
-            host_id=host_id(),
+            host_id=self._host_id,
             incarnation=incarnation,
             min_peers=config.min_peers,
             public=config.public,
@@ -195,10 +197,11 @@ class MeshNode:
             fabric,
             config.identity,
             self.secrets,
-            host_id=host_id(),
+            host_id=self._host_id,
             role=config.role,
             software=f"sparkle-mesh {__version__}",
             heard=self.discovery.heard,
+            used=self.discovery.used,
             offended=self.membership.offended,
             welcome=self.membership.is_welcome,
             entropy=config.entropy,
@@ -259,24 +262,46 @@ class MeshNode:
                 await nursery.start(self.discovery.run)
                 if self._reach is not None:
                     await nursery.start(self._reach.run)
+                if self.config.role == "trainer":
+                    nursery.start_soon(self._look_for_trainers)
                 task_status.started()
                 async for event in events:
-                    match event:
-                        case PeerRefused(peer_id):
-                            self.discovery.refused(peer_id)
-                        case PeerAdmitted(peer_id, introduction):
-                            self.capabilities.admitted(peer_id, introduction.addresses)
-                            self._presence.met(peer_id, introduction.addresses)
-                            if self._reach is not None:
-                                self._reach.admitted(peer_id)
-                        case PeerGone(peer_id, _, graceful):
-                            self.capabilities.gone(peer_id, for_good=graceful)
-                            self._presence.gone(peer_id)
+                    self._follow(event)
                 nursery.cancel_scope.cancel()
+
+    def _follow(self, event: MembershipEvent) -> None:
+        """Tell the other services what membership tells."""
+        match event:
+            case PeerRefused(peer_id):
+                self.discovery.refused(peer_id)
+            case PeerAdmitted(peer_id, introduction):
+                role, addresses = introduction.role, introduction.addresses
+                self.discovery.admitted(peer_id, role, same_host=introduction.host_id == self._host_id)
+                self.capabilities.admitted(peer_id, addresses, role)
+                self._presence.met(peer_id, addresses, role)
+                if self._reach is not None:
+                    self._reach.admitted(peer_id)
+            case PeerGone(peer_id, stays=True):
+                self.discovery.spared(peer_id)
+            case PeerGone(peer_id, _, graceful):
+                self.capabilities.gone(peer_id, for_good=graceful)
+                self._presence.gone(peer_id)
 
     def _moved(self) -> None:
         self._presence.moved()
         self.membership.moved()
+
+    def _spare(self, peer_id: PeerId) -> None:
+        self.membership.spare(peer_id)
+
+    async def _look_for_trainers(self) -> None:
+        """Find the trainers that no news tell of, in the DHT: soon at first, then now and then."""
+        pause_s = limits.TRAINERS_LOOK_MIN_S
+        while True:
+            await trio.sleep(pause_s * self.config.entropy.uniform(0.75, 1.25))
+            pause_s = min(2 * pause_s, limits.TRAINERS_LOOK_MAX_S)
+            for trainer in await self.capabilities.find_trainers():
+                self.discovery.heard(trainer.peer_id, trainer.addresses, "exchange", "trainer")
 
     async def _offer_devices(self) -> None:
         self._devices = await trio.to_thread.run_sync(detect_devices)

@@ -8,7 +8,7 @@ declared length asks for before the bytes are there. Unknown fields are ignored,
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Annotated, Any, TypeVar, overload
+from typing import Annotated, Any, Literal, TypeVar, overload
 
 import msgspec
 
@@ -33,10 +33,11 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 class PeerAddress(Message, array_like=True, frozen=True):
-    """A peer, and where it is said to listen."""
+    """A peer, where it is said to listen, and what it is, if that is known."""
 
     peer_id: PeerIdText
     addresses: AddressList
+    role: Literal["", "node", "trainer"] = ""
 
 
 _encoder = msgspec.msgpack.Encoder()

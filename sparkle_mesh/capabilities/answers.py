@@ -61,7 +61,7 @@ class Answers:
 
     def _found(self, question: Find, sender: PeerId, now: float) -> Found:
         routes = self._table.closest(question.key, limits.CAPABILITY_HOLDERS_COUNT, but=sender)
-        peers = tuple(PeerAddress(route.peer_id, route.addresses) for route in routes)
+        peers = tuple(PeerAddress(route.peer_id, route.addresses, route.role) for route in routes)
         records: list[HeldRecord] = []
         room = limits.KAD_ANSWER_RECORDS_MAX_BYTES
         for record, age_s in self._store.get(question.key, now) if question.records else ():

@@ -1,4 +1,4 @@
-"""What records are stored under: the publisher, and each kind of device with its range of memory."""
+"""What records are stored under: each kind of device with its range of memory; those of trainers also as such."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     # The command line reads what was found without the network stack.
     from sparkle_mesh.devices.detect import DeviceInfo
-    from sparkle_mesh.fabric.interface import PeerId
 
+#: Under which trainers are found.
+TRAINERS_LABEL = "trainers"
 _MEMORY_STEP_BITS = 2
 _MEMORY_UNIT_BITS = 30
 #: Of memory: below 1 GiB, below 4, 16, 64, 256 GiB, below 1 TiB, below 4 TiB, and all above.
@@ -27,12 +28,7 @@ def device_label(kind: str, range_number: int) -> str:
     return f"device {range_number} {kind}"
 
 
-def publisher_label(publisher: PeerId) -> str:
-    """Return the label that a publisher's own record is stored under."""
-    return f"publisher {publisher}"
-
-
-def index_labels(publisher: PeerId, devices: Iterable[DeviceInfo]) -> frozenset[str]:
+def index_labels(role: str, devices: Iterable[DeviceInfo]) -> frozenset[str]:
     """Return the labels under which a record is stored: no other is right for it."""
     labels = {device_label(device.kind, memory_range(device.memory_bytes)) for device in devices}
-    return frozenset({publisher_label(publisher), *labels})
+    return frozenset({TRAINERS_LABEL, *labels} if role == "trainer" else labels)

@@ -119,7 +119,8 @@ class Publisher:
         if record != self._record or self._signed is None:
             self._sign(record, self.sequence)
         now = trio.current_time()
-        if now - self._looked_at >= limits.CAPABILITY_REPUBLISH_S:
+        # Not all at once that have started together.
+        if now - self._looked_at >= limits.CAPABILITY_REPUBLISH_S * self._entropy.uniform(0.75, 1.25):
             self._looked_at = now
             await self._look_for_holders()
         async with trio.open_nursery() as nursery:
@@ -131,7 +132,7 @@ class Publisher:
         self.sequence = max(above + 1, int(self._clock.wall_time() * 1000))
         self._record = record
         self._signed = sign_record(record, self._identity, self._secrets, sequence=self.sequence, entropy=self._entropy)
-        keys = index_keys(self._identity.peer_id, record, self._secrets)
+        keys = index_keys(record, self._secrets)
         if keys != self._keys:
             self._keys, self._looked_at = keys, float("-inf")
 

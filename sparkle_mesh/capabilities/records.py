@@ -1,9 +1,9 @@
 """Capability records: what a machine offers, signed by who offers it and sealed for the mesh.
 
 A record is true of its publisher, whose peer id is the key that signs it; of two of one publisher the one with the
-higher sequence number holds. It is stored under its publisher's key and under one key for each kind of device and
-range of memory that it has (:func:`.labels.index_labels`), so that a search asks for those keys and no others. How
-fresh it is goes by its age since it was received, never by its publisher's clock.
+higher sequence number holds. It is stored under one key for each kind of device and range of memory that it has, and
+one more if its publisher is a trainer (:func:`.labels.index_labels`), so that a search asks for those keys and no
+others. How fresh it is goes by its age since it was received, never by its publisher's clock.
 """
 
 from __future__ import annotations
@@ -137,9 +137,9 @@ def open_record(signed: SignedRecord, secrets: Secrets) -> CapabilityRecord:
     return wire.decode(payload, CapabilityRecord, max_bytes=limits.CAPABILITY_RECORD_MAX_BYTES)
 
 
-def index_keys(publisher: PeerId, record: CapabilityRecord, secrets: Secrets) -> frozenset[bytes]:
+def index_keys(record: CapabilityRecord, secrets: Secrets) -> frozenset[bytes]:
     """Return the keys (32 bytes each) of :func:`.labels.index_labels`."""
-    return frozenset(secrets.locate(label) for label in index_labels(publisher, record.devices))
+    return frozenset(secrets.locate(label) for label in index_labels(record.role, record.devices))
 
 
 def open_filed(signed: SignedRecord, keys: Iterable[bytes], secrets: Secrets) -> CapabilityRecord:
@@ -151,7 +151,7 @@ def open_filed(signed: SignedRecord, keys: Iterable[bytes], secrets: Secrets) ->
         Also if it does not belong under one of them.
     """
     record = open_record(signed, secrets)
-    misfiled = set(keys) - index_keys(signed.publisher, record, secrets)
+    misfiled = set(keys) - index_keys(record, secrets)
     if misfiled:
         raise ProtocolError(
             f"a capability record of {signed.publisher} is filed under {len(misfiled)} keys that are not its own"

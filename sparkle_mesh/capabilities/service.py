@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
 import trio
 
 from sparkle_mesh import limits
 from sparkle_mesh.capabilities.answers import Answers
+from sparkle_mesh.capabilities.labels import TRAINERS_LABEL
 from sparkle_mesh.capabilities.messages import Answer, Find, Found, HeldRecord, Question
 from sparkle_mesh.capabilities.publisher import Publisher
 from sparkle_mesh.capabilities.records import CapabilityRecord, Secrets, SignedRecord, open_filed
@@ -47,7 +49,10 @@ class CapabilityService:
     welcome
         Whether a peer, which is connected, is answered: membership may have shut the door to it.
     heard
-        Takes a peer that was named in a lookup, where it is said to listen, and ``"exchange"``.
+        Takes a peer that was named in a lookup, where it is said to listen, ``"exchange"``, and its role if that is
+        known.
+    used
+        Takes a peer with which questions and answers are exchanged: the connection to it is of use.
     """
 
     def __init__(
@@ -59,14 +64,16 @@ class CapabilityService:
         host_id: bytes,
         role: str,
         software: str,
-        heard: Callable[[PeerId, Sequence[Address], str], object] = lambda *_: None,
+        heard: Callable[[PeerId, Sequence[Address], str, str], object] = lambda *_: None,
+        used: Callable[[PeerId], object] = lambda peer_id: None,
         offended: Callable[[PeerId], object] = lambda peer_id: None,
         welcome: Callable[[PeerId], bool] = lambda peer_id: True,
         entropy: Entropy = SYSTEM_ENTROPY,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._fabric, self._secrets, self._entropy = fabric, secrets, entropy
-        self._heard = heard
+        self._heard, self._used = heard, used
+        self._near_came = trio.Event()
         self._table = RoutingTable(fabric.peer_id)
         self._store = RecordStore(secrets)
         self._answers = Answers(self._table, self._store)
@@ -104,21 +111,28 @@ class CapabilityService:
         """Tell from now on that this machine has ``devices``."""
         self._publisher.offer(devices)
 
-    def admitted(self, peer_id: PeerId, addresses: Iterable[Address]) -> None:
-        """``peer_id`` has proven that it is of the mesh."""
-        remote_address = self._fabric.remote_address(peer_id)
-        known = peer_id in self._table
-        self._table.answered(peer_id, addresses, trio.current_time(), remote_address=remote_address)
-        if not known and any(self._is_to_hold(peer_id, key) for key in self._publisher.keys):
-            self._publisher.hurry()
+    def admitted(
+        self, peer_id: PeerId, addresses: Iterable[Address], role: Literal["", "node", "trainer"] = ""
+    ) -> None:
+        """``peer_id`` has proven that it is of the mesh, or answered as only one of the mesh can."""
+        known, remote_address = peer_id in self._table, self._fabric.remote_address(peer_id)
+        self._table.answered(peer_id, addresses, trio.current_time(), remote_address=remote_address, role=role)
+        if not known and peer_id in self._table:
+            self._is_new(peer_id)
 
-    def _is_to_hold(self, peer_id: PeerId, key: bytes) -> bool:
-        """Whether ``peer_id`` is among those that are to hold what is stored under ``key``."""
-        closest = self._table.closest(key, limits.CAPABILITY_HOLDERS_COUNT)
-        return any(route.peer_id == peer_id for route in closest)
+    def _is_new(self, peer_id: PeerId) -> None:
+        """``peer_id`` has come into the table: it may be one to hold records, or lead to others that are near."""
+        if any(self._is_among(peer_id, key, limits.CAPABILITY_HOLDERS_COUNT) for key in self._publisher.keys):
+            self._publisher.hurry()
+        if self._is_among(peer_id, key_of_peer(self._fabric.peer_id), limits.NODE_DEGREE_NEAR_COUNT):
+            self._near_came.set()
+
+    def _is_among(self, peer_id: PeerId, key: bytes, count: int) -> bool:
+        """Whether ``peer_id`` is among the ``count`` that are closest to ``key``, as far as is known."""
+        return any(route.peer_id == peer_id for route in self._table.closest(key, count))
 
     def gone(self, peer_id: PeerId, *, for_good: bool) -> None:
-        """``peer_id`` is no longer connected; ``for_good`` if it said that it leaves."""
+        """``peer_id`` is no longer connected, though nobody let it go; ``for_good`` if it said that it leaves."""
         self._table.gone(peer_id)
         if for_good:
             self._store.withdraw(peer_id)
@@ -148,6 +162,12 @@ class CapabilityService:
             records[self._fabric.peer_id] = FoundRecord(self._fabric.peer_id, self._publisher.sequence, own, 0.0)
         return choose_devices(records.values(), query)
 
+    async def find_trainers(self) -> list[PeerAddress]:
+        """Return the trainers of the mesh and where they listen, as they say themselves."""
+        records: dict[PeerId, FoundRecord] = {}
+        await self._find(self._secrets.locate(TRAINERS_LABEL), limits.LOOKUP_TIMEOUT_S, records)
+        return [PeerAddress(found.publisher, found.record.addresses, "trainer") for found in records.values()]
+
     # --- Running --------------------------------------------------------------------------------
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -174,16 +194,27 @@ class CapabilityService:
             await self._asker.close_idle(now)
 
     async def _refresh_forever(self) -> None:
-        """Look for this process's own neighbours, and in turn for those of some other place."""
+        """Look for this process's own neighbours, soon after one came; now and then for those of some other place."""
         while True:
-            await trio.sleep(limits.ROUTING_REFRESH_S * self._entropy.uniform(0.5, 1.5))
+            self._near_came = trio.Event()
+            with trio.move_on_after(limits.ROUTING_REFRESH_S * self._entropy.uniform(0.5, 1.5)) as timer:
+                await self._near_came.wait()
+                await trio.sleep(limits.ROUTING_NEAR_SETTLE_S * self._entropy.uniform(0.5, 1.5))
             await self._lookup(key_of_peer(self._fabric.peer_id))
-            await self._lookup(self._entropy.token(32))
+            if timer.cancelled_caught:
+                await self._lookup(self._entropy.token(32))
+            else:
+                await trio.sleep(limits.ROUTING_NEAR_PAUSE_S * self._entropy.uniform(0.5, 1.5))
 
     # --- Questions ------------------------------------------------------------------------------
 
     def _answer(self, question: Question, sender: PeerId) -> Answer:
-        return self._answers.answer(question, sender, self._fabric.remote_address(sender), trio.current_time())
+        self._used(sender)
+        known = sender in self._table
+        answer = self._answers.answer(question, sender, self._fabric.remote_address(sender), trio.current_time())
+        if not known and sender in self._table:
+            self._is_new(sender)
+        return answer
 
     async def _ask(self, peer: PeerAddress, question: Question) -> Answer:
         try:
@@ -191,8 +222,8 @@ class CapabilityService:
         except SparkleError:
             self._table.failed(peer.peer_id)
             raise
-        remote_address = self._fabric.remote_address(peer.peer_id)
-        self._table.answered(peer.peer_id, peer.addresses, trio.current_time(), remote_address=remote_address)
+        self._used(peer.peer_id)
+        self.admitted(peer.peer_id, peer.addresses)
         return answer
 
     async def _ask_holder(self, peer: PeerAddress, question: Question) -> Answer:
@@ -262,7 +293,7 @@ class CapabilityService:
                 remote_address = self._fabric.remote_address(peer.peer_id)
                 lookup.answered(peer.peer_id, answer.peers, remote_address=remote_address)
                 for one in answer.peers:
-                    self._heard(one.peer_id, one.addresses, "exchange")
+                    self._heard(one.peer_id, one.addresses, "exchange", one.role)
                 if records is not None:
                     records.extend((peer.peer_id, held) for held in answer.records)
             progress.set()

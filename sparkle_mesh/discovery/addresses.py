@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 from sparkle_mesh import limits
@@ -26,6 +27,7 @@ class Endpoint(NamedTuple):
     port: int
 
 
+@lru_cache(maxsize=4096)
 def parse_endpoint(address: Address) -> Endpoint | None:
     """Return where a ``/ip4/…/tcp/…`` (or ip6, dns) multiaddr leads; None if it is none that can be dialed."""
     parts = address.split("/")

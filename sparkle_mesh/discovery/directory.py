@@ -6,6 +6,8 @@ Everything told here is a hint until the dial proves it, and anybody on the netw
   source displaces its own. Connected, configured and just-dialed peers are never displaced.
 - Dials at once are bounded, and each source may occupy only some of them: made-up addresses that swallow
   packets until the timeout cannot starve the others.
+- Whom to be connected to at all, and how many, is :class:`.degree.Degree`'s to say; among equals it is drawn, so that
+  nobody gets dialed more for being told of more.
 - A failed dial is tried again with exponential backoff and jitter; a peer that refused (it is not of this
   mesh) is left alone for long.
 
@@ -24,6 +26,7 @@ from dataclasses import dataclass, field
 from sparkle_mesh import limits
 from sparkle_mesh.clock import Entropy
 from sparkle_mesh.discovery.addresses import dialable, is_loopback, is_peer_id_text
+from sparkle_mesh.discovery.degree import Degree, Wish
 from sparkle_mesh.fabric.interface import Address, PeerId
 
 # Sources of hints, the most trusted first. Membership uses the names "introduction" (a peer that proved the
@@ -50,6 +53,8 @@ class Hint:
         It is known to run on this host, so loopback addresses lead to it.
     fresh
         It seems to have started just now: failures to reach it before say nothing.
+    role
+        What it is said to be: ``"node"``, ``"trainer"``, or empty.
     """
 
     peer_id: PeerId
@@ -57,6 +62,7 @@ class Hint:
     source: str
     same_host: bool = False
     fresh: bool = False
+    role: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +100,13 @@ class Contact:
     failures: int = 0
     last_failed_at: float = float("-inf")
     refusals: int = 0
+    spared: bool = False
     last_error: str | None = None
+    role: str = ""
+    #: From this process, in the space of keys.
+    distance: int = 0
+    #: Drawn when it was heard of.
+    lot: float = 0.0
 
     @property
     def trust(self) -> int:
@@ -107,6 +119,11 @@ class Contact:
     @property
     def idle(self) -> bool:
         return not self.dialing and self.connected_at is None
+
+    @property
+    def hearsay(self) -> bool:
+        """Whether others have named it, and nothing else is known."""
+        return self.source in {EXCHANGE, GOSSIP}
 
     @property
     def waiting(self) -> bool:
@@ -135,6 +152,8 @@ class Directory:
         This process's peer id; hints about it are ignored.
     entropy
         For jitter.
+    degree
+        Says whom to be connected to; everybody, unless it is given.
     contacts_max_count, dials_max_count, dials_per_source_max_count
         Bounds; see ``limits``.
     """
@@ -144,17 +163,20 @@ class Directory:
         me: PeerId,
         *,
         entropy: Entropy,
+        degree: Degree | None = None,
         contacts_max_count: int = limits.DISCOVERY_CONTACTS_MAX_COUNT,
         dials_max_count: int = limits.DISCOVERY_DIALS_MAX_COUNT,
         dials_per_source_max_count: int = limits.DISCOVERY_DIALS_PER_SOURCE_MAX_COUNT,
     ) -> None:
         self._me = me
         self._entropy = entropy
+        self._degree = Degree(me, "") if degree is None else degree
         self._contacts_max_count = contacts_max_count
         self._dials_max_count = dials_max_count
         self._dials_per_source_max_count = dials_per_source_max_count
         self._contacts: dict[PeerId, Contact] = {}
         self._dialing: dict[PeerId, str] = {}
+        self._tidied_at = float("-inf")
 
     def __len__(self) -> int:
         return len(self._contacts)
@@ -187,10 +209,15 @@ class Directory:
         if hint.source == INTRODUCTION:
             # It has just been admitted: whatever it was refused for is over.
             contact.refusals = 0
+        if contact.role != "trainer" or hint.source == INTRODUCTION:
+            # Whoever others say is a node may be a trainer, that is to be found.
+            contact.role = hint.role or contact.role
         self._merge(contact, addresses, hint.source, now)
-        return contact.idle and self._reschedule(contact, hint, now)
+        return contact.idle and self._reschedule(contact, hint, now) and self._is_wanted(contact, self._wish())
 
-    def connected(self, peer_id: PeerId, now: float, *, remote_address: Address | None = None) -> None:
+    def connected(
+        self, peer_id: PeerId, now: float, *, remote_address: Address | None = None, outbound: bool = False
+    ) -> None:
         """A connection to ``peer_id`` stands; ``remote_address`` is where it is from or to."""
         if peer_id == self._me:
             return
@@ -199,7 +226,16 @@ class Directory:
             return
         if contact.connected_at is None:
             contact.connected_at = now
-        contact.ever_connected = True
+        contact.ever_connected, contact.spared = True, False
+        self._degree.came(
+            peer_id,
+            now,
+            role=contact.role,
+            chosen=contact.dialing,
+            asked=outbound and not contact.dialing,
+            configured=contact.configured,
+            remote_address=remote_address,
+        )
         if remote_address is not None:
             contact.same_host = contact.same_host or is_loopback(remote_address)
             place = contact.places.get(remote_address)
@@ -208,16 +244,18 @@ class Directory:
 
     def disconnected(self, peer_id: PeerId, now: float) -> None:
         """The last connection to ``peer_id`` is gone."""
+        self._degree.went(peer_id)
         contact = self._contacts.get(peer_id)
         if contact is None or contact.connected_at is None:
             return
         stable = now - contact.connected_at >= limits.DISCOVERY_STABLE_CONNECTION_S
         contact.connected_at = None
-        if contact.refusals:
+        if contact.refusals or contact.spared:
             # It was most likely let go for that; when to try again is settled.
             return
         if not contact.places:
-            self._drop(contact)
+            if not contact.configured:
+                self._drop(contact)
         elif stable:
             contact.failures = 0
             # Most likely the process ended. If not, give a connection that broke a moment to break on both sides.
@@ -227,8 +265,9 @@ class Directory:
 
     def dial_succeeded(self, peer_id: PeerId, now: float, *, remote_address: Address | None = None) -> None:
         """The dial of ``peer_id`` ended and a connection stands."""
-        self._dial_ended(peer_id)
+        # In this order: it was dialed for its own sake.
         self.connected(peer_id, now, remote_address=remote_address)
+        self._dial_ended(peer_id)
 
     def dial_failed(self, peer_id: PeerId, now: float, reason: str) -> None:
         """The dial of ``peer_id`` ended without a connection."""
@@ -249,6 +288,16 @@ class Directory:
             contact.refusals += 1
             self._back_off(contact, now, reason)
 
+    def spared(self, peer_id: PeerId, now: float) -> None:
+        """Of ``peer_id`` and this process one has enough peers: no failure, and nothing to be tried again soon."""
+        contact = self._contacts.get(peer_id)
+        if contact is None:
+            return
+        others = len(self._degree) - contact.connected
+        pause = limits.SPARED_BACKOFF_S if others > 0 else limits.SPARED_ALONE_BACKOFF_S
+        contact.spared, contact.failures = True, 0
+        contact.due_at = now + pause * self._entropy.uniform(0.75, 1.25)
+
     # --- What to do -----------------------------------------------------------------------------
 
     def due(self, now: float) -> list[Dial]:
@@ -265,26 +314,57 @@ class Directory:
         """Return when to call :meth:`due` next if nothing happens before; None if only an event brings work."""
         if len(self._dialing) >= self._dials_max_count:
             return None
-        busy = Counter(self._dialing.values())
+        busy, wish = Counter(self._dialing.values()), self._wish()
         times = [
             contact.due_at
             for contact in self._contacts.values()
-            if contact.waiting and contact.due_at is not None and busy[contact.source] < self._source_share(contact)
+            if contact.due_at is not None
+            and contact.waiting
+            and self._is_wanted(contact, wish)
+            and busy[contact.source] < self._source_share(contact)
         ]
         return max(now, min(times)) if times else None
 
     def _ready(self, now: float) -> list[Contact]:
-        """Choose among those whose time has come: the most trusted, the least often failed, the longest due."""
-        busy = Counter(self._dialing.values())
+        """Choose among those that are wanted and whose time has come.
+
+        Those that are near first, the nearest of them before; then the most trusted, the least often failed, the
+        longest due; where not all are wanted, those of this host, and then by lot.
+        """
+        busy, wish = Counter(self._dialing.values()), self._wish()
         free = self._dials_max_count - len(self._dialing)
-        candidates = [c for c in self._contacts.values() if c.waiting and c.due_at is not None and c.due_at <= now]
-        candidates.sort(key=lambda c: (not c.configured, c.trust, c.failures, c.due_at))
+        candidates = [
+            c
+            for c in self._contacts.values()
+            if c.due_at is not None and c.due_at <= now and c.waiting and self._is_wanted(c, wish)
+        ]
+        must = [c for c in candidates if c.configured or wish.takes_beyond_room(c.role, c.hearsay, c.distance)]
+        by_lot = len(candidates) - len(must) > wish.room
+        candidates.sort(key=lambda c: (not c.configured, *self._rank(c, wish, by_lot), c.failures, c.due_at))
+        room = wish.room
         chosen: list[Contact] = []
         for contact in candidates:
-            if len(chosen) < free and busy[contact.source] < self._source_share(contact):
-                busy[contact.source] += 1
-                chosen.append(contact)
+            if len(chosen) == free:
+                break
+            if busy[contact.source] >= self._source_share(contact):
+                continue
+            if contact not in must and room <= 0:
+                continue
+            room -= 1
+            busy[contact.source] += 1
+            chosen.append(contact)
         return chosen
+
+    def _rank(self, contact: Contact, wish: Wish, by_lot: bool) -> tuple[float, float, float]:
+        if contact.distance < wish.nearer_than:
+            return (0.0, contact.failures, contact.distance)
+        return (1.0, not contact.same_host, contact.failures + contact.lot) if by_lot else (1.0, contact.trust, 0.0)
+
+    def _wish(self) -> Wish:
+        return self._degree.wish(len(self._dialing))
+
+    def _is_wanted(self, contact: Contact, wish: Wish) -> bool:
+        return contact.configured or wish.takes(contact.role, contact.hearsay, contact.distance)
 
     def _source_share(self, contact: Contact) -> int:
         return self._dials_max_count if contact.configured else self._dials_per_source_max_count
@@ -368,6 +448,7 @@ class Directory:
             if len(self._contacts) >= self._contacts_max_count:
                 return None
         contact = Contact(peer_id, source, first_heard_at=now, last_heard_at=now, configured=source == JOIN)
+        contact.distance, contact.lot = self._degree.distance_to(peer_id), self._entropy.uniform(0.0, 1.0)
         self._contacts[peer_id] = contact
         return contact
 
@@ -395,6 +476,9 @@ class Directory:
 
     def _forget(self, now: float) -> None:
         """Drop those that were not reached and not heard of for long; of the cached, those that are not there."""
+        if now < self._tidied_at + limits.DISCOVERY_TIDY_S:
+            return
+        self._tidied_at = now
         for contact in [c for c in self._contacts.values() if c.idle and not c.configured]:
             silent = now - contact.last_heard_at > limits.DISCOVERY_FORGET_S
             lost = silent and (contact.failures >= limits.DISCOVERY_FORGET_FAILURES_COUNT or not contact.places)

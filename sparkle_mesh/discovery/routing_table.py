@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import Literal
 
 from sparkle_mesh import limits
 from sparkle_mesh.fabric.interface import Address, PeerId
@@ -40,6 +41,7 @@ class Route:
     network: str | None
     answered_at: float
     failures: int = 0
+    role: Literal["", "node", "trainer"] = ""
 
 
 class RoutingTable:
@@ -82,7 +84,13 @@ class RoutingTable:
         return self._routes.get(peer_id)
 
     def answered(
-        self, peer_id: PeerId, addresses: Iterable[Address], now: float, *, remote_address: Address | None = None
+        self,
+        peer_id: PeerId,
+        addresses: Iterable[Address],
+        now: float,
+        *,
+        remote_address: Address | None = None,
+        role: Literal["", "node", "trainer"] = "",
     ) -> bool:
         """``peer_id`` has proven who it is, and answered; return whether it has a place in the table.
 
@@ -92,6 +100,8 @@ class RoutingTable:
             Where it says that it listens.
         remote_address
             Where it is connected from or to: what its network is judged by.
+        role
+            What it says that it is, if that is known.
         """
         if peer_id == self._me:
             return False
@@ -99,6 +109,7 @@ class RoutingTable:
         route = self._routes.get(peer_id)
         if route is not None:
             route.addresses, route.answered_at, route.failures = bounded or route.addresses, now, 0
+            route.role = role or route.role
             return True
         key = key_of_peer(peer_id)
         index = distance(self._key, key).bit_length()
@@ -110,7 +121,7 @@ class RoutingTable:
             return False
         # What was displaced may have been the last of its range.
         bucket = self._buckets.setdefault(index, {})
-        bucket[peer_id] = self._routes[peer_id] = Route(peer_id, key, bounded, network, now)
+        bucket[peer_id] = self._routes[peer_id] = Route(peer_id, key, bounded, network, now, 0, role)
         return True
 
     def _has_room_for(self, network: str, bucket: dict[PeerId, Route]) -> bool:
@@ -134,7 +145,7 @@ class RoutingTable:
                 self._remove(route)
 
     def gone(self, peer_id: PeerId) -> None:
-        """``peer_id`` has left or was banned."""
+        """``peer_id`` has left, died or was banned."""
         route = self._routes.get(peer_id)
         if route is not None:
             self._remove(route)

@@ -1,6 +1,7 @@
-"""The runner of discovery: gathers hints from everywhere and keeps this process connected to its mesh's peers.
+"""The runner of discovery: gathers hints from everywhere and keeps this process connected to peers of its mesh.
 
-What to dial when is :class:`.directory.Directory`'s to decide; here are the sources that feed it (multicast,
+What to dial when is :class:`.directory.Directory`'s to decide, how many to be connected to and whom
+:class:`.degree.Degree`'s; here are the sources that feed it (multicast,
 this host's registry, configured addresses, the cache, and through :meth:`DiscoveryService.heard` whatever
 membership learns) and the dials themselves.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from sparkle_mesh import limits
 from sparkle_mesh.clock import SYSTEM_CLOCK, SYSTEM_ENTROPY, Clock, Entropy
 from sparkle_mesh.discovery.addresses import parse_join_address
 from sparkle_mesh.discovery.cache import CachedPeer, PeerCache
+from sparkle_mesh.discovery.degree import Degree
 from sparkle_mesh.discovery.directory import CACHE, EXCHANGE, HOST, JOIN, Contact, Dial, Directory, Hint
 from sparkle_mesh.discovery.lan import LanBeacons
 from sparkle_mesh.discovery.local import LocalRegistry, RegistryEntry, Role
@@ -44,7 +46,7 @@ class Registry(Protocol):
 
 
 class DiscoveryService:
-    """Keeps this process connected to every peer of its mesh that it hears of.
+    """Keeps this process connected to peers of its mesh: all of a small one, enough of a large one.
 
     Parameters
     ----------
@@ -68,6 +70,8 @@ class DiscoveryService:
         to this mesh, and would refuse.
     public_peers
         Peers that are connected for what they serve to everybody: they are neither kept connected nor let go here.
+    let_go
+        Called with a peer of which this process has enough: it is to be told of others, and disconnected.
     registry, cache, beacons
         Replace the real ones.
 
@@ -90,6 +94,7 @@ class DiscoveryService:
         lan: bool = True,
         any_node: bool = False,
         public_peers: Container[PeerId] = (),
+        let_go: Callable[[PeerId], object] = lambda peer_id: None,
         entropy: Entropy = SYSTEM_ENTROPY,
         clock: Clock = SYSTEM_CLOCK,
         registry: Registry | None = None,
@@ -105,7 +110,10 @@ class DiscoveryService:
         self._clock = clock
         self._join = [parse_join_address(text) for text in join]
         self._known = [parse_join_address(text) for text in known]
-        self._directory = Directory(fabric.peer_id, entropy=entropy)
+        self._let_go_of = let_go
+        self._entropy = entropy
+        self._degree = Degree(fabric.peer_id, role)
+        self._directory = Directory(fabric.peer_id, entropy=entropy, degree=self._degree)
         self._registry: Registry = registry or LocalRegistry(data_dir, clock=clock, entropy=entropy)
         self._cache = cache or PeerCache(data_dir, mesh_tag, clock=clock, entropy=entropy)
         self._beacons = beacons
@@ -127,9 +135,25 @@ class DiscoveryService:
 
     # --- For the other layers -------------------------------------------------------------------
 
-    def heard(self, peer_id: PeerId, addresses: Sequence[Address], source: str) -> None:
-        """Take a hint from elsewhere: ``source`` is ``"introduction"``, ``"gossip"`` ``"exchange"`` or ``"dht"``."""
-        self._take(Hint(peer_id, tuple(addresses), source))
+    def heard(self, peer_id: PeerId, addresses: Sequence[Address], source: str, role: str = "") -> None:
+        """Take a hint from elsewhere: ``source`` is ``"introduction"``, ``"gossip"``, ``"exchange"`` or ``"dht"``.
+
+        ``role`` is what the peer is said to be, if that is known.
+        """
+        self._take(Hint(peer_id, tuple(addresses), source, role=role))
+
+    def admitted(self, peer_id: PeerId, role: str, *, same_host: bool) -> None:
+        """``peer_id`` has proven that it is of the mesh, and said what it is."""
+        self._degree.introduced(peer_id, role, same_host=same_host)
+
+    def used(self, peer_id: PeerId) -> None:
+        """The DHT has used the connection to ``peer_id``."""
+        self._degree.used(peer_id, trio.current_time())
+
+    def spared(self, peer_id: PeerId) -> None:
+        """``peer_id`` is of the mesh, and was let go or lets go, because there are others enough."""
+        self._directory.spared(peer_id, trio.current_time())
+        self._wake.set()
 
     def refused(self, peer_id: PeerId, reason: str = "it is not of this mesh") -> None:
         """Take note that ``peer_id`` was connected but is not of this mesh: let it go and leave it alone for long."""
@@ -138,6 +162,11 @@ class DiscoveryService:
         self._directory.refused(peer_id, trio.current_time(), reason)
         if self._nursery is not None:
             self._nursery.start_soon(self._let_go, peer_id)
+
+    @property
+    def degree(self) -> Degree:
+        """Whom this process is connected to; to be read only."""
+        return self._degree
 
     @property
     def directory(self) -> Directory:
@@ -179,6 +208,8 @@ class DiscoveryService:
             return "connected"
         if contact.dialing:
             return "dialing"
+        if contact.spared:
+            return "known and not needed"
         if contact.refusals:
             return f"refused: {contact.last_error}"
         return f"unreachable: {contact.last_error}" if contact.failures else "to be dialed"
@@ -196,6 +227,7 @@ class DiscoveryService:
                 nursery.start_soon(self._dial_forever, nursery)
                 nursery.start_soon(self._watch_registry)
                 nursery.start_soon(self._keep_cache)
+                nursery.start_soon(self._keep_degree)
                 if self._beacons is not None:
                     await nursery.start(self._beacons.run)
                 task_status.started()
@@ -239,7 +271,9 @@ class DiscoveryService:
             if event.peer_id in self._public_peers and self._directory.get(event.peer_id) is None:
                 continue
             if isinstance(event, PeerConnected):
-                self._directory.connected(event.peer_id, now, remote_address=event.remote_address)
+                self._directory.connected(
+                    event.peer_id, now, remote_address=event.remote_address, outbound=event.outbound
+                )
                 self._tell_reached(event.peer_id)
                 self._connected_once.set()
             else:
@@ -252,6 +286,12 @@ class DiscoveryService:
         contact = self._directory.get(peer_id)
         if contact is None or contact.refusals:
             await self._fabric.disconnect(peer_id)
+
+    async def _keep_degree(self) -> None:
+        while True:
+            await trio.sleep(limits.DEGREE_LOOK_S * self._entropy.uniform(0.5, 1.5))
+            for peer_id in self._degree.surplus(trio.current_time()):
+                self._let_go_of(peer_id)
 
     # --- Dials ----------------------------------------------------------------------------------
 
@@ -349,7 +389,7 @@ class DiscoveryService:
             known = any(tag in entry.mesh_tags for tag in self._host_tags)
             if known or (self._any_node and entry.role == "node"):
                 fresh = entry.peer_id not in self._on_host
-                self._take(Hint(entry.peer_id, entry.addresses, HOST, same_host=True, fresh=fresh))
+                self._take(Hint(entry.peer_id, entry.addresses, HOST, same_host=True, fresh=fresh, role=entry.role))
         self._on_host = present
 
     # --- The cache ------------------------------------------------------------------------------

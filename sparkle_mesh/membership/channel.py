@@ -37,6 +37,8 @@ class PeerChannel:
         self.lineage: bytes | None = None
         self.gone_reason: str | None = None
         self.graceful = False
+        #: Whether it is of the mesh still, though not connected any more.
+        self.stays = False
         self.scope = trio.CancelScope()
         self._stream = stream
         self._outbox, self._to_send = trio.open_memory_channel[MeshMessage](limits.MESH_OUTBOX_MAX_COUNT)

@@ -20,11 +20,15 @@ class PeerAdmitted:
 
 @dataclass(frozen=True, slots=True)
 class PeerGone:
-    """An admitted peer left (``graceful``), died, or fell silent."""
+    """An admitted peer left (``graceful``), died, or fell silent.
+
+    It is of the mesh still if it ``stays``: then one of the two has enough other peers.
+    """
 
     peer_id: PeerId
     reason: str
     graceful: bool
+    stays: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,9 @@ class Heartbeat:
     async def run(self) -> None:
         """Do so until cancelled."""
         probe = 0
-        look_s = min(limits.SUSPICION_LOOK_INTERVAL_S, self._max_silence_s / 8)
+        look_s = limits.NODE_LOOK_INTERVAL_S
+        if not self._is_node:
+            look_s = min(limits.SUSPICION_LOOK_INTERVAL_S, self._max_silence_s / 8)
         ping_s = min(limits.PING_INTERVAL_S, self._max_silence_s / 4)
         before, ping_at = trio.current_time(), 0.0
         while True:

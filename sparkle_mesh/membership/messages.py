@@ -113,7 +113,7 @@ class Introduction(wire.Message, tag="introduction", frozen=True):
 
 
 class PeerExchange(wire.Message, tag="peers", frozen=True):
-    """Peers of this mesh the sender is connected to."""
+    """Peers of this mesh the sender is connected to: some, if they are many."""
 
     peers: Annotated[tuple[wire.PeerAddress, ...], msgspec.Meta(max_length=limits.PEER_EXCHANGE_MAX_COUNT)]
 
@@ -242,9 +242,14 @@ class Leaving(wire.Message, tag="leaving", frozen=True):
 
 
 class Leave(wire.Message, tag="leave", frozen=True):
-    """The sender leaves of its own will; nothing follows."""
+    """The sender leaves of its own will; nothing follows.
+
+    With ``stays`` it leaves this connection alone: it is of the mesh still, and has peers enough. It has named others
+    just before.
+    """
 
     reason: wire.ReasonText = ""
+    stays: bool = False
 
 
 Greeting: TypeAlias = Hello | Challenge | Proof | Refused

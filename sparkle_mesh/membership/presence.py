@@ -37,7 +37,8 @@ class PresenceService:
     role, incarnation
         What this process tells of itself.
     heard
-        Takes a peer id, where it is said to listen, and whether it said so itself (``"gossip"``, else ``"exchange"``).
+        Takes a peer id, where it is said to listen, whether it said so itself (``"gossip"``, else ``"exchange"``), and
+        its role if that was told.
     revoked
         Takes a list of revoked peers that somebody publishes; raises ProtocolError if it is forged.
     """
@@ -49,7 +50,7 @@ class PresenceService:
         *,
         role: Role,
         incarnation: bytes,
-        heard: Callable[[PeerId, Sequence[Address], str], None],
+        heard: Callable[[PeerId, Sequence[Address], str, str], None],
         revoked: Callable[[bytes], object] = lambda encoded: None,
         entropy: Entropy = SYSTEM_ENTROPY,
     ) -> None:
@@ -60,15 +61,15 @@ class PresenceService:
         self._revocations: bytes | None = None
         # What the mesh was told already, by whomever.
         self._told: OrderedDict[PeerId, tuple[Address, ...]] = OrderedDict()
-        self._to_tell: dict[PeerId, tuple[Address, ...]] = {}
+        self._to_tell: dict[PeerId, tuple[Role, tuple[Address, ...]]] = {}
         self._wake = trio.Event()
         self.refused_count = 0
 
-    def met(self, peer_id: PeerId, addresses: Sequence[Address]) -> None:
+    def met(self, peer_id: PeerId, addresses: Sequence[Address], role: Role) -> None:
         """``peer_id`` has proven that it is of the mesh; the others are told unless they were."""
         told = tuple(addresses)
         if told and self._told.get(peer_id) != told and len(self._to_tell) < limits.MESH_PEERS_MAX_COUNT:
-            self._to_tell[peer_id] = told
+            self._to_tell[peer_id] = role, told
             self._wake.set()
 
     def moved(self) -> None:
@@ -119,22 +120,22 @@ class PresenceService:
                 self.refused_count += 1
                 logger.debug("revocations from %s dropped: %s", publisher, error)
         elif isinstance(news, Presence):
-            self._take_in(publisher, news.addresses, "gossip")
+            self._take_in(publisher, news.addresses, "gossip", news.role)
         else:
             for peer in news.peers:
-                self._take_in(peer.peer_id, peer.addresses, "exchange")
+                self._take_in(peer.peer_id, peer.addresses, "exchange", peer.role)
 
-    def _take_in(self, peer_id: PeerId, addresses: tuple[Address, ...], source: str) -> None:
+    def _take_in(self, peer_id: PeerId, addresses: tuple[Address, ...], source: str, role: str) -> None:
         self._note_told(peer_id, addresses)
         if peer_id != self._fabric.peer_id:
-            self._heard(peer_id, addresses, source)
+            self._heard(peer_id, addresses, source, role)
 
     def _note_told(self, peer_id: PeerId, addresses: tuple[Address, ...]) -> None:
         self._told[peer_id] = addresses
         self._told.move_to_end(peer_id)
         if len(self._told) > limits.MESH_PEERS_MAX_COUNT:
             self._told.popitem(last=False)
-        if self._to_tell.get(peer_id) == addresses:
+        if peer_id in self._to_tell and self._to_tell[peer_id][1] == addresses:
             del self._to_tell[peer_id]
 
     async def _publish_forever(self) -> None:
@@ -156,9 +157,9 @@ class PresenceService:
 
     async def _publish_met(self) -> None:
         some = list(self._to_tell.items())[: limits.PEER_EXCHANGE_MAX_COUNT]
-        for peer_id, addresses in some:
+        for peer_id, (_, addresses) in some:
             self._note_told(peer_id, addresses)
-        await self._publish(Met(peers=tuple(PeerAddress(peer_id=who, addresses=where) for who, where in some)))
+        await self._publish(Met(peers=tuple(PeerAddress(who, where, role) for who, (role, where) in some)))
 
     async def _publish(self, news: Presence | Met | Revoked) -> None:
         context = _seal_context(self._fabric.peer_id)

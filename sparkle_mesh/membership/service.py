@@ -30,6 +30,7 @@ from sparkle_mesh.membership.certificates import Certifier
 from sparkle_mesh.membership.channel import PeerChannel
 from sparkle_mesh.membership.door import Door
 from sparkle_mesh.membership.events import PeerAdmitted, PeerGone, PeerRefused
+from sparkle_mesh.membership.exchange import name_others
 from sparkle_mesh.membership.formation import Candidate
 from sparkle_mesh.membership.greeting import introduce, open_mesh_stream, prove
 from sparkle_mesh.membership.heartbeat import Heartbeat
@@ -88,7 +89,7 @@ class MembershipService(MembershipViews):
     certifier
         Says which machine this process is of; None for a node, which is its machine's own.
     heard
-        Called with ``(peer id, addresses, source)`` for peers that others tell of.
+        Called with ``(peer id, addresses, source, role)`` for peers that others tell of.
     public_peers
         Peers that are connected for what they serve to everybody: they are not asked for the mesh's proof, unless
         :meth:`introduce` says so.
@@ -111,7 +112,7 @@ class MembershipService(MembershipViews):
         revocations: RevocationList | None = None,
         revocations_changed: Callable[[], object] = lambda: None,
         certifier: Certifier | None = None,
-        heard: Callable[[PeerId, Sequence[Address], str], None],
+        heard: Callable[[PeerId, Sequence[Address], str, str], None],
         public_peers: Container[PeerId] = (),
         entropy: Entropy = SYSTEM_ENTROPY,
     ) -> None:
@@ -154,11 +155,6 @@ class MembershipService(MembershipViews):
         if self._formation.view is None and self._role == "node":
             return self.view_elsewhere
         return self._formation.view
-
-    @property
-    def channels(self) -> dict[PeerId, PeerChannel]:
-        """The admitted peers."""
-        return self._channels
 
     @property
     def strangers(self) -> Strangers:
@@ -206,7 +202,7 @@ class MembershipService(MembershipViews):
         """Tell all peers where this process can be reached now."""
         addresses = tuple(self._fabric.addresses)[: limits.ADDRESSES_PER_PEER_MAX_COUNT]
         for channel in self._channels.values():
-            channel.send(PeerExchange(peers=(PeerAddress(peer_id=self._fabric.peer_id, addresses=addresses),)))
+            channel.send(PeerExchange(peers=(PeerAddress(self._fabric.peer_id, addresses, self._role),)))
 
     async def leave(self, reason: str = "", *, hurry: bool = False) -> None:
         """Say farewell to all peers and close their streams.
@@ -223,8 +219,17 @@ class MembershipService(MembershipViews):
                 for channel in list(self._channels.values()):
                     nursery.start_soon(self._farewell, channel, reason)
 
-    async def _farewell(self, channel: PeerChannel, reason: str) -> None:
-        channel.send(Leave(reason=reason))
+    def spare(self, peer_id: PeerId) -> None:
+        """Let ``peer_id`` go, because there are enough others: they are named to it, so that it finds them."""
+        channel = self._channels.get(peer_id)
+        if channel is not None and not channel.stays and not self._leaving:
+            channel.stays = channel.graceful = True
+            channel.gone_reason = "there are enough others"
+            name_others(channel, self._channels.values(), self._entropy)
+            self._start_soon(self._farewell, channel, "it has enough peers", True)
+
+    async def _farewell(self, channel: PeerChannel, reason: str, stays: bool = False) -> None:
+        channel.send(Leave(reason=reason, stays=stays))
         await channel.finish()
         channel.drop("this process left")
 
@@ -415,18 +420,12 @@ class MembershipService(MembershipViews):
         self._carry_out(self._formation.candidate_went(channel.peer_id, now=now))
         if not self._leaving:
             self._start_soon(self._miss, channel.introduction.member, reason, channel.graceful)
-        self._events.send(PeerGone(channel.peer_id, reason, channel.graceful))
+        self._events.send(PeerGone(channel.peer_id, reason, channel.graceful, channel.stays))
 
     def _welcome(self, channel: PeerChannel) -> None:
         introduction, now = channel.introduction, trio.current_time()
-        others = [
-            PeerAddress(peer_id=other.peer_id, addresses=other.introduction.addresses)
-            for other in self._channels.values()
-            if other is not channel and other.introduction.addresses
-        ]
-        for start in range(0, len(others), limits.PEER_EXCHANGE_MAX_COUNT):
-            channel.send(PeerExchange(peers=tuple(others[start : start + limits.PEER_EXCHANGE_MAX_COUNT])))
-        self._heard(channel.peer_id, introduction.addresses, "introduction")
+        name_others(channel, self._channels.values(), self._entropy)
+        self._heard(channel.peer_id, introduction.addresses, "introduction", introduction.role)
         self._events.send(PeerAdmitted(channel.peer_id, introduction))
         if introduction.role == "trainer":
             candidate = Candidate(introduction.member, introduction.host_id, introduction.min_peers)
@@ -444,7 +443,7 @@ class MembershipService(MembershipViews):
             # It tells where it can be reached now.
             source = "introduction"
             channel.introduction = msgspec.structs.replace(channel.introduction, addresses=peer.addresses)
-        self._heard(peer.peer_id, peer.addresses, source)
+        self._heard(peer.peer_id, peer.addresses, source, peer.role)
 
     async def _write(self, channel: PeerChannel) -> None:
         try:
@@ -466,9 +465,10 @@ class MembershipService(MembershipViews):
                 return
             self._heartbeat.heard(channel)
             match message:
-                case Leave(reason=reason):
-                    channel.graceful = True
-                    channel.gone_reason = "it left the mesh" + (f": {reason}" if reason else "")
+                case Leave(reason=reason, stays=stays):
+                    channel.graceful, channel.stays = True, stays
+                    what = "it let this connection go" if stays else "it left the mesh"
+                    channel.gone_reason = what + (f": {reason}" if reason else "")
                     return
                 case Refused(reason=reason):
                     # The answerer has admitted the opener by the time that this one has seen its introduction.

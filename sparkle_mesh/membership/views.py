@@ -108,6 +108,11 @@ class MembershipViews:
         """Say in a few words what the first view waits for."""
         return self._formation.state_of_play()
 
+    @property
+    def channels(self) -> dict[PeerId, PeerChannel]:
+        """The admitted peers."""
+        return self._channels
+
     def is_admitted(self, peer_id: PeerId) -> bool:
         """Whether ``peer_id`` has proven the key and is connected."""
         return peer_id in self._channels

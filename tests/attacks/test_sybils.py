@@ -59,7 +59,7 @@ class Sybil:
             host_id=self.fabric.peer_id[-16:].encode(), role="node", software="s", addresses=(), devices=(GPU,)
         )
         signed = sign_record(record, self.identity, SECRETS, sequence=2**60)
-        keys = tuple(index_keys(self.fabric.peer_id, record, SECRETS))
+        keys = tuple(index_keys(record, SECRETS))
         try:
             await self.asker.ask(PeerAddress(target.peer_id, target.fabric.addresses), Store(record=signed, keys=keys))
         except SparkleError:

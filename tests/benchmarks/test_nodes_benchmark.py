@@ -23,8 +23,9 @@ def test_a_small_run_tells_all(tmp_path):
     ended = run("--nodes", "3", "--idle", "1", "--kill", "0", "--json", str(tmp_path / "nodes.json"))
     assert ended.returncode == 0, ended.stderr
     figures = json.loads((tmp_path / "nodes.json").read_text())
-    names = {"nodes", "one_mesh_s", "all_found_s", "cpu_s_per_min", "memory_mb"}
+    names = {"nodes", "one_mesh_s", "all_found_s", "cpu_s_per_min", "memory_mb", "connections", "connections_worst"}
     assert set(figures) - {"kb_per_min"} == names
+    assert figures["connections"] == figures["connections_worst"] == 2
     assert figures.get("kb_per_min", 0.0) >= 0
     assert 0 < figures["one_mesh_s"] <= figures["all_found_s"] < 60
     assert "(goal: under 20)" in ended.stdout

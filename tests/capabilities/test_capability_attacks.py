@@ -110,10 +110,10 @@ async def test_nobody_stores_for_another_and_nothing_that_does_not_hold(open_mes
 
         theirs = record_of(victim.identity, GPU)
         stolen = sign_record(theirs, victim.identity, mesh.secrets, sequence=2**60)
-        assert "everybody stores their own" in await refused(stolen, index_keys(victim.peer_id, theirs, mesh.secrets))
+        assert "everybody stores their own" in await refused(stolen, index_keys(theirs, mesh.secrets))
         mine = record_of(attacker.identity, CPU)
         signed = sign_record(mine, attacker.identity, mesh.secrets, sequence=2**60)
-        keys = index_keys(attacker.peer_id, mine, mesh.secrets)
+        keys = index_keys(mine, mesh.secrets)
         assert "not its own" in await refused(signed, [mesh.secrets.locate("device 5 cuda")])
         assert "not signed by it" in await refused(msgspec.structs.replace(signed, lifetime_s=600.0), keys)
         assert isinstance(await asker.ask(target, Store(record=signed, keys=tuple(keys))), Done)
@@ -128,7 +128,7 @@ async def test_ten_thousand_junk_records_of_one_peer_are_one_at_most(open_mesh, 
         attacker, target = peers[0], peers[1]
         asker = Asker(attacker.fabric, mesh.secrets, SYSTEM_ENTROPY)
         mine = record_of(attacker.identity, CPU, GPU)
-        keys = tuple(index_keys(attacker.peer_id, mine, mesh.secrets))
+        keys = tuple(index_keys(mine, mesh.secrets))
         signed = sign_record(mine, attacker.identity, mesh.secrets, sequence=2**60)
         held_before = len(target.service.store)
         slowest_s, sent = 0.0, 0

@@ -61,9 +61,9 @@ def test_wrong_questions(arguments, says):
 def test_a_question_asks_where_such_devices_are_and_nowhere_else():
     device = DeviceInfo(kind="cuda", index=0, name="a GPU", memory_bytes=24 * GIB)
     labels = set(DeviceQuery.of("cuda", min_memory="16GB").labels())
-    assert labels & index_labels("me", [device]) == {device_label("cuda", 3)}
+    assert labels & index_labels("node", [device]) == {device_label("cuda", 3)}
     assert len(labels) < MEMORY_RANGES_COUNT
-    assert not set(DeviceQuery.of("cuda", min_memory="64GiB").labels()) & index_labels("me", [device])
+    assert not set(DeviceQuery.of("cuda", min_memory="64GiB").labels()) & index_labels("node", [device])
     assert len(DeviceQuery.of().labels()) == len(DEVICE_KINDS) * MEMORY_RANGES_COUNT
 
 

@@ -22,8 +22,8 @@ class Publisher:
         self.identity = Identity(number.to_bytes(32, "big"))
         self.peer_id = self.identity.peer_id
         device = DeviceInfo(kind=kind, index=0, name=kind, memory_bytes=0)
-        self.record = CapabilityRecord(host_id=b"h" * 16, role="node", software="s", addresses=(), devices=(device,))
-        self.keys = index_keys(self.peer_id, self.record, SECRETS)
+        self.record = CapabilityRecord(host_id=b"h" * 16, role="trainer", software="s", addresses=(), devices=(device,))
+        self.keys = index_keys(self.record, SECRETS)
         self.shared_key = SECRETS.locate(f"device 0 {kind}")
 
     def signed(self, sequence: int = 1) -> SignedRecord:

@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparkle_mesh import limits, wire
-from sparkle_mesh.capabilities.labels import MEMORY_RANGES_COUNT, device_label, index_labels, memory_range
+from sparkle_mesh.capabilities.labels import (
+    MEMORY_RANGES_COUNT,
+    TRAINERS_LABEL,
+    device_label,
+    index_labels,
+    memory_range,
+)
 from sparkle_mesh.capabilities.records import (
     CapabilityRecord,
     SignedRecord,
@@ -27,7 +33,7 @@ IDENTITY = Identity(b"\x01" * 32)
 SECRETS = MeshSecrets("a mesh", None)
 DEVICE = DeviceInfo(kind="cuda", index=0, name="a GPU", memory_bytes=24 * GIB)
 RECORD = CapabilityRecord(
-    host_id=b"h" * 16, role="node", software="sparkle-mesh 1", addresses=("/ip4/10.0.0.1/tcp/1",), devices=(DEVICE,)
+    host_id=b"h" * 16, role="trainer", software="sparkle-mesh 1", addresses=("/ip4/10.0.0.1/tcp/1",), devices=(DEVICE,)
 )
 
 
@@ -82,14 +88,14 @@ def test_too_much_to_tell_is_told_to_the_caller():
 
 
 def test_a_record_belongs_under_its_own_keys_alone():
-    keys = index_keys(IDENTITY.peer_id, RECORD, SECRETS)
+    keys = index_keys(RECORD, SECRETS)
     assert len(keys) == 2
     for some in (keys, [next(iter(keys))], []):
         assert open_filed(signed(), some, SECRETS) == RECORD
     with pytest.raises(ProtocolError, match="filed under 1 keys that are not its own"):
         open_filed(signed(), [*keys, SECRETS.locate("device 3 cpu")], SECRETS)
     # Places tell nobody without the key what is there.
-    assert not keys & index_keys(IDENTITY.peer_id, RECORD, MeshSecrets("a mesh", MeshKey.generate()))
+    assert not keys & index_keys(RECORD, MeshSecrets("a mesh", MeshKey.generate()))
 
 
 @pytest.mark.parametrize(
@@ -120,4 +126,5 @@ def test_more_memory_is_never_in_a_lower_range(one, other):
 
 
 def test_labels():
-    assert index_labels("me", [DEVICE, DEVICE]) == {"publisher me", device_label("cuda", 3)}
+    assert index_labels("node", [DEVICE, DEVICE]) == {device_label("cuda", 3)}
+    assert index_labels("trainer", []) == {TRAINERS_LABEL}

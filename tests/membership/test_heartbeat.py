@@ -123,7 +123,7 @@ async def test_nodes_are_asked_seldom_and_may_be_silent_for_longer(
     rounds = limits.NODE_SILENCE_TIMEOUT_S / limits.NODE_PING_INTERVAL_S
     assert all(1 < count <= rounds + 1 for count in peers.asked.values())
     assert not any(channel.gone_reason for channel in peers.channels.values())
-    await peers.watch(3.0, is_node=is_node)
+    await peers.watch(1.0 + 2 * limits.NODE_LOOK_INTERVAL_S, is_node=is_node)
     # Nobody waits for it: it is let go, not suspected.
     assert peers.suspected == {}
     assert [name for name, channel in peers.channels.items() if channel.gone_reason] == ["peer-001"]

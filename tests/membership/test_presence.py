@@ -40,35 +40,35 @@ async def test_news_are_sealed_and_told_once(autojump_clock: trio.testing.MockCl
             with pytest.raises(trio.WouldBlock):
                 raw.receive_nowait()  # nothing has changed
             # Whoever meets a peer tells of it, once; the one who was told does not tell it again.
-            services[1].met("c", ("/ip4/10.0.0.3/tcp/1",))
+            services[1].met("c", ("/ip4/10.0.0.3/tcp/1",), "node")
             published = await raw.receive()
             await trio.sleep(0.1)
             assert b"10.0.0.3" not in published.data
-            assert heard == {"a": [("c", ("/ip4/10.0.0.3/tcp/1",), "exchange")], "b": []}
+            assert heard == {"a": [("c", ("/ip4/10.0.0.3/tcp/1",), "exchange", "node")], "b": []}
             for service in services:
-                service.met("c", ("/ip4/10.0.0.3/tcp/1",))
-            services[0].met("nowhere", ())
+                service.met("c", ("/ip4/10.0.0.3/tcp/1",), "node")
+            services[0].met("nowhere", (), "node")
             await trio.sleep(10.0)
             with pytest.raises(trio.WouldBlock):
                 raw.receive_nowait()
             # Should it go and come, or move, that is news.
             services[1].gone("c")
-            services[1].met("c", ("/ip4/10.0.0.3/tcp/1",))
-            services[1].met("d", ("/ip4/10.0.0.4/tcp/1",))
+            services[1].met("c", ("/ip4/10.0.0.3/tcp/1",), "node")
+            services[1].met("d", ("/ip4/10.0.0.4/tcp/1",), "node")
             await raw.receive()
             await trio.sleep(0.1)
-            services[1].met("c", ("/ip4/10.0.0.33/tcp/1",))
+            services[1].met("c", ("/ip4/10.0.0.33/tcp/1",), "node")
             await raw.receive()
             await trio.sleep(0.1)
             assert heard["a"][1:] == [
-                ("c", ("/ip4/10.0.0.3/tcp/1",), "exchange"),
-                ("d", ("/ip4/10.0.0.4/tcp/1",), "exchange"),
-                ("c", ("/ip4/10.0.0.33/tcp/1",), "exchange"),
+                ("c", ("/ip4/10.0.0.3/tcp/1",), "exchange", "node"),
+                ("d", ("/ip4/10.0.0.4/tcp/1",), "exchange", "node"),
+                ("c", ("/ip4/10.0.0.33/tcp/1",), "exchange", "node"),
             ]
             b._addresses = ("/ip4/10.9.9.9/tcp/1",)
             await raw.receive()
             await trio.sleep(0.1)
-            assert heard["a"][-1] == ("b", ("/ip4/10.9.9.9/tcp/1",), "gossip")
+            assert heard["a"][-1] == ("b", ("/ip4/10.9.9.9/tcp/1",), "gossip", "trainer")
         await b.publish(ours.topic, b"junk" * 10)
         await b.publish(ours.topic, ours.seal(b"junk"))
         await trio.sleep(1)

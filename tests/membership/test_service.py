@@ -101,7 +101,7 @@ class Mesh:
         async with self.network.open(name, addresses=addresses) as fabric, trio.open_nursery() as nursery:
             heard: list[tuple[str, tuple[str, ...], str]] = []
 
-            def hear(peer_id: str, addresses: Sequence[str], source: str) -> None:
+            def hear(peer_id: str, addresses: Sequence[str], source: str, role: str) -> None:
                 heard.append((peer_id, tuple(addresses), source))
 
             service = MembershipService(
