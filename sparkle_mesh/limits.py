@@ -286,13 +286,18 @@ DEVICE_DTYPES_MAX_COUNT = 32
 # What one process holds of others, whoever asks it to.
 CAPABILITIES_HELD_MAX_COUNT = 4096
 CAPABILITIES_HELD_MAX_BYTES = 8 * MIB
-CAPABILITIES_PER_KEY_MAX_COUNT = 512
+# Under one key; what comes later is stored under keys below it. That there is some of it is remembered for so long.
+CAPABILITIES_PER_KEY_MAX_COUNT = 48
+CAPABILITY_OVERFLOW_S = 1800.0
+# Keys looked at in one search, those below others included.
+SEARCH_KEYS_MAX_COUNT = 512
 CAPABILITIES_PER_ADDRESS_MAX_COUNT = 256
 # Questions and answers of the mesh's own DHT.
 KAD_MESSAGE_MAX_BYTES = 256 * KIB
 # A message as it is sealed, and framed.
 KAD_FRAME_MAX_BYTES = KAD_MESSAGE_MAX_BYTES + 64
 KAD_ANSWER_RECORDS_MAX_BYTES = 192 * KIB
+KAD_ANSWER_RECORDS_MAX_COUNT = 512
 KAD_QUESTION_TIMEOUT_S = 1.5
 KAD_STREAM_IDLE_S = 60.0
 KAD_STREAMS_PER_PEER_MAX_COUNT = 4

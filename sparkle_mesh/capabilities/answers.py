@@ -49,13 +49,13 @@ class Answers:
         origin = source_of(remote_address) or sender
         held_sequence = None
         try:
-            self._store.store(question.record, question.keys, now, sender=sender, origin=origin)
+            full = self._store.store(question.record, question.keys, now, sender=sender, origin=origin)
         except StaleRecordError as error:
             reason, held_sequence = str(error), error.held_sequence
         except SparkleError as error:
             reason = str(error)
         else:
-            return Done()
+            return Done(missing=tuple(sorted(full)))
         self.refused_count += 1
         return Refused(reason=reason[: limits.REASON_MAX_CHARS], held_sequence=held_sequence)
 
@@ -69,4 +69,4 @@ class Answers:
             if room < 0:
                 break
             records.append(HeldRecord(record=record, age_s=age_s))
-        return Found(peers=peers, records=tuple(records))
+        return Found(peers=peers, records=tuple(records), overflowed=self._store.has_overflowed(question.key, now))

@@ -1,8 +1,15 @@
-"""What records are stored under: each kind of device with its range of memory; those of trainers also as such."""
+"""What records are stored under: each kind of device with its range of memory; those of trainers also as such.
+
+Under one label only so many records are held. When it is full the rest lies under two labels below it, by the first bit
+of a hash of the publisher's id; when these are full, by the next bit, and so on: a tree that grows with the mesh (after
+Ramabhadran, Ratnasamy, Hellerstein and Shenker, "Prefix Hash Tree: An Indexing Data Structure over Distributed Hash
+Tables", 2004, which splits what is stored; here what comes later goes deeper).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,6 +33,20 @@ def memory_range(memory_bytes: int) -> int:
 def device_label(kind: str, range_number: int) -> str:
     """Return the label that devices of a kind with memory in that range are stored under."""
     return f"device {range_number} {kind}"
+
+
+#: How often what is under one label may be divided in two.
+DEPTH_MAX_COUNT = 12
+
+
+def label_below(label: str, bits: str) -> str:
+    """Return the label for publishers whose hash begins with ``bits``, of ``"0"`` and ``"1"``; ``label`` for none."""
+    return f"{label} / {bits}" if bits else label
+
+
+def bits_of(publisher: str, depth: int) -> str:
+    """Return the first ``depth`` bits of a publisher's hash, as ``"0"`` and ``"1"``."""
+    return format(int.from_bytes(sha256(publisher.encode()).digest()[:2], "big"), "016b")[:depth]
 
 
 def index_labels(role: str, devices: Iterable[DeviceInfo]) -> frozenset[str]:

@@ -76,14 +76,15 @@ class HeldRecord(wire.Message, frozen=True, kw_only=True):
 
 
 class Found(wire.Message, frozen=True, kw_only=True, tag="found"):
-    """Answers :class:`Find`."""
+    """Answers :class:`Find`; ``overflowed`` if there may be more records under keys below this one."""
 
     peers: Annotated[tuple[wire.PeerAddress, ...], msgspec.Meta(max_length=limits.LOOKUP_NAMED_MAX_COUNT)]
-    records: Annotated[tuple[HeldRecord, ...], msgspec.Meta(max_length=limits.CAPABILITIES_PER_KEY_MAX_COUNT)] = ()
+    records: Annotated[tuple[HeldRecord, ...], msgspec.Meta(max_length=limits.KAD_ANSWER_RECORDS_MAX_COUNT)] = ()
+    overflowed: bool = False
 
 
 class Done(wire.Message, frozen=True, kw_only=True, tag="done"):
-    """Answers the others; ``missing`` are the keys that a renewed record is not held under."""
+    """Answers the others; ``missing`` are keys that a renewed record is not held under, or has no room at."""
 
     missing: KeyList = ()
 

@@ -2,18 +2,20 @@
 
 Each ``limits.CAPABILITY_RENEW_S`` the holders are asked to keep it for another lifetime, in a few bytes; where it is
 not held any more, or its holders have changed, it is stored. A process that dies renews nothing, and is forgotten.
+Where most holders of a key have no room, the record goes under the key below it (see :mod:`.labels`).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import trio
 
 from sparkle_mesh import limits
+from sparkle_mesh.capabilities.labels import DEPTH_MAX_COUNT, bits_of, index_labels, label_below
 from sparkle_mesh.capabilities.messages import Answer, Done, Question, Refused, Renew, Store, Withdraw
-from sparkle_mesh.capabilities.records import CapabilityRecord, Secrets, SignedRecord, index_keys, sign_record
+from sparkle_mesh.capabilities.records import CapabilityRecord, Secrets, SignedRecord, sign_record
 from sparkle_mesh.clock import Clock, Entropy
 from sparkle_mesh.devices.detect import DeviceInfo
 from sparkle_mesh.errors import SparkleError
@@ -59,7 +61,11 @@ class Publisher:
         self._devices: tuple[DeviceInfo, ...] | None = None
         self._record: CapabilityRecord | None = None
         self._signed: SignedRecord | None = None
-        self._keys: frozenset[bytes] = frozenset()
+        # How deep it lies under each label, and under which key that is.
+        self._depths: dict[str, int] = {}
+        self._keys: dict[str, bytes] = {}
+        # Who has no room, by key.
+        self._full: dict[bytes, set[PeerId]] = {}
         # Who holds it under which keys, as far as is known.
         self._holders: dict[PeerId, tuple[PeerAddress, frozenset[bytes]]] = {}
         self._looked_at = float("-inf")
@@ -70,7 +76,7 @@ class Publisher:
     @property
     def keys(self) -> frozenset[bytes]:
         """Under which the record is published."""
-        return self._keys
+        return frozenset(self._keys.values())
 
     def offer(self, devices: Sequence[DeviceInfo]) -> None:
         """Publish that the machine has ``devices``, from now on."""
@@ -122,9 +128,45 @@ class Publisher:
         # Not all at once that have started together.
         if now - self._looked_at >= limits.CAPABILITY_REPUBLISH_S * self._entropy.uniform(0.75, 1.25):
             self._looked_at = now
-            await self._look_for_holders()
+            # There may be room again higher up; where there is none, that is remembered there.
+            self._descend(dict.fromkeys(self._keys, 0))
+            self._holders.clear()
+            await self._look_for_holders(self._keys.values())
+        await self._keep(list(self._holders.values()))
+        while deeper := self._without_room():
+            before = self._keys
+            self._descend({label: depth + (label in deeper) for label, depth in self._depths.items()})
+            new = [self._keys[label] for label in deeper if self._keys[label] != before[label]]
+            if not new:
+                break
+            found = await self._look_for_holders(new)
+            await self._keep([(peer, keys) for peer, keys in found.values()])
+
+    def _without_room(self) -> list[str]:
+        """Return the labels of which most holders have no room."""
+        labels = []
+        for label, key in self._keys.items():
+            holders = [peer_id for peer_id, (_, keys) in self._holders.items() if key in keys]
+            full = self._full.get(key, set())
+            if holders and 2 * sum(peer_id in full for peer_id in holders) > len(holders):
+                labels.append(label)
+        return labels
+
+    def _descend(self, depths: dict[str, int]) -> None:
+        """Publish at these depths from now on."""
+        self._depths = {label: min(depth, DEPTH_MAX_COUNT) for label, depth in depths.items()}
+        me = self._identity.peer_id
+        self._keys = {
+            label: self._secrets.locate(label_below(label, bits_of(me, depth))) for label, depth in self._depths.items()
+        }
+        current = frozenset(self._keys.values())
+        self._full = {key: peers for key, peers in self._full.items() if key in current}
+        kept = {peer_id: (peer, keys & current) for peer_id, (peer, keys) in self._holders.items()}
+        self._holders = {peer_id: (peer, keys) for peer_id, (peer, keys) in kept.items() if keys}
+
+    async def _keep(self, holders: list[tuple[PeerAddress, frozenset[bytes]]]) -> None:
         async with trio.open_nursery() as nursery:
-            for peer, keys in list(self._holders.values()):
+            for peer, keys in holders:
                 nursery.start_soon(self._keep_at, peer, keys)
 
     def _sign(self, record: CapabilityRecord, above: int) -> None:
@@ -132,11 +174,13 @@ class Publisher:
         self.sequence = max(above + 1, int(self._clock.wall_time() * 1000))
         self._record = record
         self._signed = sign_record(record, self._identity, self._secrets, sequence=self.sequence, entropy=self._entropy)
-        keys = index_keys(record, self._secrets)
-        if keys != self._keys:
-            self._keys, self._looked_at = keys, float("-inf")
+        labels = index_labels(record.role, record.devices)
+        if labels != self._depths.keys():
+            self._descend({label: self._depths.get(label, 0) for label in sorted(labels)})
+            self._looked_at = float("-inf")
 
-    async def _look_for_holders(self) -> None:
+    async def _look_for_holders(self, keys: Iterable[bytes]) -> dict[PeerId, tuple[PeerAddress, frozenset[bytes]]]:
+        """Find who is to hold the record under ``keys``, beside those who hold it under others; return them."""
         holders: dict[PeerId, tuple[PeerAddress, set[bytes]]] = {}
 
         async def look(key: bytes) -> None:
@@ -144,18 +188,31 @@ class Publisher:
                 holders.setdefault(peer.peer_id, (peer, set()))[1].add(key)
 
         async with trio.open_nursery() as nursery:
-            for key in sorted(self._keys):
+            for key in sorted(keys):
                 nursery.start_soon(look, key)
-        self._holders = {peer_id: (peer, frozenset(keys)) for peer_id, (peer, keys) in holders.items()}
+        found = {peer_id: (peer, frozenset(keys)) for peer_id, (peer, keys) in holders.items()}
+        for peer_id, (peer, new) in found.items():
+            known = self._holders.get(peer_id)
+            self._holders[peer_id] = (peer, new if known is None else new | known[1])
+        return found
 
     async def _keep_at(self, peer: PeerAddress, keys: frozenset[bytes]) -> None:
         """Have ``peer`` hold the record under ``keys`` for another lifetime."""
         assert self._signed is not None
         signed = self._signed
         renewed = await self._tell(peer, Renew(sequence=signed.sequence, keys=tuple(sorted(keys))))
-        if not isinstance(renewed, Done) or not renewed.missing:
+        if not isinstance(renewed, Done):
+            return
+        for key in keys - frozenset(renewed.missing):
+            self._full.get(key, set()).discard(peer.peer_id)
+        if not renewed.missing:
             return
         stored = await self._tell(peer, Store(record=signed, keys=renewed.missing))
+        if isinstance(stored, Done):
+            for key in renewed.missing:
+                has_room = key not in stored.missing
+                full = self._full.setdefault(key, set())
+                (full.discard if has_room else full.add)(peer.peer_id)
         if not isinstance(stored, Refused):
             return
         if stored.held_sequence is not None and self._signed is signed and self._record is not None:

@@ -15,7 +15,7 @@ from typing import Annotated, Protocol
 import msgspec
 
 from sparkle_mesh import limits, wire
-from sparkle_mesh.capabilities.labels import index_labels
+from sparkle_mesh.capabilities.labels import DEPTH_MAX_COUNT, bits_of, index_labels, label_below
 from sparkle_mesh.clock import SYSTEM_ENTROPY, Entropy
 from sparkle_mesh.devices.detect import DeviceInfo
 from sparkle_mesh.errors import AuthenticationError, ProtocolError, UsageError
@@ -137,9 +137,11 @@ def open_record(signed: SignedRecord, secrets: Secrets) -> CapabilityRecord:
     return wire.decode(payload, CapabilityRecord, max_bytes=limits.CAPABILITY_RECORD_MAX_BYTES)
 
 
-def index_keys(record: CapabilityRecord, secrets: Secrets) -> frozenset[bytes]:
-    """Return the keys (32 bytes each) of :func:`.labels.index_labels`."""
-    return frozenset(secrets.locate(label) for label in index_labels(record.role, record.devices))
+def index_keys(publisher: PeerId, record: CapabilityRecord, secrets: Secrets) -> frozenset[bytes]:
+    """Return the keys (32 bytes each) of :func:`.labels.index_labels`, and of those below them."""
+    labels = index_labels(record.role, record.devices)
+    depths = range(DEPTH_MAX_COUNT + 1)
+    return frozenset(secrets.locate(label_below(label, bits_of(publisher, d))) for label in labels for d in depths)
 
 
 def open_filed(signed: SignedRecord, keys: Iterable[bytes], secrets: Secrets) -> CapabilityRecord:
@@ -151,7 +153,7 @@ def open_filed(signed: SignedRecord, keys: Iterable[bytes], secrets: Secrets) ->
         Also if it does not belong under one of them.
     """
     record = open_record(signed, secrets)
-    misfiled = set(keys) - index_keys(record, secrets)
+    misfiled = set(keys) - index_keys(signed.publisher, record, secrets)
     if misfiled:
         raise ProtocolError(
             f"a capability record of {signed.publisher} is filed under {len(misfiled)} keys that are not its own"

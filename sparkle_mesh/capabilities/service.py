@@ -14,7 +14,7 @@ import trio
 
 from sparkle_mesh import limits
 from sparkle_mesh.capabilities.answers import Answers
-from sparkle_mesh.capabilities.labels import TRAINERS_LABEL
+from sparkle_mesh.capabilities.labels import DEPTH_MAX_COUNT, TRAINERS_LABEL, label_below
 from sparkle_mesh.capabilities.messages import Answer, Find, Found, HeldRecord, Question
 from sparkle_mesh.capabilities.publisher import Publisher
 from sparkle_mesh.capabilities.records import CapabilityRecord, Secrets, SignedRecord, open_filed
@@ -144,19 +144,7 @@ class CapabilityService:
 
         Takes ``timeout_s`` at the most, whoever does not answer: it returns what was found by then.
         """
-        records: dict[PeerId, FoundRecord] = {}
-        until = trio.current_time() + timeout_s
-
-        async def find(label: str) -> None:
-            async with self._limiter:
-                # A little is left to look at what came.
-                left_s = 0.9 * (until - trio.current_time())
-                await self._find(self._secrets.locate(label), left_s, records)
-
-        with trio.move_on_after(timeout_s):
-            async with trio.open_nursery() as nursery:
-                for label in query.labels():
-                    nursery.start_soon(find, label)
+        records = await self._find_all(query.labels(), timeout_s)
         own = self._publisher.own_record()
         if own is not None:
             records[self._fabric.peer_id] = FoundRecord(self._fabric.peer_id, self._publisher.sequence, own, 0.0)
@@ -164,8 +152,7 @@ class CapabilityService:
 
     async def find_trainers(self) -> list[PeerAddress]:
         """Return the trainers of the mesh and where they listen, as they say themselves."""
-        records: dict[PeerId, FoundRecord] = {}
-        await self._find(self._secrets.locate(TRAINERS_LABEL), limits.LOOKUP_TIMEOUT_S, records)
+        records = await self._find_all([TRAINERS_LABEL], limits.LOOKUP_TIMEOUT_S)
         return [PeerAddress(found.publisher, found.record.addresses, "trainer") for found in records.values()]
 
     # --- Running --------------------------------------------------------------------------------
@@ -239,11 +226,38 @@ class CapabilityService:
         closest.sort(key=lambda peer: distance(key, key_of_peer(peer.peer_id)))
         return closest[: limits.CAPABILITY_HOLDERS_COUNT]
 
-    async def _find(self, key: bytes, timeout_s: float, records: dict[PeerId, FoundRecord]) -> None:
-        """Add the verified records under ``key``, of each publisher the newest, and that at its least age."""
+    async def _find_all(self, labels: Iterable[str], timeout_s: float) -> dict[PeerId, FoundRecord]:
+        """Return the records under ``labels`` and those below them, by publisher, as found within ``timeout_s``."""
+        records: dict[PeerId, FoundRecord] = {}
+        until = trio.current_time() + timeout_s
+        keys_left = limits.SEARCH_KEYS_MAX_COUNT
+
+        async def find(label: str, bits: str = "") -> None:
+            nonlocal keys_left
+            keys_left -= 1
+            async with self._limiter:
+                # A little is left to look at what came.
+                left_s = 0.9 * (until - trio.current_time())
+                has_more = await self._find(self._secrets.locate(label_below(label, bits)), left_s, records)
+            if has_more and len(bits) < DEPTH_MAX_COUNT and keys_left > 1:
+                for bit in "01":
+                    nursery.start_soon(find, label, bits + bit)
+
+        with trio.move_on_after(timeout_s):
+            async with trio.open_nursery() as nursery:
+                for label in labels:
+                    nursery.start_soon(find, label)
+        return records
+
+    async def _find(self, key: bytes, timeout_s: float, records: dict[PeerId, FoundRecord]) -> bool:
+        """Add the verified records under ``key``, of each publisher the newest, and that at its least age.
+
+        Returns whether there may be more under keys below it.
+        """
         now = trio.current_time()
         held = [(self._fabric.peer_id, HeldRecord(record=r, age_s=age_s)) for r, age_s in self._store.get(key, now)]
-        await self._lookup(key, timeout_s=timeout_s, records=held)
+        overflowed = {self._fabric.peer_id} if self._store.has_overflowed(key, now) else set()
+        await self._lookup(key, timeout_s=timeout_s, records=held, overflowed=overflowed)
         verdicts: dict[SignedRecord, CapabilityRecord | None] = {}
         for holder, one in held:
             if one.age_s >= one.record.lifetime_s:
@@ -259,6 +273,7 @@ class CapabilityService:
             known = records.get(found.publisher)
             if known is None or (found.sequence, -found.age_s) > (known.sequence, -known.age_s):
                 records[found.publisher] = found
+        return bool(overflowed)
 
     def _verified(self, key: bytes, signed: SignedRecord) -> CapabilityRecord | None:
         try:
@@ -273,8 +288,12 @@ class CapabilityService:
         *,
         timeout_s: float = limits.LOOKUP_TIMEOUT_S,
         records: list[tuple[PeerId, HeldRecord]] | None = None,
+        overflowed: set[PeerId] | None = None,
     ) -> list[PeerAddress]:
-        """Ask ever closer peers; return the closest that answered. What they hold under ``key`` goes to ``records``."""
+        """Ask ever closer peers; return the closest that answered.
+
+        What they hold under ``key`` goes to ``records``, and who had no room for more to ``overflowed``.
+        """
         routes = self._table.closest(key, limits.ROUTING_BUCKET_MAX_COUNT)
         start = [PeerAddress(route.peer_id, route.addresses) for route in routes]
         lookup = Lookup(key, self._fabric.peer_id, start, now=trio.current_time(), timeout_s=timeout_s)
@@ -296,6 +315,8 @@ class CapabilityService:
                     self._heard(one.peer_id, one.addresses, "exchange", one.role)
                 if records is not None:
                     records.extend((peer.peer_id, held) for held in answer.records)
+                if overflowed is not None and answer.overflowed:
+                    overflowed.add(peer.peer_id)
             progress.set()
 
         async with trio.open_nursery() as nursery:

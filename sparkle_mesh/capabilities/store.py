@@ -1,7 +1,8 @@
 """What this process holds of others' capability records: bounded, whoever asks it to hold more.
 
 A machine without I/O. One record per publisher, under the keys that are its own. When it is full, whoever shares an
-address with most others makes way, so that a flood from one address displaces itself and nobody else.
+address with most others makes way, so that a flood from one address displaces itself and nobody else. A key that is
+full among different addresses takes no more: the rest is to be stored under keys below it (see :mod:`.labels`).
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ class RecordStore:
         self._per_key_max_count, self._per_origin_max_count = per_key_max_count, per_origin_max_count
         self._held: dict[PeerId, _Held] = {}
         self._by_key: dict[bytes, dict[PeerId, _Held]] = {}
+        # Keys at which there was no room, and when that was last.
+        self._overflowed_at: dict[bytes, float] = {}
         self._nbytes = 0
 
     def __len__(self) -> int:
@@ -63,8 +66,10 @@ class RecordStore:
         """What all records held count for."""
         return self._nbytes
 
-    def store(self, record: SignedRecord, keys: Iterable[bytes], now: float, *, sender: PeerId, origin: str) -> None:
-        """Hold ``record`` under ``keys``.
+    def store(
+        self, record: SignedRecord, keys: Iterable[bytes], now: float, *, sender: PeerId, origin: str
+    ) -> frozenset[bytes]:
+        """Hold ``record`` under ``keys``; return those at which there is no room, and under which it is not held.
 
         Parameters
         ----------
@@ -89,12 +94,23 @@ class RecordStore:
         if held is not None:
             wanted |= held.keys if held.record == record else frozenset()
             self._remove(sender)
-        self._make_room(record, wanted, origin, now)
+        full = frozenset(key for key in wanted if not self._has_room_at(key, origin, now))
+        wanted -= full
+        self._overflowed_at.update(dict.fromkeys(full, now))
+        if not wanted:
+            return full
+        self._make_room(record, origin, now)
         entry = _Held(record, wanted, origin, now)
         self._held[sender] = entry
         self._nbytes += record.nbytes
         for key in wanted:
             self._by_key.setdefault(key, {})[sender] = entry
+        return full
+
+    def has_overflowed(self, key: bytes, now: float) -> bool:
+        """Whether there may be records under keys below ``key``, because there was no room for them here."""
+        at = self._overflowed_at.get(key)
+        return at is not None and now - at < limits.CAPABILITY_OVERFLOW_S
 
     def renew(self, publisher: PeerId, sequence: int, keys: Iterable[bytes], now: float) -> frozenset[bytes]:
         """Keep what ``publisher`` has stored for another lifetime; return those of ``keys`` it is not held under."""
@@ -118,25 +134,38 @@ class RecordStore:
         """Forget what has outlived itself."""
         for publisher in [publisher for publisher, held in self._held.items() if held.is_over(now)]:
             self._remove(publisher)
+        over = [key for key, at in self._overflowed_at.items() if now - at >= limits.CAPABILITY_OVERFLOW_S]
+        for key in over:
+            del self._overflowed_at[key]
 
-    def _make_room(self, record: SignedRecord, keys: frozenset[bytes], origin: str, now: float) -> None:
-        if self._crowd(record, keys):
+    def _has_room_at(self, key: bytes, origin: str, now: float) -> bool:
+        """Whether one more fits under ``key``, if need be in the place of one of the busiest address."""
+        if len(self._by_key.get(key, ())) >= self._per_key_max_count:
+            self.expire(now)
+        crowd = self._by_key.get(key, {})
+        return len(crowd) < self._per_key_max_count or self._displace_one(crowd, origin)
+
+    def _displace_one(self, crowd: dict[PeerId, _Held], origin: str) -> bool:
+        """Make one of ``crowd`` make way for one at ``origin``; False if the latter has as many as any other."""
+        counts = Counter(held.origin for held in crowd.values())
+        busiest, count = counts.most_common(1)[0]
+        if count <= counts[origin] + 1:
+            return False
+        self._remove(next(publisher for publisher, held in crowd.items() if held.origin == busiest))
+        return True
+
+    def _is_full_for(self, record: SignedRecord) -> bool:
+        too_large = bool(self._held) and self._nbytes + record.nbytes > self._max_bytes
+        return len(self._held) >= self._max_count or too_large
+
+    def _make_room(self, record: SignedRecord, origin: str, now: float) -> None:
+        if self._is_full_for(record):
             self.expire(now)
         if sum(held.origin == origin for held in self._held.values()) >= self._per_origin_max_count:
             raise ProtocolError(f"{self._per_origin_max_count} records are held for peers at {origin}; no more are")
-        while crowd := self._crowd(record, keys):
-            counts = Counter(held.origin for held in crowd.values())
-            busiest, count = counts.most_common(1)[0]
-            if count <= counts[origin] + 1:
+        while self._is_full_for(record):
+            if not self._displace_one(self._held, origin):
                 raise ProtocolError(f"there is no room for another record: {len(self._held)} are held")
-            self._remove(next(publisher for publisher, held in crowd.items() if held.origin == busiest))
-
-    def _crowd(self, record: SignedRecord, keys: frozenset[bytes]) -> dict[PeerId, _Held] | None:
-        """Return those of whom one has to make way for ``record``; None if there is room."""
-        if len(self._held) >= self._max_count or (self._held and self._nbytes + record.nbytes > self._max_bytes):
-            return self._held
-        full = (self._by_key[key] for key in keys if len(self._by_key.get(key, ())) >= self._per_key_max_count)
-        return next(full, None)
 
     def _remove(self, publisher: PeerId) -> None:
         held = self._held.pop(publisher)

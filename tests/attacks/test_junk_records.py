@@ -11,9 +11,9 @@ import pytest
 import trio
 
 from sparkle_mesh import limits, wire
-from sparkle_mesh.capabilities.labels import device_label, memory_range
+from sparkle_mesh.capabilities.labels import device_label, index_labels, memory_range
 from sparkle_mesh.capabilities.messages import PROTOCOL, Sealed, Store, seal_context
-from sparkle_mesh.capabilities.records import CapabilityRecord, SignedRecord, index_keys, sign_record
+from sparkle_mesh.capabilities.records import CapabilityRecord, SignedRecord, sign_record
 from sparkle_mesh.capabilities.search import DeviceQuery
 from sparkle_mesh.devices.detect import DeviceInfo
 from sparkle_mesh.errors import SparkleError
@@ -31,7 +31,7 @@ def junk(attacker: MeshNode, victim: MeshNode) -> dict[str, Store]:
     """Return questions to store what must not be stored, by what is wrong with it."""
     identity, secrets, stolen = attacker.config.identity, attacker.secrets, Identity.generate()
     record = CapabilityRecord(host_id=b"h" * 16, role="node", software="s", addresses=(), devices=(GPU,))
-    keys = tuple(index_keys(record, secrets))
+    keys = tuple(map(secrets.locate, index_labels(record.role, record.devices)))
     good = sign_record(record, identity, secrets, sequence=2**60)
 
     def changed(**fields: object) -> SignedRecord:
@@ -40,7 +40,7 @@ def junk(attacker: MeshNode, victim: MeshNode) -> dict[str, Store]:
     replayed = sign_record(record, stolen, secrets, sequence=1)
     return {
         "forged": Store(record=changed(publisher=victim.peer_id), keys=keys),
-        "replayed": Store(record=replayed, keys=tuple(index_keys(record, secrets))),
+        "replayed": Store(record=replayed, keys=tuple(map(secrets.locate, index_labels(record.role, record.devices)))),
         "altered": Store(record=changed(sequence=2**61), keys=keys),
         "kept for longer": Store(record=changed(lifetime_s=limits.CAPABILITY_LIFETIME_MAX_S), keys=keys),
         "misfiled": Store(record=good, keys=(secrets.locate("device 3 cpu"),)),

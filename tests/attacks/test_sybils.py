@@ -11,8 +11,9 @@ import pytest
 import trio
 
 from sparkle_mesh import limits
+from sparkle_mesh.capabilities.labels import index_labels
 from sparkle_mesh.capabilities.messages import Done, Find, Found, Store
-from sparkle_mesh.capabilities.records import CapabilityRecord, index_keys, sign_record
+from sparkle_mesh.capabilities.records import CapabilityRecord, sign_record
 from sparkle_mesh.capabilities.search import DeviceQuery
 from sparkle_mesh.capabilities.service import CapabilityService
 from sparkle_mesh.capabilities.streams import Asker
@@ -59,7 +60,7 @@ class Sybil:
             host_id=self.fabric.peer_id[-16:].encode(), role="node", software="s", addresses=(), devices=(GPU,)
         )
         signed = sign_record(record, self.identity, SECRETS, sequence=2**60)
-        keys = tuple(index_keys(record, SECRETS))
+        keys = tuple(map(SECRETS.locate, index_labels(record.role, record.devices)))
         try:
             await self.asker.ask(PeerAddress(target.peer_id, target.fabric.addresses), Store(record=signed, keys=keys))
         except SparkleError:

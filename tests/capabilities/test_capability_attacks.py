@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from sparkle_mesh import limits, wire
-from sparkle_mesh.capabilities.labels import MEMORY_RANGES_COUNT
+from sparkle_mesh.capabilities.labels import MEMORY_RANGES_COUNT, index_labels
 from sparkle_mesh.capabilities.messages import (
     PROTOCOL,
     Done,
@@ -22,7 +22,7 @@ from sparkle_mesh.capabilities.messages import (
     Store,
     seal_context,
 )
-from sparkle_mesh.capabilities.records import CapabilityRecord, index_keys, sign_record
+from sparkle_mesh.capabilities.records import CapabilityRecord, sign_record
 from sparkle_mesh.capabilities.search import DeviceQuery
 from sparkle_mesh.capabilities.streams import Asker
 from sparkle_mesh.clock import SYSTEM_ENTROPY
@@ -110,10 +110,11 @@ async def test_nobody_stores_for_another_and_nothing_that_does_not_hold(open_mes
 
         theirs = record_of(victim.identity, GPU)
         stolen = sign_record(theirs, victim.identity, mesh.secrets, sequence=2**60)
-        assert "everybody stores their own" in await refused(stolen, index_keys(theirs, mesh.secrets))
+        their_keys = map(mesh.secrets.locate, index_labels(theirs.role, theirs.devices))
+        assert "everybody stores their own" in await refused(stolen, their_keys)
         mine = record_of(attacker.identity, CPU)
         signed = sign_record(mine, attacker.identity, mesh.secrets, sequence=2**60)
-        keys = index_keys(mine, mesh.secrets)
+        keys = frozenset(map(mesh.secrets.locate, index_labels(mine.role, mine.devices)))
         assert "not its own" in await refused(signed, [mesh.secrets.locate("device 5 cuda")])
         assert "not signed by it" in await refused(msgspec.structs.replace(signed, lifetime_s=600.0), keys)
         assert isinstance(await asker.ask(target, Store(record=signed, keys=tuple(keys))), Done)
@@ -128,7 +129,7 @@ async def test_ten_thousand_junk_records_of_one_peer_are_one_at_most(open_mesh, 
         attacker, target = peers[0], peers[1]
         asker = Asker(attacker.fabric, mesh.secrets, SYSTEM_ENTROPY)
         mine = record_of(attacker.identity, CPU, GPU)
-        keys = tuple(index_keys(mine, mesh.secrets))
+        keys = tuple(map(mesh.secrets.locate, index_labels(mine.role, mine.devices)))
         signed = sign_record(mine, attacker.identity, mesh.secrets, sequence=2**60)
         held_before = len(target.service.store)
         slowest_s, sent = 0.0, 0

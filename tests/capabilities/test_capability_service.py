@@ -9,6 +9,7 @@ import trio
 
 from sparkle_mesh import limits
 from sparkle_mesh.capabilities.search import DeviceQuery
+from sparkle_mesh.capabilities.store import RecordStore
 from sparkle_mesh.devices.detect import DeviceInfo
 
 GIB = 1 << 30
@@ -137,3 +138,35 @@ async def test_who_has_left_publishes_no_more(open_mesh, autojump_clock):
         await peers[0].service.leave()
         await trio.sleep(3 * limits.CAPABILITY_RENEW_S)
         assert peers[0].peer_id not in await peers[1].finds("cpu")
+
+
+async def test_more_alike_than_one_key_holds_are_found_all_the_same(open_mesh, autojump_clock, monkeypatch):
+    monkeypatch.setitem(RecordStore.__init__.__kwdefaults__, "per_key_max_count", 6)
+    monkeypatch.setattr(limits, "CAPABILITY_REPUBLISH_S", 100.0)
+    chooser = random.Random(3)
+    async with open_mesh() as mesh:
+        peers = []
+        for _ in range(60):
+            peers.append(await mesh.add([device()], chooser.sample(peers, min(len(peers), 3))))
+        await trio.sleep(60.0)
+        everyone = {peer.peer_id for peer in peers}
+        for peer in chooser.sample(peers, 6):
+            assert set(await peer.finds("cpu")) == everyone
+        # Nobody has to hold all of them.
+        most = max(len(peer.service.store) for peer in peers)
+        assert most <= 30
+        dead = peers[::2]
+        for peer in dead:
+            peer.kill()
+        await trio.sleep(60.0)
+        left = peers[1::2]
+        for peer in chooser.sample(left, 6):
+            assert set(await peer.finds("cpu")) == {peer.peer_id for peer in left}
+        # Where there is room again, records come up again, and are found on the way.
+        until = trio.current_time() + 3 * limits.CAPABILITY_REPUBLISH_S
+        while trio.current_time() < until:
+            assert set(await left[0].finds("cpu")) == {peer.peer_id for peer in left}
+            await trio.sleep(7.0)
+        newcomer = await mesh.add([device()], left[:2])
+        await trio.sleep(10.0)
+        assert newcomer.peer_id in await left[5].finds("cpu")

@@ -6,7 +6,8 @@ import msgspec
 import pytest
 
 from sparkle_mesh import limits
-from sparkle_mesh.capabilities.records import CapabilityRecord, SignedRecord, index_keys, sign_record
+from sparkle_mesh.capabilities.labels import bits_of, index_labels, label_below
+from sparkle_mesh.capabilities.records import CapabilityRecord, SignedRecord, sign_record
 from sparkle_mesh.capabilities.store import RecordStore, StaleRecordError
 from sparkle_mesh.devices.detect import DeviceInfo
 from sparkle_mesh.errors import AuthenticationError, ProtocolError
@@ -23,7 +24,7 @@ class Publisher:
         self.peer_id = self.identity.peer_id
         device = DeviceInfo(kind=kind, index=0, name=kind, memory_bytes=0)
         self.record = CapabilityRecord(host_id=b"h" * 16, role="trainer", software="s", addresses=(), devices=(device,))
-        self.keys = index_keys(self.record, SECRETS)
+        self.keys = frozenset(map(SECRETS.locate, index_labels(self.record.role, self.record.devices)))
         self.shared_key = SECRETS.locate(f"device 0 {kind}")
 
     def signed(self, sequence: int = 1) -> SignedRecord:
@@ -156,3 +157,28 @@ def test_one_that_is_larger_than_all_that_may_be_held_is_no_reason_to_spin():
     Publisher(1).store_at(store)
     with pytest.raises(ProtocolError, match="no room"):
         Publisher(2).store_at(store, origin="elsewhere")
+
+
+def test_what_has_no_room_under_one_key_is_held_under_the_others_and_remembered():
+    store = RecordStore(SECRETS, per_key_max_count=3)
+    some = [Publisher(number) for number in range(1, 5)]
+    key = some[0].shared_key
+    for number, one in enumerate(some[:3]):
+        store.store(one.signed(), [key], 0.0, sender=one.peer_id, origin=f"/ip4/10.0.0.{number}")
+    assert not store.has_overflowed(key, 0.0)
+    last, signed = some[3], some[3].signed()
+    full = store.store(signed, last.keys, 5.0, sender=last.peer_id, origin="/ip4/10.0.0.9")
+    assert full == {key}
+    # It is a trainer, and found as such.
+    assert store.renew(last.peer_id, 1, last.keys, 6.0) == {key}
+    assert store.has_overflowed(key, 5.0 + limits.CAPABILITY_OVERFLOW_S - 1)
+    assert not store.has_overflowed(key, 5.0 + limits.CAPABILITY_OVERFLOW_S)
+    below = SECRETS.locate(label_below("device 0 cpu", bits_of(last.peer_id, 1)))
+    assert store.store(signed, [below], 7.0, sender=last.peer_id, origin="/ip4/10.0.0.9") == frozenset()
+    assert held(store, below, 7.0) == [(last.peer_id, 0.0)]
+    # Nobody is held under nothing.
+    other = Publisher(9)
+    assert store.store(other.signed(), [key], 8.0, sender=other.peer_id, origin="/ip4/10.0.0.8") == {key}
+    assert len(store) == 4
+    store.expire(8.0 + limits.CAPABILITY_OVERFLOW_S)
+    assert not store._overflowed_at

@@ -9,10 +9,13 @@ from hypothesis import strategies as st
 
 from sparkle_mesh import limits, wire
 from sparkle_mesh.capabilities.labels import (
+    DEPTH_MAX_COUNT,
     MEMORY_RANGES_COUNT,
     TRAINERS_LABEL,
+    bits_of,
     device_label,
     index_labels,
+    label_below,
     memory_range,
 )
 from sparkle_mesh.capabilities.records import (
@@ -88,14 +91,22 @@ def test_too_much_to_tell_is_told_to_the_caller():
 
 
 def test_a_record_belongs_under_its_own_keys_alone():
-    keys = index_keys(RECORD, SECRETS)
-    assert len(keys) == 2
+    keys = index_keys(IDENTITY.peer_id, RECORD, SECRETS)
+    # Two labels, and for each one below for each bit of the publisher's hash.
+    assert len(keys) == 2 * (1 + DEPTH_MAX_COUNT)
     for some in (keys, [next(iter(keys))], []):
         assert open_filed(signed(), some, SECRETS) == RECORD
     with pytest.raises(ProtocolError, match="filed under 1 keys that are not its own"):
         open_filed(signed(), [*keys, SECRETS.locate("device 3 cpu")], SECRETS)
+    bits = bits_of(IDENTITY.peer_id, 3)
+    below = [SECRETS.locate(label_below(label, bits)) for label in index_labels(RECORD.role, RECORD.devices)]
+    assert open_filed(signed(), below, SECRETS) == RECORD
+    other = bits[:-1] + ("1" if bits[-1] == "0" else "0")
+    elsewhere = [SECRETS.locate(label_below(label, other)) for label in index_labels(RECORD.role, RECORD.devices)]
+    with pytest.raises(ProtocolError, match="not its own"):
+        open_filed(signed(), elsewhere[:1], SECRETS)
     # Places tell nobody without the key what is there.
-    assert not keys & index_keys(RECORD, MeshSecrets("a mesh", MeshKey.generate()))
+    assert not keys & index_keys(IDENTITY.peer_id, RECORD, MeshSecrets("a mesh", MeshKey.generate()))
 
 
 @pytest.mark.parametrize(
