@@ -164,6 +164,7 @@ class MeshNode:
             known=config.known,
             lan=config.lan,
             public_peers=public_peers,
+            is_needed=self._needs,
             let_go=self._spare,
             entropy=config.entropy,
         )
@@ -290,6 +291,9 @@ class MeshNode:
     def _moved(self) -> None:
         self._presence.moved()
         self.membership.moved()
+
+    def _needs(self, peer_id: PeerId) -> bool:
+        return self._reach is not None and self._reach.needs(peer_id)
 
     def _spare(self, peer_id: PeerId) -> None:
         self.membership.spare(peer_id)

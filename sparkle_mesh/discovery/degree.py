@@ -5,7 +5,7 @@ together, that nobody can cut one of them off, and that the DHT works. So a node
 ``limits.NODE_DEGREE_TARGET_COUNT`` connections, and lets some go beyond ``limits.NODE_DEGREE_MAX_COUNT``, not counting
 those with which records are renewed: to make them anew each time would cost more. It keeps
 
-- those that its user has named;
+- those that its user has named, and relays and those whom it relays for;
 - those that are closest to it in the space of keys: through them halves of a mesh that meet find all of each other;
 - some that it has chosen itself, at random, and the oldest of those that came to it: whoever comes later, with
   however many names, displaces none of them.
@@ -17,7 +17,7 @@ nodes, those of its own host first. Whoever is let go is told of others before.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from sparkle_mesh import limits
@@ -94,9 +94,12 @@ class Degree:
         This process's peer id.
     role
         What it is: ``"node"``, ``"trainer"``, or empty for one that wants everybody.
+    is_needed
+        Whether a peer is to stay connected for another reason: it is a relay of this process, or has this one as its.
     """
 
-    def __init__(self, me: PeerId, role: str) -> None:
+    def __init__(self, me: PeerId, role: str, *, is_needed: Callable[[PeerId], bool] = lambda peer_id: False) -> None:
+        self._is_needed = is_needed
         self._key = key_of_peer(me)
         self._is_trainer = role == _TRAINER
         self._is_bounded = role != ""
@@ -199,8 +202,11 @@ class Degree:
         chosen = [n for n in oldest if n.chosen][: limits.NODE_DEGREE_CHOSEN_COUNT]
         inbound = [n for n in oldest if not n.chosen and not n.asked][: limits.NODE_DEGREE_INBOUND_COUNT]
         near = [] if self._is_trainer else self._near()
-        always = [n for n in among if n.configured or n.is_busy(now) or (n.same_host and self._crosses_roles(n))]
+        always = [n for n in among if self._is_bound(n) or n.is_busy(now) or (n.same_host and self._crosses_roles(n))]
         return {neighbour.peer_id for group in (chosen, inbound, near, always) for neighbour in group}
+
+    def _is_bound(self, neighbour: Neighbour) -> bool:
+        return neighbour.configured or self._is_needed(neighbour.peer_id)
 
     def _crosses_roles(self, neighbour: Neighbour) -> bool:
         """Whether of the two one is a node and the other a trainer: those of a host belong together."""
@@ -240,5 +246,5 @@ class Degree:
         ripe.sort(key=lambda n: (crowds[n.network] if n.network else 0, n.asked, n.since), reverse=True)
         loose = [n.peer_id for n in ripe if n.peer_id not in kept][: max(excess, 0)]
         if over > len(loose):
-            loose += [n.peer_id for n in ripe if n.peer_id in kept and not n.configured][: over - len(loose)]
+            loose += [n.peer_id for n in ripe if n.peer_id in kept and not self._is_bound(n)][: over - len(loose)]
         return loose

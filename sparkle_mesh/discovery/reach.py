@@ -122,6 +122,13 @@ class ReachService:
 
     # --- What it knows --------------------------------------------------------------------------
 
+    def needs(self, peer_id: PeerId) -> bool:
+        """Whether ``peer_id`` is a relay of this process, or has it as its relay."""
+        relaying = self._relaying
+        if relaying is not None and relaying.book.has_reservation(peer_id, trio.current_time()):
+            return True
+        return self._relays.has_place_at(peer_id)
+
     def status(self) -> tuple[str, ...]:
         """Say for people what it does, one line each."""
         puncher = self._fabric.reach.puncher
@@ -159,6 +166,8 @@ class ReachService:
                 async for event in events:
                     if isinstance(event, PeerConnected):
                         self._came(event)
+                    elif self._relaying is not None:
+                        self._relaying.book.gone(event.peer_id)
                     self._relays.look()
             finally:
                 self._nursery = None

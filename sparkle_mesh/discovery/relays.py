@@ -66,6 +66,10 @@ class RelayKeeper:
             self._candidates[peer_id] = of_mesh
         self.look()
 
+    def has_place_at(self, peer_id: PeerId) -> bool:
+        """Whether others reach this process through ``peer_id``."""
+        return peer_id in self._places
+
     def are_missing(self) -> bool:
         """Whether there are fewer places than are wanted."""
         return self._is_wanted() and len(self._useful()) < limits.REACH_RELAYS_COUNT

@@ -70,6 +70,8 @@ class DiscoveryService:
         to this mesh, and would refuse.
     public_peers
         Peers that are connected for what they serve to everybody: they are neither kept connected nor let go here.
+    is_needed
+        Whether a peer is to stay connected whoever else is: see :class:`.degree.Degree`.
     let_go
         Called with a peer of which this process has enough: it is to be told of others, and disconnected.
     registry, cache, beacons
@@ -94,6 +96,7 @@ class DiscoveryService:
         lan: bool = True,
         any_node: bool = False,
         public_peers: Container[PeerId] = (),
+        is_needed: Callable[[PeerId], bool] = lambda peer_id: False,
         let_go: Callable[[PeerId], object] = lambda peer_id: None,
         entropy: Entropy = SYSTEM_ENTROPY,
         clock: Clock = SYSTEM_CLOCK,
@@ -112,7 +115,7 @@ class DiscoveryService:
         self._known = [parse_join_address(text) for text in known]
         self._let_go_of = let_go
         self._entropy = entropy
-        self._degree = Degree(fabric.peer_id, role)
+        self._degree = Degree(fabric.peer_id, role, is_needed=is_needed)
         self._directory = Directory(fabric.peer_id, entropy=entropy, degree=self._degree)
         self._registry: Registry = registry or LocalRegistry(data_dir, clock=clock, entropy=entropy)
         self._cache = cache or PeerCache(data_dir, mesh_tag, clock=clock, entropy=entropy)

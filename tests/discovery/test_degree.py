@@ -105,6 +105,20 @@ def test_the_configured_the_near_the_chosen_and_the_oldest_stay_whoever_comes():
     assert len(degree) == MAX
 
 
+def test_a_relay_and_whom_it_relays_for_stay_connected():
+    needed = {"needed0", "needed1"}
+    degree = Degree("me", "node", is_needed=needed.__contains__)
+    kept = filled(degree, 2, name="needed")
+    filled(degree, 2 * limits.NODE_DEGREE_MAX_COUNT)
+    gone = set(degree.surplus(1000.0))
+    assert gone
+    assert not gone & set(kept)
+    needed.clear()
+    trainer = Degree("me", "trainer", is_needed=lambda peer_id: peer_id == "node3")
+    filled(trainer, 3 * limits.TRAINER_NODES_MAX_COUNT, name="node")
+    assert "node3" not in trainer.surplus(1000.0)
+
+
 def test_of_a_crowd_in_one_network_the_last_goes_first():
     degree = Degree("me", "node")
     filled(degree, MAX - 4, name="spread")
