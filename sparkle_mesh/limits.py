@@ -284,10 +284,11 @@ CAPABILITY_KEYS_MAX_COUNT = 33
 DEVICES_PER_RECORD_MAX_COUNT = 32
 DEVICE_DTYPES_MAX_COUNT = 32
 # What one process holds of others, whoever asks it to.
-CAPABILITIES_HELD_MAX_COUNT = 4096
-CAPABILITIES_HELD_MAX_BYTES = 8 * MIB
+# Their publishers stay connected and renew them, which takes some 40 bytes a second each, sent and received together.
+CAPABILITIES_HELD_MAX_COUNT = 32
+CAPABILITIES_HELD_MAX_BYTES = 1 * MIB
 # Under one key; what comes later is stored under keys below it. That there is some of it is remembered for so long.
-CAPABILITIES_PER_KEY_MAX_COUNT = 48
+CAPABILITIES_PER_KEY_MAX_COUNT = 20
 CAPABILITY_OVERFLOW_S = 1800.0
 # Keys looked at in one search, those below others included.
 SEARCH_KEYS_MAX_COUNT = 512

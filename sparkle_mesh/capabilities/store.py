@@ -37,7 +37,7 @@ class RecordStore:
     secrets
         Of the mesh: what is not signed and sealed for it is refused.
     max_count, max_bytes, per_key_max_count, per_origin_max_count
-        Bounds; see ``limits``.
+        Bounds; see ``limits``. Whoever publishes what is over the first is told that there is no room at its keys.
     """
 
     def __init__(
@@ -94,12 +94,13 @@ class RecordStore:
         if held is not None:
             wanted |= held.keys if held.record == record else frozenset()
             self._remove(sender)
-        full = frozenset(key for key in wanted if not self._has_room_at(key, origin, now))
+        self._make_room(record, origin, now)
+        has_room = len(self._held) < self._max_count or self._displace_one(self._held, origin)
+        full = frozenset(key for key in wanted if not has_room or not self._has_room_at(key, origin))
         wanted -= full
         self._overflowed_at.update(dict.fromkeys(full, now))
         if not wanted:
             return full
-        self._make_room(record, origin, now)
         entry = _Held(record, wanted, origin, now)
         self._held[sender] = entry
         self._nbytes += record.nbytes
@@ -138,10 +139,8 @@ class RecordStore:
         for key in over:
             del self._overflowed_at[key]
 
-    def _has_room_at(self, key: bytes, origin: str, now: float) -> bool:
+    def _has_room_at(self, key: bytes, origin: str) -> bool:
         """Whether one more fits under ``key``, if need be in the place of one of the busiest address."""
-        if len(self._by_key.get(key, ())) >= self._per_key_max_count:
-            self.expire(now)
         crowd = self._by_key.get(key, {})
         return len(crowd) < self._per_key_max_count or self._displace_one(crowd, origin)
 
@@ -154,16 +153,11 @@ class RecordStore:
         self._remove(next(publisher for publisher, held in crowd.items() if held.origin == busiest))
         return True
 
-    def _is_full_for(self, record: SignedRecord) -> bool:
-        too_large = bool(self._held) and self._nbytes + record.nbytes > self._max_bytes
-        return len(self._held) >= self._max_count or too_large
-
     def _make_room(self, record: SignedRecord, origin: str, now: float) -> None:
-        if self._is_full_for(record):
-            self.expire(now)
+        self.expire(now)
         if sum(held.origin == origin for held in self._held.values()) >= self._per_origin_max_count:
             raise ProtocolError(f"{self._per_origin_max_count} records are held for peers at {origin}; no more are")
-        while self._is_full_for(record):
+        while self._held and self._nbytes + record.nbytes > self._max_bytes:
             if not self._displace_one(self._held, origin):
                 raise ProtocolError(f"there is no room for another record: {len(self._held)} are held")
 
