@@ -12,6 +12,7 @@ import trio.testing
 
 from sparkle_mesh import limits
 from sparkle_mesh.errors import LinkClosedError, UnreachableError
+from sparkle_mesh.fabric.circuits import parse_circuit
 from sparkle_mesh.fabric.identity import Identity
 from sparkle_mesh.fabric.interface import FabricStream, PeerConnected, PeerDisconnected, PeerId
 from sparkle_mesh.fabric.libp2p_fabric import Libp2pFabric, open_libp2p_fabric
@@ -192,3 +193,34 @@ async def test_when_one_of_two_connections_ends_the_other_takes_its_place(three:
         stream = await three.other.open_stream(three.hidden.peer_id, "/echo")
         await stream.write(b"x")
         assert await stream.read(1) == b"x"
+
+
+async def test_garbage_and_floods_leave_it_serving(three: Trio) -> None:
+    from sparkle_mesh.fabric.relay_service import HOP_PROTOCOL, STOP_PROTOCOL
+
+    three.serve(circuits_per_peer_max_count=4)
+    three.hidden.handle("/echo", echo)
+    await three.connect()
+    async with open_libp2p_fabric(Identity.generate()) as attacker:
+        await attacker.connect(three.relay.peer_id, three.relay.addresses)
+        await attacker.connect(three.hidden.peer_id, three.hidden.addresses)
+        for target, protocol in ((three.relay, HOP_PROTOCOL), (three.hidden, STOP_PROTOCOL)):
+            for garbage in (b"", b"\xff" * 64, b"\x03\x08\x63\x00", b"\x02\x08\x01", b"\x00", b"\x04\x12\x02\x0a\x00"):
+                stream = await attacker.open_stream(target.peer_id, protocol)
+                await stream.write(garbage)
+                await stream.aclose()
+        through = f"{three.relay.addresses[0]}/p2p/{three.relay.peer_id}/p2p-circuit"
+        circuit = parse_circuit(through)
+        assert circuit is not None
+        refused, held = 0, []
+        for _ in range(12):
+            # Opened, and nothing said on them.
+            try:
+                held.append(await attacker.reach.relays.open_circuit(circuit, three.hidden.peer_id, through))
+            except UnreachableError as error:
+                refused += "status 201" in str(error)
+        assert (len(held), refused) == (3, 9)
+        with trio.fail_after(10):
+            stream = await three.other.open_stream(three.hidden.peer_id, "/echo")
+            await stream.write(b"still there")
+            assert await stream.read(100) == b"still there"
