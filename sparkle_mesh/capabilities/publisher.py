@@ -2,7 +2,8 @@
 
 Each ``limits.CAPABILITY_RENEW_S`` the holders are asked to keep it for another lifetime, in a few bytes; where it is
 not held any more, or its holders have changed, it is stored. A process that dies renews nothing, and is forgotten.
-Where most holders of a key have no room, the record goes under the key below it (see :mod:`.labels`).
+Where some holders of a key have no room, the record goes under the key below it as well; where most have none, there
+alone (see :mod:`.labels`).
 """
 
 from __future__ import annotations
@@ -61,9 +62,9 @@ class Publisher:
         self._devices: tuple[DeviceInfo, ...] | None = None
         self._record: CapabilityRecord | None = None
         self._signed: SignedRecord | None = None
-        # How deep it lies under each label, and under which key that is.
-        self._depths: dict[str, int] = {}
-        self._keys: dict[str, bytes] = {}
+        # How deep it lies under each label, and under which keys that is.
+        self._depths: dict[str, tuple[int, ...]] = {}
+        self._keys: frozenset[bytes] = frozenset()
         # Who has no room, by key.
         self._full: dict[bytes, set[PeerId]] = {}
         # Who holds it under which keys, as far as is known.
@@ -76,7 +77,7 @@ class Publisher:
     @property
     def keys(self) -> frozenset[bytes]:
         """Under which the record is published."""
-        return frozenset(self._keys.values())
+        return self._keys
 
     def offer(self, devices: Sequence[DeviceInfo]) -> None:
         """Publish that the machine has ``devices``, from now on."""
@@ -129,40 +130,36 @@ class Publisher:
         if now - self._looked_at >= limits.CAPABILITY_REPUBLISH_S * self._entropy.uniform(0.75, 1.25):
             self._looked_at = now
             # There may be room again higher up; where there is none, that is remembered there.
-            self._descend(dict.fromkeys(self._keys, 0))
+            self._place(dict.fromkeys(self._depths, (0,)))
             self._holders.clear()
-            await self._look_for_holders(self._keys.values())
+            await self._look_for_holders(self._keys)
         await self._keep(list(self._holders.values()))
-        while deeper := self._without_room():
-            before = self._keys
-            self._descend({label: depth + (label in deeper) for label, depth in self._depths.items()})
-            new = [self._keys[label] for label in deeper if self._keys[label] != before[label]]
-            if not new:
-                break
+        while new := self._place({label: self._deeper(label, depths) for label, depths in self._depths.items()}):
             found = await self._look_for_holders(new)
-            await self._keep([(peer, keys) for peer, keys in found.values()])
+            await self._keep(list(found.values()))
 
-    def _without_room(self) -> list[str]:
-        """Return the labels of which most holders have no room."""
-        labels = []
-        for label, key in self._keys.items():
-            holders = [peer_id for peer_id, (_, keys) in self._holders.items() if key in keys]
-            full = self._full.get(key, set())
-            if holders and 2 * sum(peer_id in full for peer_id in holders) > len(holders):
-                labels.append(label)
-        return labels
+    def _key(self, label: str, depth: int) -> bytes:
+        return self._secrets.locate(label_below(label, bits_of(self._identity.peer_id, depth)))
 
-    def _descend(self, depths: dict[str, int]) -> None:
-        """Publish at these depths from now on."""
-        self._depths = {label: min(depth, DEPTH_MAX_COUNT) for label, depth in depths.items()}
-        me = self._identity.peer_id
-        self._keys = {
-            label: self._secrets.locate(label_below(label, bits_of(me, depth))) for label, depth in self._depths.items()
-        }
-        current = frozenset(self._keys.values())
-        self._full = {key: peers for key, peers in self._full.items() if key in current}
-        kept = {peer_id: (peer, keys & current) for peer_id, (peer, keys) in self._holders.items()}
+    def _deeper(self, label: str, depths: tuple[int, ...]) -> tuple[int, ...]:
+        """Return at which depths to publish under ``label``, as its holders at the last of ``depths`` have room."""
+        deepest, key = depths[-1], self._key(label, depths[-1])
+        holders = [peer_id for peer_id, (_, keys) in self._holders.items() if key in keys]
+        full_count = sum(peer_id in self._full.get(key, set()) for peer_id in holders)
+        if not full_count or deepest == DEPTH_MAX_COUNT:
+            return depths
+        # Whoever searches asks about the same holders, but not quite: so few of them do not suffice.
+        return (*(depths if 2 * full_count <= len(holders) else depths[:-1]), deepest + 1)
+
+    def _place(self, depths: dict[str, tuple[int, ...]]) -> frozenset[bytes]:
+        """Publish at these depths from now on; return the keys that are new."""
+        before = self._keys
+        self._depths = depths
+        self._keys = frozenset(self._key(label, depth) for label, some in depths.items() for depth in some)
+        self._full = {key: peers for key, peers in self._full.items() if key in self._keys}
+        kept = {peer_id: (peer, keys & self._keys) for peer_id, (peer, keys) in self._holders.items()}
         self._holders = {peer_id: (peer, keys) for peer_id, (peer, keys) in kept.items() if keys}
+        return self._keys - before
 
     async def _keep(self, holders: list[tuple[PeerAddress, frozenset[bytes]]]) -> None:
         async with trio.open_nursery() as nursery:
@@ -176,7 +173,7 @@ class Publisher:
         self._signed = sign_record(record, self._identity, self._secrets, sequence=self.sequence, entropy=self._entropy)
         labels = index_labels(record.role, record.devices)
         if labels != self._depths.keys():
-            self._descend({label: self._depths.get(label, 0) for label in sorted(labels)})
+            self._place({label: self._depths.get(label, (0,)) for label in sorted(labels)})
             self._looked_at = float("-inf")
 
     async def _look_for_holders(self, keys: Iterable[bytes]) -> dict[PeerId, tuple[PeerAddress, frozenset[bytes]]]:

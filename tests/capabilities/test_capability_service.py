@@ -146,7 +146,7 @@ async def test_more_alike_than_one_key_holds_are_found_all_the_same(open_mesh, a
     chooser = random.Random(3)
     async with open_mesh() as mesh:
         peers = []
-        for _ in range(60):
+        for _ in range(48):
             peers.append(await mesh.add([device()], chooser.sample(peers, min(len(peers), 3))))
         await trio.sleep(60.0)
         everyone = {peer.peer_id for peer in peers}
