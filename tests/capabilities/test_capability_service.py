@@ -154,7 +154,7 @@ async def test_more_alike_than_one_key_holds_are_found_all_the_same(open_mesh, a
             assert set(await peer.finds("cpu")) == everyone
         # Nobody has to hold all of them.
         most = max(len(peer.service.store) for peer in peers)
-        assert most <= 30
+        assert most <= limits.CAPABILITIES_HELD_MAX_COUNT
         dead = peers[::2]
         for peer in dead:
             peer.kill()
