@@ -117,6 +117,9 @@ class ReachService:
         self._relaying: RelayService | None = None
         self._nursery: trio.Nursery | None = None
         self._asked_at: dict[PeerId, float] = {}
+        # Connected peers that have dialed this process; and where others see its port, by a connection from there.
+        self._inbound: set[PeerId] = set()
+        self._seen_by: dict[PeerId, Address | None] = {}
         self._test_now, self._meet_now = trio.Event(), trio.Event()
         self._met = "not yet"
 
@@ -166,21 +169,29 @@ class ReachService:
                 async for event in events:
                     if isinstance(event, PeerConnected):
                         self._came(event)
-                    elif self._relaying is not None:
-                        self._relaying.book.gone(event.peer_id)
+                    else:
+                        self._went(event.peer_id)
                     self._relays.look()
             finally:
                 self._nursery = None
 
     def _came(self, event: PeerConnected) -> None:
-        self._asked_at.pop(event.peer_id, None)
         address = event.remote_address
+        if not event.outbound:
+            self._inbound.add(event.peer_id)
         punched = event.peer_id in self._fabric.reach.puncher.tried
         if address is None or event.outbound or punched or is_circuit(address) or is_local_address(address):
             return
         # Nothing shows better that this process can be dialed.
         self._reachability.dialed_back(event.peer_id, True, trio.current_time())
         self._weigh()
+
+    def _went(self, peer_id: PeerId) -> None:
+        self._asked_at.pop(peer_id, None)
+        self._inbound.discard(peer_id)
+        self._seen_by.pop(peer_id, None)
+        if self._relaying is not None:
+            self._relaying.book.gone(peer_id)
 
     def _listening(self) -> list[Address]:
         return [address for address in self._fabric.addresses if address not in self._fabric.reach.advertised()]
@@ -212,12 +223,15 @@ class ReachService:
             age_s = limits.REACH_LOOK_S if self._relays.are_missing() else limits.REACH_TEST_S
             self._asked_at = {p: at for p, at in self._asked_at.items() if now - at < age_s}
             room = limits.REACH_OBSERVERS_MAX_COUNT - len(self._asked_at)
-            for peer_id in list(self._fabric.connected_peers())[: max(room, 0)]:
-                if not is_local_address(self._fabric.remote_address(peer_id)) and (
-                    peer_id in self._public_peers or self._is_of_mesh(peer_id)
-                ):
-                    self.look_at(peer_id)
+            observers = [peer_id for peer_id in self._fabric.connected_peers() if self._is_observer(peer_id)]
+            for peer_id in [peer_id for peer_id in observers if peer_id not in self._asked_at][: max(room, 0)]:
+                self.look_at(peer_id)
             self._weigh()
+
+    def _is_observer(self, peer_id: PeerId) -> bool:
+        """Whether ``peer_id`` is beyond the local network, and there to be asked."""
+        known = peer_id in self._public_peers or self._is_of_mesh(peer_id)
+        return known and not is_local_address(self._fabric.remote_address(peer_id))
 
     async def _look_at(self, peer_id: PeerId) -> None:
         # They load py-libp2p, as the fabric has by now.
@@ -247,8 +261,12 @@ class ReachService:
 
     async def _note_where_seen(self, peer_id: PeerId, remote_address: Address, seen_at: Address | None) -> None:
         """Note where ``peer_id`` sees this process's port, for which a connection from that very port is needed."""
-        if not self._fabric.reach.is_from_port(peer_id):
-            seen_at = await self._fabric.reach.ask_where_seen(peer_id, remote_address)
+        if peer_id not in self._inbound and not self._fabric.reach.is_from_port(peer_id):
+            if peer_id not in self._seen_by:
+                # Once: the connection stays.
+                self._seen_by[peer_id] = None
+                self._seen_by[peer_id] = await self._fabric.reach.ask_where_seen(peer_id, remote_address)
+            seen_at = self._seen_by[peer_id]
         if seen_at is not None and not is_local_address(seen_at):
             self._reachability.seen(peer_id, seen_at, trio.current_time())
 

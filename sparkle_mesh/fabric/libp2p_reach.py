@@ -94,11 +94,13 @@ class Libp2pReach:
             If that cannot be done, or it does not tell.
         """
         source = self._port.source_for(address)
-        stream = await assembly.open_tcp(address, self._port.register, source)
-        connection = await assembly.upgrade_outbound(self._swarm, stream, peer_id)
-        with translated(f"peer {peer_id} does not say who it is", UnreachableError):
-            net_stream = await self._host.new_stream_over(connection, [TProtocol(IDENTIFY_PROTOCOL)])
-        return (await read_identity(Libp2pStream(net_stream, self._tasks))).seen_at
+        with trio.move_on_after(limits.DIAL_TIMEOUT_S):
+            stream = await assembly.open_tcp(address, self._port.register, source)
+            connection = await assembly.upgrade_outbound(self._swarm, stream, peer_id)
+            with translated(f"peer {peer_id} does not say who it is", UnreachableError):
+                net_stream = await self._host.new_stream_over(connection, [TProtocol(IDENTIFY_PROTOCOL)])
+            return (await read_identity(Libp2pStream(net_stream, self._tasks))).seen_at
+        raise UnreachableError(f"peer {peer_id} did not answer within {limits.DIAL_TIMEOUT_S:g} s at {address}")
 
     def serve_dial_backs(self) -> None:
         """Dial those who want to know whether they can be dialed."""
