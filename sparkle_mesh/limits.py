@@ -285,11 +285,14 @@ DEVICES_PER_RECORD_MAX_COUNT = 32
 DEVICE_DTYPES_MAX_COUNT = 32
 # What one process holds of others, whoever asks it to.
 # Their publishers stay connected and renew them, which takes some 40 bytes a second each, sent and received together.
-CAPABILITIES_HELD_MAX_COUNT = 32
-CAPABILITIES_HELD_MAX_BYTES = 1 * MIB
+# Much lower bounds drive records so deep that a search in a mesh of 200 does not end in time.
+CAPABILITIES_HELD_MAX_COUNT = 256
+CAPABILITIES_HELD_MAX_BYTES = 4 * MIB
 # Under one key; what comes later is stored under keys below it. That there is some of it is remembered for so long.
-CAPABILITIES_PER_KEY_MAX_COUNT = 20
+CAPABILITIES_PER_KEY_MAX_COUNT = 48
 CAPABILITY_OVERFLOW_S = 1800.0
+# How often what is under one key may be divided in two.
+CAPABILITY_DEPTH_MAX_COUNT = 12
 # Keys looked at in one search, those below others included.
 SEARCH_KEYS_MAX_COUNT = 512
 CAPABILITIES_PER_ADDRESS_MAX_COUNT = 256

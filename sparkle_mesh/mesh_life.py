@@ -299,7 +299,7 @@ async def _await_view(node: MeshNode, follower: ViewFollower, deadline: float, t
         f"mesh {node.config.mesh!r} did not form in {timeout_s:.4g} s: {node.membership.state_of_play()}",
         _advice(node),
         *list(refusals.values())[:3],
-        *node.discovery.status(),
+        *node.status().discovery,
     ]
     raise JoinTimeoutError("; ".join(lines))
 

@@ -273,8 +273,8 @@ class MeshNode:
     def _follow(self, event: MembershipEvent) -> None:
         """Tell the other services what membership tells."""
         match event:
-            case PeerRefused(peer_id):
-                self.discovery.refused(peer_id)
+            case PeerRefused(peer_id, reason):
+                self.discovery.refused(peer_id, reason)
             case PeerAdmitted(peer_id, introduction):
                 role, addresses = introduction.role, introduction.addresses
                 self.discovery.admitted(peer_id, role, same_host=introduction.host_id == self._host_id)
@@ -412,6 +412,7 @@ class MeshNode:
             role=channel.introduction.role,
             machine=channel.machine,
             addresses=channel.introduction.addresses,
+            connected_at=self.fabric.remote_address(channel.peer_id),
             connected_s=trio.current_time() - channel.admitted_at,
             latency_ms=None if channel.latency_s is None else channel.latency_s * 1e3,
             rank=view.rank_of(channel.introduction.member) if view is not None else None,

@@ -30,6 +30,8 @@ class PeerStatus(wire.Message, frozen=True, kw_only=True):
         The peer id of its machine's node, whose key has certified it; a node's own. None where there is no certificate.
     addresses
         Where it says that it listens, without the ``/p2p/…`` tail.
+    connected_at
+        Where it is connected from or to: through a relay if it ends in ``/p2p-circuit``.
     connected_s
         Seconds since it was admitted.
     link
@@ -49,6 +51,7 @@ class PeerStatus(wire.Message, frozen=True, kw_only=True):
     role: wire.NameText
     machine: wire.PeerIdText | None = None
     addresses: StatusAddresses
+    connected_at: wire.AddressText | None = None
     connected_s: Seconds
     link: wire.NameText | None = None
     latency_ms: float | None = None

@@ -35,10 +35,6 @@ def device_label(kind: str, range_number: int) -> str:
     return f"device {range_number} {kind}"
 
 
-#: How often what is under one label may be divided in two.
-DEPTH_MAX_COUNT = 12
-
-
 def label_below(label: str, bits: str) -> str:
     """Return the label for publishers whose hash begins with ``bits``, of ``"0"`` and ``"1"``; ``label`` for none."""
     return f"{label} / {bits}" if bits else label

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 import trio
 
 from sparkle_mesh import limits
-from sparkle_mesh.capabilities.labels import DEPTH_MAX_COUNT, bits_of, index_labels, label_below
+from sparkle_mesh.capabilities.labels import bits_of, index_labels, label_below
 from sparkle_mesh.capabilities.messages import Answer, Done, Question, Refused, Renew, Store, Withdraw
 from sparkle_mesh.capabilities.records import CapabilityRecord, Secrets, SignedRecord, sign_record
 from sparkle_mesh.clock import Clock, Entropy
@@ -146,7 +146,7 @@ class Publisher:
         deepest, key = depths[-1], self._key(label, depths[-1])
         holders = [peer_id for peer_id, (_, keys) in self._holders.items() if key in keys]
         full_count = sum(peer_id in self._full.get(key, set()) for peer_id in holders)
-        if not full_count or deepest == DEPTH_MAX_COUNT:
+        if not full_count or deepest == limits.CAPABILITY_DEPTH_MAX_COUNT:
             return depths
         # Whoever searches asks about the same holders, but not quite: so few of them do not suffice.
         return (*(depths if 2 * full_count <= len(holders) else depths[:-1]), deepest + 1)

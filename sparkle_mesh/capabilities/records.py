@@ -15,7 +15,7 @@ from typing import Annotated, Protocol
 import msgspec
 
 from sparkle_mesh import limits, wire
-from sparkle_mesh.capabilities.labels import DEPTH_MAX_COUNT, bits_of, index_labels, label_below
+from sparkle_mesh.capabilities.labels import bits_of, index_labels, label_below
 from sparkle_mesh.clock import SYSTEM_ENTROPY, Entropy
 from sparkle_mesh.devices.detect import DeviceInfo
 from sparkle_mesh.errors import AuthenticationError, ProtocolError, UsageError
@@ -140,7 +140,7 @@ def open_record(signed: SignedRecord, secrets: Secrets) -> CapabilityRecord:
 def index_keys(publisher: PeerId, record: CapabilityRecord, secrets: Secrets) -> frozenset[bytes]:
     """Return the keys (32 bytes each) of :func:`.labels.index_labels`, and of those below them."""
     labels = index_labels(record.role, record.devices)
-    depths = range(DEPTH_MAX_COUNT + 1)
+    depths = range(limits.CAPABILITY_DEPTH_MAX_COUNT + 1)
     return frozenset(secrets.locate(label_below(label, bits_of(publisher, d))) for label in labels for d in depths)
 
 

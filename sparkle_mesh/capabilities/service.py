@@ -14,7 +14,7 @@ import trio
 
 from sparkle_mesh import limits
 from sparkle_mesh.capabilities.answers import Answers
-from sparkle_mesh.capabilities.labels import DEPTH_MAX_COUNT, TRAINERS_LABEL, label_below
+from sparkle_mesh.capabilities.labels import TRAINERS_LABEL, label_below
 from sparkle_mesh.capabilities.messages import Answer, Find, Found, HeldRecord, Question
 from sparkle_mesh.capabilities.publisher import Publisher
 from sparkle_mesh.capabilities.records import CapabilityRecord, Secrets, SignedRecord, open_filed
@@ -239,7 +239,7 @@ class CapabilityService:
                 # A little is left to look at what came.
                 left_s = 0.9 * (until - trio.current_time())
                 has_more = await self._find(self._secrets.locate(label_below(label, bits)), left_s, records)
-            if has_more and len(bits) < DEPTH_MAX_COUNT and keys_left > 1:
+            if has_more and len(bits) < limits.CAPABILITY_DEPTH_MAX_COUNT and keys_left > 1:
                 for bit in "01":
                     nursery.start_soon(find, label, bits + bit)
 

@@ -417,7 +417,9 @@ def revoke(context: click.Context, peer_id: str, data_dir: str | None, as_json: 
     back. Whoever holds the mesh's key can still come under a new peer id: use --allow as well, or change the key.
     """
     from sparkle_mesh.cli.control import ask
+    from sparkle_mesh.membership.door import checked_allow
 
+    (peer_id,) = checked_allow("PEER_ID", [peer_id])
     revocations = ask(_resolve_for(context, data_dir), "revoke", revoke=peer_id, wait_s=wait_s).revoke
     assert revocations is not None
     click.echo(to_json(revocations) if as_json else revoked_text(revocations))

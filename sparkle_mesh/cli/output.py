@@ -154,11 +154,13 @@ class LogToReporter(logging.Handler):
 def start_logging(reporter: Reporter, level: str) -> Callable[[], None]:
     """Send the log and Python's warnings to ``reporter``; return what undoes it.
 
-    ``level`` is for Sparkle's own loggers; of others only warnings and worse are shown.
+    ``level`` is for Sparkle's own loggers; of others only warnings and worse are shown. py-libp2p warns of what honest
+    peers do all the time (asking for more gossip than it likes, say): it is shown where everything is.
     """
     handler = LogToReporter(reporter)
-    root, own = logging.getLogger(), logging.getLogger("sparkle_mesh")
-    before: list[Any] = [root.level, own.level]
+    root, own, library = logging.getLogger(), logging.getLogger("sparkle_mesh"), logging.getLogger("libp2p")
+    before: list[Any] = [root.level, own.level, library.level]
+    library.setLevel(logging.WARNING if level == "debug" else logging.CRITICAL)
     root.addHandler(handler)
     root.setLevel(logging.WARNING)
     own.setLevel(level.upper())
@@ -169,5 +171,6 @@ def start_logging(reporter: Reporter, level: str) -> Callable[[], None]:
         root.removeHandler(handler)
         root.setLevel(before[0])
         own.setLevel(before[1])
+        library.setLevel(before[2])
 
     return stop

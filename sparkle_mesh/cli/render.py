@@ -170,7 +170,7 @@ def peers_text(peers: Sequence[PeerStatus]) -> str:
             "-" if peer.latency_ms is None else f"{peer.latency_ms:.1f} ms",
             "-" if peer.bandwidth_bytes_per_s is None else rate(peer.bandwidth_bytes_per_s),
             duration(peer.connected_s),
-            printable(peer.addresses[0]) if peer.addresses else "-",
+            printable(peer.connected_at or next(iter(peer.addresses), "-")),
         )
         for peer in peers
     ]

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import trio
 
 from sparkle_mesh import limits
-from sparkle_mesh.discovery.addresses import is_dialable, parse_join_address
+from sparkle_mesh.discovery.addresses import EXAMPLE, is_dialable
 from sparkle_mesh.errors import ProtocolError, SparkleError, UnreachableError, UsageError
 from sparkle_mesh.fabric.identity import check_peer_id
 from sparkle_mesh.fabric.interface import PeerId
@@ -27,18 +27,26 @@ _NAME = re.compile(r"(?=.{1,253}\Z)[A-Za-z0-9]([A-Za-z0-9-]{0,62})(\.[A-Za-z0-9-
 ResolveTxt = Callable[[str], Awaitable[Sequence[str]]]
 
 
-def check_bootstrap(item: str) -> None:
-    """Make sure that ``item`` is an address with a ``/p2p/…`` tail, or ``/dnsaddr/<name>``.
+def check_bootstrap(item: str, what: str = "") -> None:
+    """Make sure that ``item``, which comes from ``what``, is an address with a ``/p2p/…`` tail, or ``/dnsaddr/<name>``.
 
     Raises
     ------
     UsageError
         If not; the message shows what it should look like.
     """
+    if what:
+        try:
+            check_bootstrap(item)
+        except UsageError as error:
+            raise UsageError(f"{what}: {error}") from error
+        return
     if not item.startswith(_DNSADDR):
         _parse(item)
-    elif not _NAME.fullmatch(item.removeprefix(_DNSADDR).partition("/")[0]):
-        raise UsageError(f"bootstrap peer {item!r} names no domain; one looks like {PUBLIC_BOOTSTRAP[0]}")
+    else:
+        name, _, tail = item.removeprefix(_DNSADDR).partition("/")
+        if not _NAME.fullmatch(name) or (tail and not tail.startswith("p2p/")):
+            raise UsageError(f"bootstrap peer {item!r} is no domain's; one looks like {PUBLIC_BOOTSTRAP[0]}")
 
 
 def choose_bootstrap(
@@ -54,7 +62,10 @@ def choose_bootstrap(
     UsageError
         If one of them is none.
     """
-    chosen = given
+    for item in preset or ():
+        # Told even where it is not used: it was meant to be.
+        check_bootstrap(item, "SPARKLE_BOOTSTRAP")
+    chosen = () if given is not None and tuple(given) == ("none",) else given
     if chosen is None:
         chosen = () if not keyed and not public else preset if preset is not None else PUBLIC_BOOTSTRAP
         if chosen and not keyed and is_domain(mesh):
@@ -77,12 +88,16 @@ def bootstrap_of_domain(name: str) -> str:
 def _parse(text: str) -> tuple[PeerId, str]:
     """Split an address; that of a public peer, whose key may be of another kind than ours."""
     address, separator, peer_id = text.rpartition("/p2p/")
+    shown = repr(text[: limits.ADDRESS_MAX_CHARS])
     try:
-        check_peer_id(peer_id)
-    except ProtocolError:
-        return parse_join_address(text)  # says what is wrong with it
-    if not separator or not is_dialable(address):
-        raise UsageError(f"bootstrap peer {text[: limits.ADDRESS_MAX_CHARS]!r} has no TCP address that can be dialed")
+        check_peer_id(peer_id if separator else "")
+    except ProtocolError as error:
+        raise UsageError(
+            f"bootstrap peer {shown} is neither /dnsaddr/<domain> nor an address that ends in a peer id; "
+            f"give one like {EXAMPLE}, or none"
+        ) from error
+    if not is_dialable(address):
+        raise UsageError(f"bootstrap peer {shown} has no TCP address that can be dialed; one looks like {EXAMPLE}")
     return peer_id, address
 
 

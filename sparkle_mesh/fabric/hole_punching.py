@@ -81,12 +81,14 @@ class HolePuncher:
 
     async def await_invitation(self, peer_id: PeerId) -> None:
         """Wait until ``peer_id``, which was dialed through a relay, has tried to make the connection direct."""
-        event = self._awaited[peer_id] = trio.Event()
+        # Several circuits may lead to it at a time: what is found out for one holds for all.
+        event = self._awaited.setdefault(peer_id, trio.Event())
         try:
             with trio.move_on_after(limits.HOLE_PUNCH_TIMEOUT_S):
                 await event.wait()
         finally:
-            del self._awaited[peer_id]
+            if self._awaited.get(peer_id) is event:
+                del self._awaited[peer_id]
 
     async def serve(self, stream: FabricStream) -> None:
         """Answer a peer that was dialed through a relay and asks for a direct connection."""

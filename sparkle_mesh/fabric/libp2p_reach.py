@@ -139,7 +139,8 @@ class Libp2pReach:
             raise UnreachableError(f"no direct connection came about{why}")
 
     async def _upgrade_inbound(self, connection: RawConnection, address: Address) -> None:
-        await assembly.upgrade_inbound_raw(self._swarm, connection, address)
+        with translated("the handshake through a relay failed", UnreachableError):
+            await assembly.upgrade_inbound_raw(self._swarm, connection, address)
 
     def came(self, connection: INetConn) -> None:
         """A connection through a relay stands: nobody is told of it before it was tried to do without the relay."""

@@ -301,7 +301,10 @@ class MembershipService(MembershipViews):
         """
         if not self._revocations.take(encoded):
             return False
-        logger.warning("the mesh's founder has revoked %d peers", len(self._revocations.revoked))
+        logger.warning("revoked by the mesh's founder: %s", ", ".join(sorted(self._revocations.revoked)) or "nobody")
+        own = self._fabric.peer_id if self._certifier is None else self._certifier.machine
+        if own in self._revocations.revoked or self._fabric.peer_id in self._revocations.revoked:
+            logger.error("this machine is revoked by the mesh's founder: nobody of the mesh lets it in any more")
         for channel in list(self._channels.values()):
             refused = self._door.revoked(channel.peer_id, channel.machine)
             if refused is not None:

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from sparkle_mesh import limits, wire
 from sparkle_mesh.capabilities.labels import (
-    DEPTH_MAX_COUNT,
     MEMORY_RANGES_COUNT,
     TRAINERS_LABEL,
     bits_of,
@@ -93,7 +92,7 @@ def test_too_much_to_tell_is_told_to_the_caller():
 def test_a_record_belongs_under_its_own_keys_alone():
     keys = index_keys(IDENTITY.peer_id, RECORD, SECRETS)
     # Two labels, and for each one below for each bit of the publisher's hash.
-    assert len(keys) == 2 * (1 + DEPTH_MAX_COUNT)
+    assert len(keys) == 2 * (1 + limits.CAPABILITY_DEPTH_MAX_COUNT)
     for some in (keys, [next(iter(keys))], []):
         assert open_filed(signed(), some, SECRETS) == RECORD
     with pytest.raises(ProtocolError, match="filed under 1 keys that are not its own"):

@@ -20,7 +20,7 @@ from sparkle_mesh.devices.detect import DeviceInfo
 from sparkle_mesh.errors import UsageError
 from sparkle_mesh.status import NodeStatus, PeerStatus, RevocationStatus, ViewStatus
 
-PEER_ID = "12D3KooWFakeNode"
+PEER_ID = "12D3KooWRawPbxPtP1eZaJpumGnyWX2DcUyd3RQnydr3eAto4Az7"
 
 
 def peer(peer_id: str = "12D3KooWPeer", **changes: Any) -> PeerStatus:

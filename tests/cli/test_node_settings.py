@@ -92,6 +92,10 @@ def test_nobody_beyond_the_local_network_is_looked_for_unless_the_mesh_is_open_t
     assert by_name.bootstrap == (*PUBLIC_BOOTSTRAP, "/dnsaddr/global.example.org")
     # DNS is not told the name of a mesh with a key.
     assert ReachOptions().resolve(mesh="a.example.org", keyed=True, public=False).bootstrap == PUBLIC_BOOTSTRAP
+    assert reach_of(public=True, bootstrap=("none",)).bootstrap == ()
+    monkeypatch.setenv("SPARKLE_BOOTSTRAP", "junk")
+    with pytest.raises(UsageError, match="SPARKLE_BOOTSTRAP: bootstrap peer 'junk' is neither"):
+        reach_of()
     monkeypatch.setenv("SPARKLE_BOOTSTRAP", f"{ADDRESS}, none ,")
     assert reach_of(public=True).bootstrap == (ADDRESS,)
     assert reach_of(public=True, bootstrap=("/dnsaddr/example.org",)).bootstrap == ("/dnsaddr/example.org",)
@@ -105,9 +109,9 @@ def test_what_is_lent_as_a_relay_and_said_of_reachability() -> None:
     assert reach_of(reachability="private").reachability == "private"
     for options, complaint in (
         ({"bootstrap": (ADDRESS,), "internet": False}, "contradict"),
-        ({"bootstrap": ("/ip4/10.0.0.1/tcp/1",)}, "lacks the peer id"),
+        ({"bootstrap": ("/ip4/10.0.0.1/tcp/1",)}, "ends in a peer id"),
         ({"bootstrap": (f"/ip4/10.0.0.1/udp/1/p2p/{PEER}",)}, "no TCP address"),
-        ({"bootstrap": ("/dnsaddr/",)}, "names no domain"),
+        ({"bootstrap": ("/dnsaddr/",)}, "is no domain's"),
         ({"relay_bandwidth": "much"}, "no amount of memory"),
     ):
         with pytest.raises(UsageError, match=complaint):

@@ -46,6 +46,7 @@ def call(fake: ModuleType, data_dir: Path, capfd: pytest.CaptureFixture[str], mo
 
 # --- Wrong use -----------------------------------------------------------------------------------
 
+PEER = "12D3KooWAYucWkX6d52XG8B5M93hDKmYChBEgEZSxufKqmB2ZvpY"
 WRONG = {
     ("--nope",): "--nope",
     ("--mesh",): "--mesh",
@@ -66,6 +67,8 @@ WRONG = {
     ("--data-dir", "/dev/null"): "/dev/null",
     ("new-key",): "PATH",
     ("revoke",): "PEER_ID",
+    ("revoke", ""): "PEER_ID: '' is not an Ed25519 peer id",
+    ("revoke", "junk"): "PEER_ID: 'junk' is not an Ed25519 peer id",
     ("--founder", "x"): "--founder: 'x' is not an Ed25519 peer id",
     ("status", "--wait", "-1"): "--wait",
     ("status", "--wait", "nan"): "--wait",
@@ -86,7 +89,7 @@ def test_the_processes_exit_code_is_the_commands(ask_node: Ask) -> None:
 
 
 def test_no_node_is_one_line_and_exit_code_1(call: Any, data_dir: Path) -> None:
-    for command, *arguments in (("status",), ("peers",), ("devices",), ("invite",), ("revoke", "12D3KooWPeer")):
+    for command, *arguments in (("status",), ("peers",), ("devices",), ("invite",), ("revoke", PEER)):
         assert call(command, *arguments) == (
             1,
             "",
@@ -219,9 +222,9 @@ def test_commands_ask_the_running_node(call: Any, fake: ModuleType, start: Start
     assert (code, out, err) == (1, "", "sparkle-node: the node answers: it has no devices to tell of\n")
     assert call("invite")[1] == "sparkle-invite-1:fake\n"
     assert json.loads(call("invite", "--json")[1]) == {"invite": "sparkle-invite-1:fake"}
-    assert call("revoke", "12D3KooWPeer") == (0, "list 3 of revoked peers:\n12D3KooWGone\n12D3KooWPeer\n", "")
-    revoked = json.loads(call("revoke", "12D3KooWPeer", "--json")[1])
-    assert revoked == {"sequence": 3, "revoked": ["12D3KooWGone", "12D3KooWPeer"]}
+    assert call("revoke", PEER) == (0, f"list 3 of revoked peers:\n12D3KooWGone\n{PEER}\n", "")
+    revoked = json.loads(call("revoke", PEER, "--json")[1])
+    assert revoked == {"sequence": 3, "revoked": ["12D3KooWGone", PEER]}
     assert call("revoke", fake.PEER_ID) == (1, "", "sparkle-node: the node answers: it is the founder\n")
     assert call("id")[1] == f"{fake.PEER_ID}\n"
     assert json.loads(call("id", "--json")[1]) == {"peer_id": fake.PEER_ID, "running": True}

@@ -133,11 +133,12 @@ def test_what_is_a_bootstrap_peer() -> None:
     for fine in (ADDRESS, f"/dns4/a.example.org/tcp/1/p2p/{RSA_PEER}", *PUBLIC_BOOTSTRAP, "/dnsaddr/a.org/p2p/" + PEER):
         check_bootstrap(fine)
     for wrong, complaint in (
-        ("/dnsaddr/", "names no domain"),
-        ("/dnsaddr/no domain", "names no domain"),
-        ("/ip4/1.2.3.4/tcp/1", "lacks the peer id"),
+        ("/dnsaddr/", "is no domain's"),
+        ("/dnsaddr/no domain", "is no domain's"),
+        ("/dnsaddr/a.org/garbage/p2p/zz", "is no domain's"),
+        ("/ip4/1.2.3.4/tcp/1", "ends in a peer id"),
         (f"/ip4/1.2.3.4/udp/1/p2p/{PEER}", "no TCP address"),
-        ("example.org", "neither an address nor an invite"),
+        ("example.org", "neither /dnsaddr/<domain> nor an address"),
     ):
         with pytest.raises(UsageError, match=complaint):
             check_bootstrap(wrong)

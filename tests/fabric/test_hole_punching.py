@@ -111,6 +111,20 @@ async def test_it_is_tried_a_few_times_and_both_know_when_it_is_over(autojump_cl
     assert listener.puncher.failed_count == 1
 
 
+async def test_two_circuits_to_one_peer_wait_for_the_same(autojump_clock) -> None:
+    dialer = Side([B])
+    to_dialer, to_listener = pair()
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(dialer.puncher.await_invitation, "listener")
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(dialer.puncher.serve, to_listener)
+        to_dialer.abort()
+        with trio.fail_after(1):
+            while dialer.puncher._awaited:
+                await trio.testing.wait_all_tasks_blocked(0.01)
+
+
 async def test_without_addresses_there_is_nothing_to_try(autojump_clock) -> None:
     listener, dialer = Side([]), Side([])
     assert not await punch(listener, dialer)
