@@ -20,14 +20,18 @@ def test_the_start_of_a_node(fake: ModuleType) -> None:
     line = render.started(fake.status(), Path("/data"))
     assert line.to_text("12:00:00").splitlines() == [
         "sparkle-node 0.1.0",
-        "peer id    12D3KooWFakeNode",
-        "address    /ip4/0.0.0.0/tcp/45654/p2p/12D3KooWFakeNode",
+        "peer id    12D3KooWRawPbxPtP1eZaJpumGnyWX2DcUyd3RQnydr3eAto4Az7",
+        "address    /ip4/0.0.0.0/tcp/45654/p2p/12D3KooWRawPbxPtP1eZaJpumGnyWX2DcUyd3RQnydr3eAto4Az7",
         "device     cpu 0: A CPU, 4 cores, 8 threads, 8.0 GiB",
         "mesh       a-mesh (no key: this host and its local networks only)",
         "data       /data",
     ]
     fields = json.loads(line.to_json(1.23456))
-    assert (fields["event"], fields["time"], fields["peer_id"]) == ("started", 1.235, "12D3KooWFakeNode")
+    assert (fields["event"], fields["time"], fields["peer_id"]) == (
+        "started",
+        1.235,
+        "12D3KooWRawPbxPtP1eZaJpumGnyWX2DcUyd3RQnydr3eAto4Az7",
+    )
     assert (fields["data_dir"], fields["devices"][0]["name"]) == ("/data", "A CPU")
 
 
@@ -45,7 +49,7 @@ def test_peers_come_and_go(fake: ModuleType) -> None:
     assert json.loads(joined.to_json(0))["peer"]["rank"] == 1
     assert render.peer_joined(fake.peer(addresses=())).text == "peer joined  12D3KooWPeer (trainer)"
     of_machine = render.peer_joined(fake.peer(machine=fake.PEER_ID))
-    assert of_machine.text == "peer joined  12D3KooWPeer (trainer of machine …FakeNode at /ip4/10.0.0.2/tcp/4)"
+    assert of_machine.text == "peer joined  12D3KooWPeer (trainer of machine …eAto4Az7 at /ip4/10.0.0.2/tcp/4)"
     assert json.loads(of_machine.to_json(0))["peer"]["machine"] == fake.PEER_ID
     assert render.peer_joined(fake.peer(role="node", machine="12D3KooWPeer", addresses=())).text.endswith("(node)")
     assert render.peer_left("12D3", "it left").text == "peer left    12D3: it left"
@@ -91,7 +95,7 @@ def test_status_for_people(fake: ModuleType) -> None:
     assert render.status_text(fake.status(pid=7)).splitlines()[4:] == [
         "peers      1",
         "view       epoch 0, lineage abababababab, 2 members",
-        "           0  12D3KooWFakeNode",
+        "           0  12D3KooWRawPbxPtP1eZaJpumGnyWX2DcUyd3RQnydr3eAto4Az7",
         "           1  12D3KooWPeer",
         "discovery  lan: 2 peers heard",
         "running    1 h 1 min, pid 7, sparkle-mesh 0.1.0",
@@ -106,7 +110,7 @@ def test_a_table_of_peers(fake: ModuleType) -> None:
     ]
     assert render.peers_text(peers).splitlines() == [
         "PEER          ROLE          MACHINE    RANK  LINK  LATENCY  BANDWIDTH  CONNECTED  ADDRESS",
-        "12D3KooWPeer  trainer       …FakeNode  1     tcp   0.2 ms   11.9 MB/s  1 min 1 s  /ip4/10.0.0.2/tcp/4",
+        "12D3KooWPeer  trainer       …eAto4Az7  1     tcp   0.2 ms   11.9 MB/s  1 min 1 s  /ip4/10.0.0.2/tcp/4",
         "12D3          not admitted  -          -     -     -        -          0 s        -",
     ]
     assert render.peers_text([]) == "no peers"
