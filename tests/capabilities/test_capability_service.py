@@ -141,16 +141,16 @@ async def test_who_has_left_publishes_no_more(open_mesh, autojump_clock):
 
 
 async def test_more_alike_than_one_key_holds_are_found_all_the_same(open_mesh, autojump_clock, monkeypatch):
-    monkeypatch.setitem(RecordStore.__init__.__kwdefaults__, "per_key_max_count", 6)
+    monkeypatch.setitem(RecordStore.__init__.__kwdefaults__, "per_key_max_count", 4)
     monkeypatch.setattr(limits, "CAPABILITY_REPUBLISH_S", 100.0)
     chooser = random.Random(3)
     async with open_mesh() as mesh:
         peers = []
-        for _ in range(48):
+        for _ in range(32):
             peers.append(await mesh.add([device()], chooser.sample(peers, min(len(peers), 3))))
         await trio.sleep(60.0)
         everyone = {peer.peer_id for peer in peers}
-        for peer in chooser.sample(peers, 6):
+        for peer in chooser.sample(peers, 4):
             assert set(await peer.finds("cpu")) == everyone
         # Nobody has to hold all of them.
         most = max(len(peer.service.store) for peer in peers)
@@ -160,7 +160,7 @@ async def test_more_alike_than_one_key_holds_are_found_all_the_same(open_mesh, a
             peer.kill()
         await trio.sleep(60.0)
         left = peers[1::2]
-        for peer in chooser.sample(left, 6):
+        for peer in chooser.sample(left, 4):
             assert set(await peer.finds("cpu")) == {peer.peer_id for peer in left}
         # Where there is room again, records come up again, and are found on the way.
         until = trio.current_time() + 3 * limits.CAPABILITY_REPUBLISH_S

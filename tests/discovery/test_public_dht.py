@@ -89,7 +89,7 @@ class FakeNetwork:
 
 @pytest.fixture
 def network(autojump_clock) -> FakeNetwork:
-    return FakeNetwork(300)
+    return FakeNetwork(120)
 
 
 async def test_the_closest_are_told_and_all_that_were_asked_are_let_go(network: FakeNetwork) -> None:
