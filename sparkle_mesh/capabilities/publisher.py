@@ -70,6 +70,8 @@ class Publisher:
         # Who holds it under which keys, as far as is known.
         self._holders: dict[PeerId, tuple[PeerAddress, frozenset[bytes]]] = {}
         self._looked_at = float("-inf")
+        # Soon at first: while a mesh grows, who is closest to a key changes, and nobody tells.
+        self._republish_s = min(limits.CAPABILITY_REPUBLISH_MIN_S, limits.CAPABILITY_REPUBLISH_S)
         self._hurry = trio.Event()
         #: Of the record that is published; 0 before there is one.
         self.sequence = 0
@@ -127,7 +129,9 @@ class Publisher:
             self._sign(record, self.sequence)
         now = trio.current_time()
         # Not all at once that have started together.
-        if now - self._looked_at >= limits.CAPABILITY_REPUBLISH_S * self._entropy.uniform(0.75, 1.25):
+        if now - self._looked_at >= self._republish_s * self._entropy.uniform(0.75, 1.25):
+            if now - self._looked_at < float("inf"):
+                self._republish_s = min(2 * self._republish_s, limits.CAPABILITY_REPUBLISH_S)
             self._looked_at = now
             # There may be room again higher up; where there is none, that is remembered there.
             self._place(dict.fromkeys(self._depths, (0,)))
