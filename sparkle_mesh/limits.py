@@ -274,8 +274,8 @@ NODE_EVENTS_MAX_COUNT = 1024
 CAPABILITY_LIFETIME_S = 52.0
 CAPABILITY_LIFETIME_MAX_S = 600.0
 CAPABILITY_RENEW_S = 20.0
-# How often its holders are looked for anew, beside whenever one comes that is closer to its keys: after the first pause,
-# then after twice as long, up to the second.
+# How often its holders are looked for anew, beside whenever one comes that is closer to its keys: after the first
+# pause, then after twice as long, up to the second.
 CAPABILITY_REPUBLISH_MIN_S = 60.0
 CAPABILITY_REPUBLISH_S = 600.0
 # When newcomers come, once for all of them.
