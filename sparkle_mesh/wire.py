@@ -40,6 +40,17 @@ class PeerAddress(Message, array_like=True, frozen=True):
     role: Literal["", "node", "trainer"] = ""
 
 
+class Versioned(Message, frozen=True):
+    """What every version of a versioned message has; the rest of one that is not known here is not looked at."""
+
+    version: Count
+
+
+def length_prefixed(*parts: bytes) -> bytes:
+    """Return ``parts`` in a row, each after its length: what is signed, or proven, so that no two rows are alike."""
+    return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+
+
 _encoder = msgspec.msgpack.Encoder()
 
 

@@ -24,6 +24,7 @@ from sparkle_mesh.capabilities.streams import Answerer, Asker
 from sparkle_mesh.clock import SYSTEM_CLOCK, SYSTEM_ENTROPY, Clock, Entropy
 from sparkle_mesh.devices.detect import DeviceInfo
 from sparkle_mesh.discovery.lookup import Lookup
+from sparkle_mesh.discovery.lookup_run import run_lookup
 from sparkle_mesh.discovery.routing_table import RoutingTable, distance, key_of_peer
 from sparkle_mesh.errors import ProtocolError, SparkleError
 from sparkle_mesh.fabric.identity import Identity
@@ -298,36 +299,20 @@ class CapabilityService:
         start = [PeerAddress(route.peer_id, route.addresses) for route in routes]
         lookup = Lookup(key, self._fabric.peer_id, start, now=trio.current_time(), timeout_s=timeout_s)
         question = Find(key=key, records=records is not None, addresses=self._own_addresses())
-        progress = trio.Event()
 
         async def ask(peer: PeerAddress) -> None:
-            try:
-                answer = await self._ask(peer, question)
-                if not isinstance(answer, Found):
-                    raise ProtocolError(f"peer {peer.peer_id} answered a Find with a {type(answer).__name__}")
-            except SparkleError as error:
-                logger.debug("in a lookup: %s", error)
-                lookup.failed(peer.peer_id)
-            else:
-                remote_address = self._fabric.remote_address(peer.peer_id)
-                lookup.answered(peer.peer_id, answer.peers, remote_address=remote_address)
-                for one in answer.peers:
-                    self._heard(one.peer_id, one.addresses, "exchange", one.role)
-                if records is not None:
-                    records.extend((peer.peer_id, held) for held in answer.records)
-                if overflowed is not None and answer.overflowed:
-                    overflowed.add(peer.peer_id)
-            progress.set()
+            answer = await self._ask(peer, question)
+            if not isinstance(answer, Found):
+                raise ProtocolError(f"peer {peer.peer_id} answered a Find with a {type(answer).__name__}")
+            lookup.answered(peer.peer_id, answer.peers, remote_address=self._fabric.remote_address(peer.peer_id))
+            for one in answer.peers:
+                self._heard(one.peer_id, one.addresses, "exchange", one.role)
+            if records is not None:
+                records.extend((peer.peer_id, held) for held in answer.records)
+            if overflowed is not None and answer.overflowed:
+                overflowed.add(peer.peer_id)
 
-        async with trio.open_nursery() as nursery:
-            while not lookup.is_over(trio.current_time()):
-                progress = trio.Event()
-                for peer in lookup.due(trio.current_time()):
-                    nursery.start_soon(ask, peer)
-                with trio.move_on_at(lookup.next_wakeup(trio.current_time())):
-                    await progress.wait()
-            nursery.cancel_scope.cancel()
-        return lookup.closest()
+        return await run_lookup(lookup, ask)
 
     def _own_addresses(self) -> tuple[Address, ...]:
         return tuple(self._fabric.addresses)[: limits.ADDRESSES_PER_PEER_MAX_COUNT]

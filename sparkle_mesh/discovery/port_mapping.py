@@ -132,6 +132,8 @@ class PortMapper:
         pause_s = limits.PORT_MAPPING_RETRY_S
         while True:
             number = port()
+            if number is None:
+                self._status = "not needed"
             mapping = await self._map(number) if number is not None else None
             if mapping != self._mapping:
                 self._mapping = mapping

@@ -15,6 +15,7 @@ import trio
 
 from sparkle_mesh import limits
 from sparkle_mesh.discovery.lookup import Lookup, LookupBounds
+from sparkle_mesh.discovery.lookup_run import run_lookup
 from sparkle_mesh.discovery.public_peers import PublicPeers
 from sparkle_mesh.errors import SparkleError
 from sparkle_mesh.fabric.interface import Address, Fabric, PeerId
@@ -84,8 +85,7 @@ class PublicDht:
         told_count = 0
         with trio.move_on_after(limits.PUBLIC_DHT_TIMEOUT_S):
             async with self._asking() as held:
-                lookup = await self._look(key, found, held)
-                closest = lookup.closest()
+                closest = await self._look(key, found, held)
                 if addresses:
 
                     async def tell(peer: PeerAddress) -> None:
@@ -102,7 +102,7 @@ class PublicDht:
                 return len(closest), told_count
         return 0, told_count
 
-    async def _look(self, key: bytes, found: Callable[[PeerAddress], object], held: set[PeerId]) -> Lookup:
+    async def _look(self, key: bytes, found: Callable[[PeerAddress], object], held: set[PeerId]) -> list[PeerAddress]:
         now = trio.current_time()
         lookup = Lookup(
             self._kad.place_of_key(key),
@@ -114,34 +114,19 @@ class PublicDht:
             place_of=self._kad.place_of_peer,
             bounds=_BOUNDS,
         )
-        progress = trio.Event()
 
         async def ask(peer: PeerAddress) -> None:
-            try:
-                if peer.peer_id not in self._fabric.connected_peers():
-                    self._public_peers.hold(peer.peer_id)
-                    held.add(peer.peer_id)
-                    await self._fabric.connect(peer.peer_id, peer.addresses, timeout_s=limits.PUBLIC_DHT_PATIENCE_S)
-                answer = await self._kad.ask(peer.peer_id, key)
-            except SparkleError as error:
-                logger.debug("in a lookup of the public DHT: %s", error)
-                lookup.failed(peer.peer_id)
-            else:
-                lookup.answered(peer.peer_id, answer.closer)
-                for provider in answer.providers:
-                    if provider.peer_id != self._fabric.peer_id:
-                        found(provider)
-            progress.set()
+            if peer.peer_id not in self._fabric.connected_peers():
+                self._public_peers.hold(peer.peer_id)
+                held.add(peer.peer_id)
+                await self._fabric.connect(peer.peer_id, peer.addresses, timeout_s=limits.PUBLIC_DHT_PATIENCE_S)
+            answer = await self._kad.ask(peer.peer_id, key)
+            lookup.answered(peer.peer_id, answer.closer)
+            for provider in answer.providers:
+                if provider.peer_id != self._fabric.peer_id:
+                    found(provider)
 
-        async with trio.open_nursery() as nursery:
-            while not lookup.is_over(trio.current_time()):
-                progress = trio.Event()
-                for peer in lookup.due(trio.current_time()):
-                    nursery.start_soon(ask, peer)
-                with trio.move_on_at(lookup.next_wakeup(trio.current_time())):
-                    await progress.wait()
-            nursery.cancel_scope.cancel()
-        return lookup
+        return await run_lookup(lookup, ask)
 
     @asynccontextmanager
     async def _asking(self) -> AsyncIterator[set[PeerId]]:

@@ -197,8 +197,12 @@ class ReachService:
         return [address for address in self._fabric.addresses if address not in self._fabric.reach.advertised()]
 
     def _port(self) -> int | None:
+        """Return the port that a router is to pass on; None if others need no router to reach this process."""
         listening = [address for address in self._listening() if "/ip4/" in address and "/127." not in address]
-        return int(listening[0].rpartition("/")[2]) if listening else None
+        has_own = any(not is_local_address(address) for address in listening)
+        if not listening or has_own or self._config.reachability is not None:
+            return None
+        return int(listening[0].rpartition("/")[2])
 
     def look_at(self, peer_id: PeerId) -> None:
         """Ask ``peer_id``, which is connected, what it serves and what it sees of this process."""
@@ -235,8 +239,8 @@ class ReachService:
 
     async def _look_at(self, peer_id: PeerId) -> None:
         # They load py-libp2p, as the fabric has by now.
+        from sparkle_mesh.fabric.observers import AUTONAT_PROTOCOL, ask_identity, ask_to_dial_back
         from sparkle_mesh.fabric.relay_service import HOP_PROTOCOL
-        from sparkle_mesh.fabric.self_test import AUTONAT_PROTOCOL, ask_identity, ask_to_dial_back
 
         remote_address = self._fabric.remote_address(peer_id) or ""
         try:

@@ -95,11 +95,6 @@ class Reachability:
         seen = [ip_of(report.seen_at) for report in self._reports.values() if report.seen_at is not None]
         return "private" if seen and not any(ip in own for ip in seen) else "unknown"
 
-    def is_behind_nat(self) -> bool:
-        """Whether others see this process at an address that it does not have."""
-        own = {ip_of(address) for address in self._listening}
-        return any(ip_of(address) not in own for address in self.seen_at())
-
     def advertised(self) -> tuple[Address, ...]:
         """Return where this process can be dialed beside the addresses on which it listens."""
         if self.verdict() != "public":

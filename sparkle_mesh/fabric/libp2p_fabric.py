@@ -83,7 +83,6 @@ class Libp2pFabric:
         self._connections: dict[PeerId, list[INetConn]] = {}
         self._dialing: dict[PeerId, trio.Lock] = {}
         self._dial_limiter = trio.CapacityLimiter(limits.DIALS_AT_ONCE_MAX_COUNT)
-        self._closing = False
         self._expanded: tuple[float, tuple[Address, ...]] | None = None
         self._sockets = tcp.SocketRegister()
         self._run_descriptors = assembly.trio_descriptors()

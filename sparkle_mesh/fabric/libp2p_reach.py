@@ -22,8 +22,8 @@ from sparkle_mesh.fabric.hole_punching import HolePuncher
 from sparkle_mesh.fabric.interface import Address, PeerId
 from sparkle_mesh.fabric.kad_client import KadClient
 from sparkle_mesh.fabric.libp2p_streams import Libp2pStream
+from sparkle_mesh.fabric.observers import IDENTIFY_PROTOCOL, DialBackService, read_identity
 from sparkle_mesh.fabric.relay_client import RelayClient
-from sparkle_mesh.fabric.self_test import IDENTIFY_PROTOCOL, DialBackService, read_identity
 from sparkle_mesh.fabric.tcp import PortListener, TcpConnection
 
 if TYPE_CHECKING:

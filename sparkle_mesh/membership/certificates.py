@@ -33,12 +33,6 @@ _CONTEXT = b"sparkle trainer certificate 1\0"
 _Lifetime = Annotated[int, msgspec.Meta(gt=0, le=limits.CERTIFICATE_LIFETIME_MAX_S)]
 
 
-class _Versioned(wire.Message, frozen=True):
-    """What every version of a certificate has; the rest of one that is not known here is not looked at."""
-
-    version: wire.Count
-
-
 class Certificate(wire.Message, frozen=True, kw_only=True):
     """What a machine's identity has signed.
 
@@ -69,7 +63,7 @@ class Certificate(wire.Message, frozen=True, kw_only=True):
 
 def _signed_bytes(trainer: PeerId, node: PeerId, mesh: bytes, serial: bytes, lifetime_s: int) -> bytes:
     parts = (trainer.encode(), node.encode(), mesh, serial, lifetime_s.to_bytes(8, "big"))
-    return _CONTEXT + b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+    return _CONTEXT + wire.length_prefixed(*parts)
 
 
 def sign_certificate(
@@ -104,7 +98,7 @@ def open_certificate(encoded: bytes, *, trainer: PeerId, mesh: bytes) -> Certifi
     ProtocolError
         If it is no certificate, or takes more than ``limits.CERTIFICATE_MAX_BYTES`` bytes.
     """
-    version = wire.decode(encoded, _Versioned, max_bytes=limits.CERTIFICATE_MAX_BYTES).version
+    version = wire.decode(encoded, wire.Versioned, max_bytes=limits.CERTIFICATE_MAX_BYTES).version
     if version != VERSION:
         return None
     certificate = wire.decode(encoded, Certificate, max_bytes=limits.CERTIFICATE_MAX_BYTES)

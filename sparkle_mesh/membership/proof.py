@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from sparkle_mesh import wire
 from sparkle_mesh.errors import ProtocolError, SparkleError, VersionError, WrongKeyError
 from sparkle_mesh.membership.keys import MeshSecrets
 from sparkle_mesh.membership.messages import VERSION, Challenge, Greeting, Hello, Proof, Refused
@@ -43,7 +44,7 @@ Instruction: TypeAlias = Say | Proven | Fail
 
 def _transcript(side: bytes, version: int, opener: str, answerer: str, nonces: tuple[bytes, bytes]) -> bytes:
     parts = (side, str(version).encode(), opener.encode(), answerer.encode(), *nonces)
-    return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+    return wire.length_prefixed(*parts)
 
 
 class OpenerProof:

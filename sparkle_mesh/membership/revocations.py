@@ -28,12 +28,6 @@ _CONTEXT = b"sparkle revocations 1\0"
 EncodedRevocations = Annotated[bytes, msgspec.Meta(max_length=limits.REVOCATIONS_MAX_BYTES)]
 
 
-class _Versioned(wire.Message, frozen=True):
-    """What every version of a list has; the rest of one that is not known here is not looked at."""
-
-    version: wire.Count
-
-
 class Revocations(wire.Message, frozen=True, kw_only=True):
     """What a founder has signed.
 
@@ -59,7 +53,7 @@ class Revocations(wire.Message, frozen=True, kw_only=True):
 
 def _signed_bytes(founder: PeerId, mesh: bytes, sequence: int, revoked: Iterable[PeerId]) -> bytes:
     parts = (founder.encode(), mesh, sequence.to_bytes(8, "big"), *(peer_id.encode() for peer_id in revoked))
-    return _CONTEXT + b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+    return _CONTEXT + wire.length_prefixed(*parts)
 
 
 def sign_revocations(founder: Identity, mesh: bytes, *, sequence: int, revoked: Iterable[PeerId]) -> bytes:
@@ -99,7 +93,7 @@ def open_revocations(encoded: bytes, *, mesh: bytes) -> Revocations | None:
     ProtocolError
         If it is no list, or takes more than ``limits.REVOCATIONS_MAX_BYTES`` bytes.
     """
-    version = wire.decode(encoded, _Versioned, max_bytes=limits.REVOCATIONS_MAX_BYTES).version
+    version = wire.decode(encoded, wire.Versioned, max_bytes=limits.REVOCATIONS_MAX_BYTES).version
     if version != VERSION:
         return None
     told = wire.decode(encoded, Revocations, max_bytes=limits.REVOCATIONS_MAX_BYTES)

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import random
 import socket
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from sparkle_mesh.fabric.identity import Identity
+from tests.entropies import SeededEntropy
 
 TAG = b"t" * 32
-
-
-class SeededEntropy:
-    """Random, and the same in each run."""
-
-    def __init__(self, seed: int = 0) -> None:
-        self._random = random.Random(seed)
-
-    def token(self, nbytes: int) -> bytes:
-        return self._random.randbytes(nbytes)
-
-    def uniform(self, low: float, high: float) -> float:
-        return self._random.uniform(low, high)
 
 
 class TestClock:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -12,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from sparkle_mesh import limits
 from sparkle_mesh.discovery.degree import Degree
 from sparkle_mesh.discovery.directory import EXCHANGE, HOST, JOIN, LAN, Directory, Hint
+from tests.entropies import SeededEntropy
 
 TARGET = limits.NODE_DEGREE_TARGET_COUNT
 MAX = limits.NODE_DEGREE_MAX_COUNT
@@ -21,17 +20,6 @@ NEAR, CHOSEN, INBOUND = (
     limits.NODE_DEGREE_CHOSEN_COUNT,
     limits.NODE_DEGREE_INBOUND_COUNT,
 )
-
-
-class Entropy:
-    def __init__(self, seed: int = 0) -> None:
-        self._random = random.Random(seed)
-
-    def token(self, nbytes: int) -> bytes:
-        return self._random.randbytes(nbytes)
-
-    def uniform(self, low: float, high: float) -> float:
-        return self._random.uniform(low, high)
 
 
 def filled(
@@ -183,7 +171,7 @@ def test_a_node_keeps_the_trainers_of_its_host_and_some_others():
 def test_a_small_mesh_is_complete_and_a_large_one_is_not(source):
     for count, expected in ((TARGET, TARGET), (500, TARGET)):
         degree = Degree("me", "node")
-        directory = Directory("me", entropy=Entropy(), degree=degree)
+        directory = Directory("me", entropy=SeededEntropy(), degree=degree)
         for number in range(count):
             directory.heard(hint(f"peer{number}", source), 0.0)
         found = dialed(directory, 10.0)
@@ -196,7 +184,7 @@ def test_a_small_mesh_is_complete_and_a_large_one_is_not(source):
 def test_among_equals_it_is_drawn_whom_to_dial():
     firsts = set()
     for seed in range(20):
-        directory = Directory("me", entropy=Entropy(seed), degree=Degree("me", "node"))
+        directory = Directory("me", entropy=SeededEntropy(seed), degree=Degree("me", "node"))
         for number in range(100):
             directory.heard(hint(f"peer{number}"), 0.0)
         firsts.add(directory.due(10.0)[0].peer_id)
@@ -205,7 +193,7 @@ def test_among_equals_it_is_drawn_whom_to_dial():
 
 def test_those_that_are_given_are_dialed_however_many_there_are():
     degree = Degree("me", "node")
-    directory = Directory("me", entropy=Entropy(), degree=degree)
+    directory = Directory("me", entropy=SeededEntropy(), degree=degree)
     filled(degree, MAX, chosen=True)
     for number in range(30):
         directory.heard(hint(f"given{number}", JOIN), 0.0)
@@ -213,7 +201,7 @@ def test_those_that_are_given_are_dialed_however_many_there_are():
 
 
 def test_a_trainer_dials_every_trainer_and_few_nodes_its_hosts_first():
-    directory = Directory("me", entropy=Entropy(), degree=Degree("me", "trainer"))
+    directory = Directory("me", entropy=SeededEntropy(), degree=Degree("me", "trainer"))
     for number in range(100):
         directory.heard(hint(f"node{number}"), 0.0)
     directory.heard(hint("mine", HOST, same_host=True), 0.0)
@@ -226,7 +214,7 @@ def test_a_trainer_dials_every_trainer_and_few_nodes_its_hosts_first():
 
 
 def test_whoever_is_said_to_be_a_trainer_is_dialed_though_others_say_it_is_a_node():
-    directory = Directory("me", entropy=Entropy(), degree=Degree("me", "trainer"))
+    directory = Directory("me", entropy=SeededEntropy(), degree=Degree("me", "trainer"))
     for number in range(10):
         directory.heard(hint(f"node{number}"), 0.0)
     assert len(dialed(directory, 10.0)) == limits.TRAINER_NODES_TARGET_COUNT
@@ -237,7 +225,7 @@ def test_whoever_is_said_to_be_a_trainer_is_dialed_though_others_say_it_is_a_nod
 
 
 def test_who_has_enough_is_left_alone_for_long_and_by_the_lonely_for_a_moment():
-    directory = Directory("me", entropy=Entropy(), degree=Degree("me", "node"))
+    directory = Directory("me", entropy=SeededEntropy(), degree=Degree("me", "node"))
     directory.heard(hint("a", JOIN), 0.0)
     directory.heard(hint("b"), 0.0)
     assert sorted(dialed(directory, 1.0)) == ["a", "b"]
@@ -260,7 +248,7 @@ def test_who_has_enough_is_left_alone_for_long_and_by_the_lonely_for_a_moment():
 
 def test_made_up_peers_do_not_displace_honest_ones():
     degree = Degree("me", "node")
-    directory = Directory("me", entropy=Entropy(), degree=degree)
+    directory = Directory("me", entropy=SeededEntropy(), degree=degree)
     for number in range(MAX):
         directory.connected(f"honest{number}", float(number))
         degree.introduced(f"honest{number}", "node", same_host=False)

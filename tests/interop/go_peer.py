@@ -32,7 +32,9 @@ def daemon_path() -> Path | None:
     return path if path is not None and os.access(path, os.X_OK) else None
 
 
-needs_go = pytest.mark.skipif(daemon_path() is None, reason="the hivemind wheel, which carries p2pd, is not installed")
+needs_go = pytest.mark.skipif(
+    daemon_path() is None, reason="needs p2pd: `make setup` installs the wheel that carries it, on Linux with x86-64"
+)
 
 
 def _messages() -> ModuleType:

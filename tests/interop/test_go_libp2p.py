@@ -70,7 +70,7 @@ async def test_signed_gossip_both_ways(go: GoPeer) -> None:
 
 
 async def test_what_it_sees_of_this_process_and_serves(go: GoPeer) -> None:
-    from sparkle_mesh.fabric.self_test import ask_identity, ask_to_dial_back
+    from sparkle_mesh.fabric.observers import ask_identity, ask_to_dial_back
 
     async with open_libp2p_fabric(Identity.generate()) as fabric:
         await fabric.connect(go.peer_id, [go.address], from_port=True)

@@ -24,25 +24,12 @@ from sparkle_mesh.membership.certificates import (
 )
 from sparkle_mesh.membership.messages import Introduction
 from sparkle_mesh.membership.view import Member
+from tests.entropies import FixedEntropy
 
 GOLDEN = Path(__file__).parent / "golden"
 NODE, OTHER_NODE = Identity(bytes(range(32))), Identity(b"o" * 32)
 TRAINER = Identity(b"t" * 32).peer_id
 MESH = b"m" * 32
-
-
-class FixedEntropy:
-    """Tokens that tell how many were drawn before."""
-
-    def __init__(self) -> None:
-        self.drawn = 0
-
-    def token(self, nbytes: int) -> bytes:
-        self.drawn += 1
-        return bytes([self.drawn]) * nbytes
-
-    def uniform(self, low: float, high: float) -> float:
-        return low
 
 
 def signed(**changes: Any) -> bytes:

@@ -15,6 +15,7 @@ from sparkle_mesh.fabric.identity import Identity
 from sparkle_mesh.membership.events import PeerRefused
 from sparkle_mesh.membership.keys import MeshKey
 from sparkle_mesh.node import MeshNode, NodeConfig, PeerJoined, open_node
+from tests.mesh.nodes import address_of
 
 KEY = MeshKey(bytes(32))
 SMALL, LARGE = sorted((Identity(bytes([1]) * 32), Identity(bytes([2]) * 32)), key=lambda identity: identity.peer_id)
@@ -38,10 +39,6 @@ def start(tmp_path: Path) -> Callable[..., Any]:
             yield node
 
     return started
-
-
-def address_of(node: MeshNode) -> str:
-    return f"{node.fabric.addresses[0]}/p2p/{node.peer_id}"
 
 
 @pytest.mark.parametrize("first", [SMALL, LARGE], ids=["small", "large"])

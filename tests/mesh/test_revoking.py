@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -17,39 +16,8 @@ from sparkle_mesh.errors import UsageError
 from sparkle_mesh.fabric.identity import Identity, load_or_create_identity
 from sparkle_mesh.membership.events import PeerRefused
 from sparkle_mesh.membership.invite import Invite
-from sparkle_mesh.membership.keys import MeshKey
-from sparkle_mesh.node import MeshNode, NodeConfig, NodeEvent, open_node
-
-KEY = MeshKey.generate()
-
-
-def config(data_dir: Path, **changes: Any) -> NodeConfig:
-    settings: dict[str, Any] = {
-        "mesh": "run",
-        "key": KEY,
-        "identity": load_or_create_identity(data_dir / IDENTITY_NAME),
-        "listen": ("/ip4/127.0.0.1/tcp/0",),
-        "data_dir": data_dir,
-        "lan": False,
-    }
-    if changes.get("role") == "trainer":
-        settings["identity"] = Identity.generate()
-    return NodeConfig(**(settings | changes))
-
-
-async def until(node: MeshNode, holds: Callable[[NodeEvent | None], bool]) -> None:
-    """Wait until that holds of an event of the node, or of none to begin with."""
-    with trio.fail_after(30), node.events() as events:
-        if holds(None):
-            return
-        async for event in events:
-            if holds(event):
-                return
-
-
-async def until_joined(node: MeshNode, *others: MeshNode) -> None:
-    wanted = {other.peer_id for other in others}
-    await until(node, lambda event: {peer.peer_id for peer in node.peers()} == wanted)
+from sparkle_mesh.node import MeshNode, open_node
+from tests.mesh.nodes import KEY, config, until, until_joined
 
 
 async def test_who_is_revoked_is_let_go_and_does_not_come_back(tmp_path: Path) -> None:

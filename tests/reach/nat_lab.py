@@ -32,7 +32,7 @@ PORT = 45654
 
 needs_namespaces = pytest.mark.skipif(
     os.name != "posix" or os.geteuid() != 0 or not shutil.which("ip") or not shutil.which("nft"),
-    reason="network namespaces need root, iproute2 and nftables",
+    reason="needs root, and `apt-get install iproute2 nftables`, as .ci/run does",
 )
 
 

@@ -135,7 +135,7 @@ def test_two_behind_nats_that_let_no_hole_be_punched_reduce_through_go_libp2ps_r
 MINIUPNPD = shutil.which("miniupnpd")
 
 
-@pytest.mark.skipif(MINIUPNPD is None, reason="miniupnpd is not installed")
+@pytest.mark.skipif(MINIUPNPD is None, reason="needs a router: `apt-get install miniupnpd`, as .ci/run does")
 @pytest.mark.parametrize("how", ["NAT-PMP", "UPnP"])
 def test_a_router_that_maps_ports_makes_a_host_behind_it_one_that_others_dial(
     lab: NatLab, tmp_path: Path, key_file: Path, how: str

@@ -60,6 +60,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "sparkle_mesh.devices.detect",
         "sparkle_mesh.discovery.routing_table",
         "sparkle_mesh.discovery.lookup",
+        "sparkle_mesh.discovery.lookup_run",
     ),
     "sparkle_mesh.membership": (*LEAVES, "sparkle_mesh.fabric"),
     # It keeps a private file as discovery does.

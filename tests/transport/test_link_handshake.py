@@ -32,6 +32,7 @@ from sparkle_mesh.transport.handshake import (
     decode_reply,
     derive_keys,
 )
+from tests.entropies import FixedEntropy
 
 GOLDEN = Path(__file__).parent / "golden"
 OFFER = LinkOffer(
@@ -64,20 +65,6 @@ DECODERS = {
     "upgrade.1": decode_offer,
     "over_stream.1": decode_last_word,
 }
-
-
-class FixedEntropy:
-    """Tokens that tell how many were drawn before."""
-
-    def __init__(self) -> None:
-        self.drawn = 0
-
-    def token(self, nbytes: int) -> bytes:
-        self.drawn += 1
-        return bytes([self.drawn]) * nbytes
-
-    def uniform(self, low: float, high: float) -> float:
-        return low
 
 
 def party(peer_id: str, **changes: object) -> LinkParty:

@@ -11,8 +11,8 @@ from sparkle_mesh.errors import LinkClosedError, UnreachableError
 from sparkle_mesh.fabric.identity import Identity
 from sparkle_mesh.fabric.interface import FabricStream
 from sparkle_mesh.fabric.libp2p_fabric import open_libp2p_fabric
+from sparkle_mesh.fabric.observers import AUTONAT_PROTOCOL, ask_identity, ask_to_dial_back
 from sparkle_mesh.fabric.protobuf import receive_protobuf, send_protobuf
-from sparkle_mesh.fabric.self_test import AUTONAT_PROTOCOL, ask_identity, ask_to_dial_back
 
 
 async def test_where_it_is_seen_and_what_is_spoken(libp2p_pair) -> None:
