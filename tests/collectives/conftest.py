@@ -259,17 +259,22 @@ async def open_host(size: int, *, unshared: tuple[int, int] | None = None) -> As
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Many chunks and blocks, and operands that are read where they are."""
+def fresh_plans() -> Iterator[None]:
+    """Plans are made by the bounds of this test, and not kept for the next."""
     plan_chunks.cache_clear()
     work_bytes.cache_clear()
+    yield
+    plan_chunks.cache_clear()
+    work_bytes.cache_clear()
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, fresh_plans: None) -> None:
+    """Many chunks and blocks, and operands that are read where they are."""
     monkeypatch.setattr(limits, "SHARED_CHUNK_BYTES", 4096)
     monkeypatch.setattr(limits, "SHARED_BLOCK_BYTES", 1024)
     monkeypatch.setattr(limits, "SHARED_STAGED_MAX_BYTES", 1024)
     monkeypatch.setattr(limits, "LINK_TURN_BYTES", 8192)
-    yield
-    plan_chunks.cache_clear()
-    work_bytes.cache_clear()
 
 
 @pytest.fixture

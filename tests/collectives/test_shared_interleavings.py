@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
@@ -229,15 +228,10 @@ def play(world: World, elements: int) -> list[Rank]:
 
 
 @pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    plan_chunks.cache_clear()
-    work_bytes.cache_clear()
+def small_chunks(monkeypatch: pytest.MonkeyPatch, fresh_plans: None) -> None:
     monkeypatch.setattr(limits, "SHARED_CHUNK_BYTES", 256)
     monkeypatch.setattr(limits, "SHARED_BLOCK_BYTES", 64)
     monkeypatch.setattr(limits, "LINK_TURN_BYTES", 64)
-    yield
-    plan_chunks.cache_clear()
-    work_bytes.cache_clear()
 
 
 def check(world: World, ranks: list[Rank], elements: int) -> str:
