@@ -49,8 +49,8 @@ STREAM_END_BYTES = 67
 MESSAGE_BYTES = 108
 PACKET_BYTES = 66
 PACKET_PAYLOAD_BYTES = 1448
-#: A probe of TCP's keepalive, or its answer: one of each from both ends, in this interval, where nothing else passes.
-KEEPALIVE_BYTES, KEEPALIVE_S = 66, float(limits.SOCKET_KEEPALIVE_IDLE_S)
+#: A probe of TCP's keepalive, or its answer: one of each from both ends when nothing has passed for so long.
+KEEPALIVE_BYTES, KEEPALIVE_S = 66, float(limits.CONTROL_KEEPALIVE_IDLE_S)
 #: Machines: kind, GiB of memory, how many in a hundred.
 CPUS = ((3, 5), (8, 15), (16, 20), (32, 25), (64, 20), (128, 10), (512, 5))
 GPUS = ((0, 55), (8, 15), (12, 8), (24, 14), (48, 3), (80, 5))
@@ -78,6 +78,8 @@ class CountingNetwork(MemoryFabricNetwork):
         self.received: dict[PeerId, float] = {}
         self.connections_made = 0
         self._by_address: dict[Address, MemoryFabric] = {}
+        # When something passed between two, last.
+        self._passed_at: dict[frozenset[PeerId], float] = {}
         # All ways take equally long: what is sent first arrives first.
         self._under_way: deque[tuple[float, PeerId, Delivery]] = deque()
         self._sent_some = trio.Event()
@@ -102,6 +104,7 @@ class CountingNetwork(MemoryFabricNetwork):
 
         def add_and_count(connection: Any) -> None:
             self.connections_made += connection.outbound
+            self._passed_at[frozenset({fabric.peer_id, connection.peer_id})] = trio.current_time()
             self._count_both(fabric.peer_id, connection.peer_id, CONNECTION_BYTES / 2)
             add(connection)
 
@@ -135,6 +138,8 @@ class CountingNetwork(MemoryFabricNetwork):
         self._sent_some.set()
 
     def _count(self, source: PeerId, target: PeerId, nbytes: float) -> None:
+        self._count_probes(source, target)
+        self._passed_at[frozenset({source, target})] = trio.current_time()
         self.sent[source] += nbytes
         self.received[target] += nbytes
 
@@ -142,12 +147,22 @@ class CountingNetwork(MemoryFabricNetwork):
         self._count(one, other, nbytes)
         self._count(other, one, nbytes)
 
-    def keep_alive(self, seconds: float) -> None:
-        """Count the probes of all connections, which pass in so long."""
-        nbytes = 2 * KEEPALIVE_BYTES * seconds / KEEPALIVE_S
+    def _count_probes(self, one: PeerId, other: PeerId) -> None:
+        """Count those of the time since something passed between two that are connected."""
+        pair = frozenset({one, other})
+        passed_at = self._passed_at.setdefault(pair, trio.current_time())
+        count = (trio.current_time() - passed_at) // KEEPALIVE_S
+        if count:
+            self._passed_at[pair] = passed_at + count * KEEPALIVE_S
+            for peer_id in pair:
+                self.sent[peer_id] += 2 * count * KEEPALIVE_BYTES
+                self.received[peer_id] += 2 * count * KEEPALIVE_BYTES
+
+    def count_probes(self) -> None:
+        """Count the probes of all connections up to now."""
         for fabric in self._fabrics.values():
             for peer_id in fabric.connected_peers():
-                self._count(fabric.peer_id, peer_id, nbytes)
+                self._count_probes(fabric.peer_id, peer_id)
 
     def _listening_at(self, address: Address) -> MemoryFabric | None:
         fabric = self._by_address.get(address)

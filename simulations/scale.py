@@ -116,12 +116,13 @@ class Scale:
         self.figures["search_s"] = statistics.median(self._times)
         self.figures["search_worst_s"] = max(self._times)
         await trio.sleep(limits.DEGREE_IDLE_S + 2 * limits.DEGREE_LOOK_S)
+        network.count_probes()
         before = {p.peer_id: (network.sent[p.peer_id], network.received[p.peer_id]) for p in world.alive}
         made_before = network.connections_made
         self._note("idle")
         for minute in range(round(self.minutes)):
             await trio.sleep(60.0)
-            network.keep_alive(60.0)
+            network.count_probes()
             self._note(f"idle for {minute + 1} min")
         seconds = 60.0 * round(self.minutes)
         sent = {p: (network.sent[p] - s) / seconds for p, (s, _) in before.items()}
@@ -192,17 +193,21 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print each figure beside its goal; exit code 1 if the mesh did not do what it must."""
     options = parse_options(arguments)
-    logging.getLogger("sparkle_mesh").setLevel(logging.ERROR)
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
     run = Scale(options.peers, options.minutes, options.seed, kill_count=options.kill, say=say)
     failure = None
+    log = logging.getLogger("sparkle_mesh")
+    level = log.level
+    log.setLevel(logging.ERROR)
     try:
         run.run()
     except InvariantBroken as error:
         failure = str(error)
+    finally:
+        log.setLevel(level)
     for name, value in run.figures.items():
         goal = f"   (goal: under {GOALS[name]:g})" if name in GOALS else ""
         print(f"{name:34} {value:10.5g}{goal}")

@@ -44,6 +44,8 @@ FRAME_WRITE_TIMEOUT_S = 30.0
 # What one connection may have sent and nobody here has read, over all its streams.
 UNREAD_BYTES_PER_CONNECTION_MAX = 32 * MIB
 SOCKET_KEEPALIVE_IDLE_S = 15
+# Of connections of the control plane, on which peers ping each other.
+CONTROL_KEEPALIVE_IDLE_S = 40
 SOCKET_KEEPALIVE_INTERVAL_S = 5
 SOCKET_KEEPALIVE_PROBES_COUNT = 4
 SOCKET_UNACKNOWLEDGED_TIMEOUT_S = 30
@@ -254,6 +256,8 @@ BANS_MAX_COUNT = 4096
 MESH_OUTBOX_MAX_COUNT = 4096
 PEER_EXCHANGE_MAX_COUNT = 64
 PEER_EXCHANGE_SAMPLE_COUNT = 20
+# Whoever is let go is told of others anew if it was told longer ago.
+PEER_EXCHANGE_STALE_S = 300.0
 # How soon trainers look for others in the DHT; then after twice as long each time.
 TRAINERS_LOOK_MIN_S = 2.0
 TRAINERS_LOOK_MAX_S = 120.0
@@ -270,14 +274,20 @@ MACHINE_HISTORY_MAX_COUNT = 256
 NODE_EVENTS_MAX_COUNT = 1024
 
 # --- Capability records ---------------------------------------------------------------------------
-# A record stays at its holders for so long after it was last renewed: of a dead node it is gone within a minute.
+# A record stays at its holders for so long after they last heard of its publisher: of a dead node it is gone within a
+# minute. Whoever was not heard by a holder for long tells it so.
 CAPABILITY_LIFETIME_S = 52.0
 CAPABILITY_LIFETIME_MAX_S = 600.0
-CAPABILITY_RENEW_S = 20.0
+CAPABILITY_UNHEARD_S = 40.0
+# How often it is renewed in so many words, and for how long it is held without that; how often that is looked at.
+CAPABILITY_RENEW_S = 300.0
+CAPABILITY_UNRENEWED_MAX_S = 800.0
+CAPABILITY_LOOK_S = 4.0
+CAPABILITY_TIDY_S = 20.0
 # How often its holders are looked for anew, beside whenever one comes that is closer to its keys: after the first
 # pause, then after twice as long, up to the second.
 CAPABILITY_REPUBLISH_MIN_S = 60.0
-CAPABILITY_REPUBLISH_S = 600.0
+CAPABILITY_REPUBLISH_S = 1200.0
 # When newcomers come, once for all of them.
 CAPABILITY_SETTLE_S = 0.5
 CAPABILITY_HOLDERS_COUNT = 8
@@ -286,13 +296,13 @@ CAPABILITY_KEYS_MAX_COUNT = 66
 DEVICES_PER_RECORD_MAX_COUNT = 32
 DEVICE_DTYPES_MAX_COUNT = 32
 # What one process holds of others, whoever asks it to.
-# Their publishers stay connected and renew them, which takes some 40 bytes a second each, sent and received together.
+# Their publishers stay connected, which takes some 9 bytes a second each, sent and received together.
 # Much lower bounds drive records so deep that a search in a mesh of 200 does not end in time.
 CAPABILITIES_HELD_MAX_COUNT = 256
 CAPABILITIES_HELD_MAX_BYTES = 4 * MIB
 # Under one key; what comes later is stored under keys below it. That there is some of it is remembered for so long.
 CAPABILITIES_PER_KEY_MAX_COUNT = 48
-CAPABILITY_OVERFLOW_S = 1800.0
+CAPABILITY_OVERFLOW_S = 3600.0
 # How often what is under one key may be divided in two.
 CAPABILITY_DEPTH_MAX_COUNT = 12
 # Keys looked at in one search, those below others included.
@@ -362,6 +372,8 @@ ROUTING_NETWORK_BUCKET_MAX_COUNT = 4
 ROUTING_NETWORK_MAX_COUNT = 16
 ROUTING_FAILURES_MAX_COUNT = 2
 ROUTING_REFRESH_S = 600.0
+# Each time one's own place is looked up; each so many times another one, which leads to peers that are far apart.
+ROUTING_REFRESH_OTHERS_PERIOD = 6
 # When one comes that is near, there may be more: the pause before one looks, and until one looks again.
 ROUTING_NEAR_SETTLE_S = 2.0
 ROUTING_NEAR_PAUSE_S = 30.0
@@ -590,7 +602,12 @@ assert COLLECTIVE_DESCRIPTION_MAX_CHARS * 3 < LINK_HEADER_MAX_BYTES
 assert CODEC_PIECE_COUNT % 256 == 0
 assert CONTROL_REQUEST_MAX_BYTES < CONTROL_REPLY_MAX_BYTES
 assert LOOKUP_TIMEOUT_S < CONTROL_CLIENT_TIMEOUT_S < CONTROL_ASK_TIMEOUT_S
-assert CAPABILITY_RENEW_S * 2.5 < CAPABILITY_LIFETIME_S < 60.0
+# Nodes hear each other often enough; what they do not, is made up for in time.
+assert NODE_PING_INTERVAL_S + 1.25 * NODE_LOOK_INTERVAL_S < CAPABILITY_UNHEARD_S
+assert CAPABILITY_UNHEARD_S + 2.5 * CAPABILITY_LOOK_S < CAPABILITY_LIFETIME_S < 60.0
+assert CAPABILITY_RENEW_S * 2.5 < CAPABILITY_UNRENEWED_MAX_S
+# Where there is no room is told again, before it is forgotten.
+assert CAPABILITY_REPUBLISH_S * 2.5 < CAPABILITY_OVERFLOW_S
 assert KAD_ANSWER_RECORDS_MAX_BYTES + LOOKUP_NAMED_MAX_COUNT * 4 * KIB <= KAD_MESSAGE_MAX_BYTES
 assert PING_INTERVAL_S * 3 < SILENCE_TIMEOUT_S
 assert NODE_PING_INTERVAL_S * 3 < NODE_SILENCE_TIMEOUT_S
@@ -610,5 +627,5 @@ assert REVOKED_PEERS_MAX_COUNT * (PEER_ID_MAX_CHARS + 2) + 1 * KIB < REVOCATIONS
 assert REVOCATIONS_MAX_BYTES * 2 < CONTROL_MESSAGE_MAX_BYTES
 assert NODE_DEGREE_TARGET_COUNT < NODE_DEGREE_MAX_COUNT <= PEER_EXCHANGE_SAMPLE_COUNT < PEER_EXCHANGE_MAX_COUNT
 assert NODE_DEGREE_MAX_COUNT < NODE_DEGREE_BUSY_MAX_COUNT < CONNECTIONS_MAX_COUNT
-assert CAPABILITY_RENEW_S * 2 < DEGREE_BUSY_S < DEGREE_IDLE_S < SPARED_BACKOFF_S
+assert CAPABILITY_UNHEARD_S < DEGREE_BUSY_S < DEGREE_IDLE_S < SPARED_BACKOFF_S
 assert REGISTRY_RENEW_S * 2 < REGISTRY_FOREIGN_MAX_AGE_S

@@ -191,6 +191,7 @@ class MeshNode:
             revocations_changed=self._pass_revocations_on,
             certifier=certifier,
             heard=self.discovery.heard,
+            is_there=lambda peer_id: self.capabilities.is_there(peer_id),
             public_peers=public_peers,
             entropy=config.entropy,
         )

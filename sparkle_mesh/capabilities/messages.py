@@ -53,7 +53,7 @@ class Store(wire.Message, frozen=True, kw_only=True, tag="store"):
 
 
 class Renew(wire.Message, frozen=True, kw_only=True, tag="renew"):
-    """Keep my record of this number for another lifetime; which of these keys is it not held under?"""
+    """Keep my record of this number, under these keys alone; which of them is it not held under?"""
 
     sequence: wire.Count
     keys: KeyList
@@ -69,7 +69,7 @@ Question: TypeAlias = Find | Store | Renew | Withdraw
 
 
 class HeldRecord(wire.Message, frozen=True, kw_only=True):
-    """A record, and how long ago its holder received or renewed it."""
+    """A record, and how long ago its holder heard of its publisher."""
 
     record: SignedRecord
     age_s: Annotated[float, msgspec.Meta(ge=0)]

@@ -1,7 +1,8 @@
 """Keeps this process's capability record at those who are to hold it, while the process lives.
 
-Each ``limits.CAPABILITY_RENEW_S`` the holders are asked to keep it for another lifetime, in a few bytes; where it is
-not held any more, or its holders have changed, it is stored. A process that dies renews nothing, and is forgotten.
+Holders keep it while they hear its publisher, on the connection that stands between them: the pings of membership
+suffice. Who has not heard of this process for long is told, and now and then each is told what it is to hold, in a few
+bytes; where it is not held any more, or its holders have changed, it is stored. A process that dies is forgotten.
 Where some holders of a key have no room, the record goes under the key below it as well; where most have none, there
 alone (see :mod:`.labels`).
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import trio
 
@@ -25,6 +27,20 @@ from sparkle_mesh.fabric.interface import Address, PeerId
 from sparkle_mesh.wire import PeerAddress
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Holder:
+    """Who is to hold the record, under which keys."""
+
+    peer: PeerAddress
+    keys: frozenset[bytes]
+    #: When it last was told so, and when both last heard of each other.
+    told_at: float = float("-inf")
+    heard_at: float = float("-inf")
+
+    def is_due(self, now: float, renew_s: float) -> bool:
+        return now - self.told_at >= renew_s or now - self.heard_at >= limits.CAPABILITY_UNHEARD_S
 
 
 class Publisher:
@@ -67,8 +83,9 @@ class Publisher:
         self._keys: frozenset[bytes] = frozenset()
         # Who has no room, by key.
         self._full: dict[bytes, set[PeerId]] = {}
-        # Who holds it under which keys, as far as is known.
-        self._holders: dict[PeerId, tuple[PeerAddress, frozenset[bytes]]] = {}
+        self._holders: dict[PeerId, _Holder] = {}
+        # Who may hold it, though it is not to any more.
+        self._told: dict[PeerId, PeerAddress] = {}
         self._looked_at = float("-inf")
         # Soon at first: while a mesh grows, who is closest to a key changes, and nobody tells.
         self._republish_s = min(limits.CAPABILITY_REPUBLISH_MIN_S, limits.CAPABILITY_REPUBLISH_S)
@@ -91,6 +108,18 @@ class Publisher:
         self._looked_at = float("-inf")
         self._hurry.set()
 
+    def heard(self, peer_id: PeerId, now: float) -> bool:
+        """``peer_id`` and this process hear each other; return whether it is to hold the record."""
+        holder = self._holders.get(peer_id)
+        if holder is not None:
+            holder.heard_at = now
+        return holder is not None
+
+    def gone(self, peer_id: PeerId) -> None:
+        """``peer_id`` is no longer connected: if it comes back, it may not hold what it held."""
+        if peer_id in self._holders:
+            self._holders[peer_id].told_at = float("-inf")
+
     def own_record(self) -> CapabilityRecord | None:
         """Return what is told, as of now; None before :meth:`offer`."""
         if self._devices is None:
@@ -108,7 +137,7 @@ class Publisher:
         while True:
             self._hurry = trio.Event()
             await self._publish()
-            with trio.move_on_after(limits.CAPABILITY_RENEW_S * self._entropy.uniform(0.75, 1.25)):
+            with trio.move_on_after(limits.CAPABILITY_LOOK_S * self._entropy.uniform(0.75, 1.25)):
                 await self._hurry.wait()
                 # Newcomers come in crowds: once for all of them.
                 await trio.sleep(limits.CAPABILITY_SETTLE_S)
@@ -117,8 +146,8 @@ class Publisher:
         """Publish no more, and ask all holders to forget the record."""
         self._devices = None
         async with trio.open_nursery() as nursery:
-            for peer, _ in self._holders.values():
-                nursery.start_soon(self._tell, peer, Withdraw())
+            for peer in self._told.values():
+                nursery.start_soon(self._release, peer)
         self._holders.clear()
 
     async def _publish(self) -> None:
@@ -134,26 +163,55 @@ class Publisher:
                 self._republish_s = min(2 * self._republish_s, limits.CAPABILITY_REPUBLISH_S)
             self._looked_at = now
             # There may be room again higher up; where there is none, that is remembered there.
-            self._place(dict.fromkeys(self._depths, (0,)))
-            self._holders.clear()
-            await self._look_for_holders(self._keys)
-        await self._keep(list(self._holders.values()))
+            depths: dict[str, tuple[int, ...]]
+            depths = {label: (self._depth_above(some[0]),) for label, some in self._depths.items()}
+            await self._begin_at(depths)
+            if roomy := {label for label, (top, *_) in depths.items() if top and not self._full_at(label, top)}:
+                await self._begin_at({label: (0,) if label in roomy else some for label, some in depths.items()})
+        now, renew_s = trio.current_time(), limits.CAPABILITY_RENEW_S * self._entropy.uniform(0.75, 1.25)
+        await self._keep([peer_id for peer_id, holder in self._holders.items() if holder.is_due(now, renew_s)])
         while new := self._place({label: self._deeper(label, depths) for label, depths in self._depths.items()}):
-            found = await self._look_for_holders(new)
-            await self._keep(list(found.values()))
+            await self._keep(await self._look_for_holders(new))
+        async with trio.open_nursery() as nursery:
+            for peer_id in self._told.keys() - self._holders.keys():
+                nursery.start_soon(self._release, self._told[peer_id])
+
+    def _depth_above(self, depth: int) -> int:
+        """Return where to begin for a record that lies at ``depth``: one level higher, or two with half the chance, …
+
+        So all levels are looked at again and again, and the higher ones not by everybody.
+        """
+        while depth > 0:
+            depth -= 1
+            if self._entropy.uniform(0.0, 1.0) < 0.5:
+                break
+        return depth
+
+    async def _begin_at(self, depths: dict[str, tuple[int, ...]]) -> None:
+        """Have the record held at these depths, by whoever is to hold it there now."""
+        self._place(depths)
+        self._holders.clear()
+        await self._keep(await self._look_for_holders(self._keys))
 
     def _key(self, label: str, depth: int) -> bytes:
         return self._secrets.locate(label_below(label, bits_of(self._identity.peer_id, depth)))
 
     def _deeper(self, label: str, depths: tuple[int, ...]) -> tuple[int, ...]:
         """Return at which depths to publish under ``label``, as its holders at the last of ``depths`` have room."""
-        deepest, key = depths[-1], self._key(label, depths[-1])
-        holders = [peer_id for peer_id, (_, keys) in self._holders.items() if key in keys]
-        full_count = sum(peer_id in self._full.get(key, set()) for peer_id in holders)
+        deepest = depths[-1]
+        full_count = self._full_at(label, deepest)
         if not full_count or deepest == limits.CAPABILITY_DEPTH_MAX_COUNT:
             return depths
         # Whoever searches asks about the same holders, but not quite: so few of them do not suffice.
-        return (*(depths if 2 * full_count <= len(holders) else depths[:-1]), deepest + 1)
+        return (*(depths if 2 * full_count <= len(self._holders_at(label, deepest)) else depths[:-1]), deepest + 1)
+
+    def _holders_at(self, label: str, depth: int) -> list[PeerId]:
+        key = self._key(label, depth)
+        return [peer_id for peer_id, holder in self._holders.items() if key in holder.keys]
+
+    def _full_at(self, label: str, depth: int) -> int:
+        """Return how many of the holders there have no room."""
+        return len(self._full.get(self._key(label, depth), set()).intersection(self._holders_at(label, depth)))
 
     def _place(self, depths: dict[str, tuple[int, ...]]) -> frozenset[bytes]:
         """Publish at these depths from now on; return the keys that are new."""
@@ -161,54 +219,58 @@ class Publisher:
         self._depths = depths
         self._keys = frozenset(self._key(label, depth) for label, some in depths.items() for depth in some)
         self._full = {key: peers for key, peers in self._full.items() if key in self._keys}
-        kept = {peer_id: (peer, keys & self._keys) for peer_id, (peer, keys) in self._holders.items()}
-        self._holders = {peer_id: (peer, keys) for peer_id, (peer, keys) in kept.items() if keys}
+        for holder in self._holders.values():
+            if not holder.keys <= self._keys:
+                holder.keys &= self._keys
+                holder.told_at = float("-inf")
+        self._holders = {peer_id: holder for peer_id, holder in self._holders.items() if holder.keys}
         return self._keys - before
 
-    async def _keep(self, holders: list[tuple[PeerAddress, frozenset[bytes]]]) -> None:
+    async def _keep(self, holders: Iterable[PeerId]) -> None:
         async with trio.open_nursery() as nursery:
-            for peer, keys in holders:
-                nursery.start_soon(self._keep_at, peer, keys)
+            for peer_id in holders:
+                if peer_id in self._holders:
+                    nursery.start_soon(self._keep_at, self._holders[peer_id])
 
     def _sign(self, record: CapabilityRecord, above: int) -> None:
         """Sign ``record`` under a number above ``above``; the clock makes it higher than before a restart."""
         self.sequence = max(above + 1, int(self._clock.wall_time() * 1000))
         self._record = record
         self._signed = sign_record(record, self._identity, self._secrets, sequence=self.sequence, entropy=self._entropy)
+        for holder in self._holders.values():
+            holder.told_at = float("-inf")
         labels = index_labels(record.role, record.devices)
         if labels != self._depths.keys():
             self._place({label: self._depths.get(label, (0,)) for label in sorted(labels)})
             self._looked_at = float("-inf")
 
-    async def _look_for_holders(self, keys: Iterable[bytes]) -> dict[PeerId, tuple[PeerAddress, frozenset[bytes]]]:
-        """Find who is to hold the record under ``keys``, beside those who hold it under others; return them."""
-        holders: dict[PeerId, tuple[PeerAddress, set[bytes]]] = {}
+    async def _look_for_holders(self, keys: Iterable[bytes]) -> set[PeerId]:
+        """Find who is to hold the record under ``keys``, beside those who hold it under others; return who that is."""
+        found: set[PeerId] = set()
 
         async def look(key: bytes) -> None:
             for peer in await self._holders_of(key):
-                holders.setdefault(peer.peer_id, (peer, set()))[1].add(key)
+                found.add(peer.peer_id)
+                self._holders.setdefault(peer.peer_id, _Holder(peer, frozenset())).keys |= {key}
 
         async with trio.open_nursery() as nursery:
             for key in sorted(keys):
                 nursery.start_soon(look, key)
-        found = {peer_id: (peer, frozenset(keys)) for peer_id, (peer, keys) in holders.items()}
-        for peer_id, (peer, new) in found.items():
-            known = self._holders.get(peer_id)
-            self._holders[peer_id] = (peer, new if known is None else new | known[1])
         return found
 
-    async def _keep_at(self, peer: PeerAddress, keys: frozenset[bytes]) -> None:
-        """Have ``peer`` hold the record under ``keys`` for another lifetime."""
+    async def _keep_at(self, holder: _Holder) -> None:
+        """Have ``holder`` hold the record for another lifetime."""
         assert self._signed is not None
-        signed = self._signed
+        signed, peer, keys = self._signed, holder.peer, holder.keys
+        self._told[peer.peer_id] = peer
         renewed = await self._tell(peer, Renew(sequence=signed.sequence, keys=tuple(sorted(keys))))
         if not isinstance(renewed, Done):
             return
         for key in keys - frozenset(renewed.missing):
             self._full.get(key, set()).discard(peer.peer_id)
-        if not renewed.missing:
-            return
-        stored = await self._tell(peer, Store(record=signed, keys=renewed.missing))
+        stored = await self._tell(peer, Store(record=signed, keys=renewed.missing)) if renewed.missing else None
+        if self._signed is signed:
+            holder.told_at = holder.heard_at = trio.current_time()
         if isinstance(stored, Done):
             for key in renewed.missing:
                 has_room = key not in stored.missing
@@ -229,6 +291,15 @@ class Publisher:
         except SparkleError as error:
             logger.debug("a holder cannot be told: %s", error)
             self._holders.pop(peer.peer_id, None)
+            self._told.pop(peer.peer_id, None)
             # Others are to hold it in its place.
             self._looked_at = float("-inf")
             return None
+
+    async def _release(self, peer: PeerAddress) -> None:
+        """Ask ``peer`` to forget the record; if it is not told, it will by itself."""
+        self._told.pop(peer.peer_id, None)
+        try:
+            await self._ask(peer, Withdraw())
+        except SparkleError as error:
+            logger.debug("a former holder cannot be told: %s", error)

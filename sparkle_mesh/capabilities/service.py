@@ -135,8 +135,16 @@ class CapabilityService:
     def gone(self, peer_id: PeerId, *, for_good: bool) -> None:
         """``peer_id`` is no longer connected, though nobody let it go; ``for_good`` if it said that it leaves."""
         self._table.gone(peer_id)
+        self._publisher.gone(peer_id)
         if for_good:
             self._store.withdraw(peer_id)
+
+    def is_there(self, peer_id: PeerId) -> None:
+        """``peer_id``, who is of the mesh, has said something: its record is kept, and so is this one's at it."""
+        now = trio.current_time()
+        holds, held = self._publisher.heard(peer_id, now), self._store.heard(peer_id, now)
+        if holds or held:
+            self._used(peer_id)
 
     async def find_devices(
         self, query: DeviceQuery, *, timeout_s: float = limits.LOOKUP_TIMEOUT_S
@@ -175,7 +183,7 @@ class CapabilityService:
 
     async def _tidy_forever(self) -> None:
         while True:
-            await trio.sleep(limits.CAPABILITY_RENEW_S)
+            await trio.sleep(limits.CAPABILITY_TIDY_S)
             now = trio.current_time()
             self._store.expire(now)
             self._answerer.forget_idle(now)
@@ -190,7 +198,8 @@ class CapabilityService:
                 await trio.sleep(limits.ROUTING_NEAR_SETTLE_S * self._entropy.uniform(0.5, 1.5))
             await self._lookup(key_of_peer(self._fabric.peer_id))
             if timer.cancelled_caught:
-                await self._lookup(self._entropy.token(32))
+                if self._entropy.uniform(0.0, 1.0) < 1 / limits.ROUTING_REFRESH_OTHERS_PERIOD:
+                    await self._lookup(self._entropy.token(32))
             else:
                 await trio.sleep(limits.ROUTING_NEAR_PAUSE_S * self._entropy.uniform(0.5, 1.5))
 

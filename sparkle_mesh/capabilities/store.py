@@ -24,9 +24,12 @@ class _Held:
     #: What its publisher is connected from: an IP address, or whatever stands for one.
     origin: str
     renewed_at: float
+    #: When its publisher last was heard to be there.
+    heard_at: float
 
     def is_over(self, now: float) -> bool:
-        return now >= self.renewed_at + self.record.lifetime_s
+        unrenewed = now - self.renewed_at >= limits.CAPABILITY_UNRENEWED_MAX_S
+        return unrenewed or now - self.heard_at >= self.record.lifetime_s
 
 
 class RecordStore:
@@ -101,7 +104,7 @@ class RecordStore:
         self._overflowed_at.update(dict.fromkeys(full, now))
         if not wanted:
             return full
-        entry = _Held(record, wanted, origin, now)
+        entry = _Held(record, wanted, origin, renewed_at=now, heard_at=now)
         self._held[sender] = entry
         self._nbytes += record.nbytes
         for key in wanted:
@@ -114,12 +117,27 @@ class RecordStore:
         return at is not None and now - at < limits.CAPABILITY_OVERFLOW_S
 
     def renew(self, publisher: PeerId, sequence: int, keys: Iterable[bytes], now: float) -> frozenset[bytes]:
-        """Keep what ``publisher`` has stored for another lifetime; return those of ``keys`` it is not held under."""
+        """Keep what ``publisher`` has stored, under ``keys`` alone; return those of them it is not held under."""
+        wanted = frozenset(keys)
         held = self._held.get(publisher)
         if held is None or held.is_over(now) or held.record.sequence != sequence:
-            return frozenset(keys)
-        held.renewed_at = now
-        return frozenset(keys) - held.keys
+            return wanted
+        if not wanted & held.keys:
+            self._remove(publisher)
+            return wanted
+        for key in held.keys - wanted:
+            self._unfile(publisher, key)
+        held.keys &= wanted
+        held.renewed_at = held.heard_at = now
+        return wanted - held.keys
+
+    def heard(self, publisher: PeerId, now: float) -> bool:
+        """``publisher`` is there: keep what it has stored for another lifetime; False if that is nothing."""
+        held = self._held.get(publisher)
+        if held is None or held.is_over(now):
+            return False
+        held.heard_at = now
+        return True
 
     def withdraw(self, publisher: PeerId) -> None:
         """Forget what ``publisher`` has stored; no error if that is nothing."""
@@ -127,9 +145,9 @@ class RecordStore:
             self._remove(publisher)
 
     def get(self, key: bytes, now: float) -> Iterator[tuple[SignedRecord, float]]:
-        """Yield the records under ``key`` with their age in seconds, those renewed last first."""
-        entries = sorted(self._by_key.get(key, {}).values(), key=lambda held: -held.renewed_at)
-        return ((held.record, now - held.renewed_at) for held in entries if not held.is_over(now))
+        """Yield the records under ``key`` with how long ago their publishers were heard (seconds), the least first."""
+        entries = sorted(self._by_key.get(key, {}).values(), key=lambda held: -held.heard_at)
+        return ((held.record, now - held.heard_at) for held in entries if not held.is_over(now))
 
     def expire(self, now: float) -> None:
         """Forget what has outlived itself."""
@@ -165,9 +183,12 @@ class RecordStore:
         held = self._held.pop(publisher)
         self._nbytes -= held.record.nbytes
         for key in held.keys:
-            del self._by_key[key][publisher]
-            if not self._by_key[key]:
-                del self._by_key[key]
+            self._unfile(publisher, key)
+
+    def _unfile(self, publisher: PeerId, key: bytes) -> None:
+        del self._by_key[key][publisher]
+        if not self._by_key[key]:
+            del self._by_key[key]
 
 
 class StaleRecordError(ProtocolError):

@@ -134,7 +134,7 @@ def _tune(sock: trio.socket.SocketType) -> None:
     sock.setsockopt(stdlib_socket.IPPROTO_TCP, stdlib_socket.TCP_NODELAY, 1)
     sock.setsockopt(stdlib_socket.SOL_SOCKET, stdlib_socket.SO_KEEPALIVE, 1)
     for name, value in (
-        ("TCP_KEEPIDLE", limits.SOCKET_KEEPALIVE_IDLE_S),
+        ("TCP_KEEPIDLE", limits.CONTROL_KEEPALIVE_IDLE_S),
         ("TCP_KEEPINTVL", limits.SOCKET_KEEPALIVE_INTERVAL_S),
         ("TCP_KEEPCNT", limits.SOCKET_KEEPALIVE_PROBES_COUNT),
         ("TCP_USER_TIMEOUT", limits.SOCKET_UNACKNOWLEDGED_TIMEOUT_S * 1000),

@@ -35,6 +35,8 @@ class PeerChannel:
         self.silences: deque[float] = deque(maxlen=limits.SILENCES_REMEMBERED_MAX_COUNT)
         #: Of the last view that it has said it is in.
         self.lineage: bytes | None = None
+        #: When it last was told of other peers.
+        self.told_others_at = float("-inf")
         self.gone_reason: str | None = None
         self.graceful = False
         #: Whether it is of the mesh still, though not connected any more.

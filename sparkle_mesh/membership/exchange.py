@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import trio
+
 from sparkle_mesh import limits
 from sparkle_mesh.clock import Entropy
 from sparkle_mesh.membership.channel import PeerChannel
@@ -11,8 +13,17 @@ from sparkle_mesh.membership.messages import PeerExchange
 from sparkle_mesh.wire import PeerAddress
 
 
-def name_others(channel: PeerChannel, channels: Iterable[PeerChannel], entropy: Entropy) -> None:
-    """Tell the peer of others: to a trainer all trainers, which it needs, and some of the rest, drawn by lot."""
+def name_others(
+    channel: PeerChannel, channels: Iterable[PeerChannel], entropy: Entropy, *, unless_told_s: float = 0.0
+) -> None:
+    """Tell the peer of others: to a trainer all trainers, which it needs, and some of the rest, drawn by lot.
+
+    Not if it was told less than ``unless_told_s`` ago.
+    """
+    now = trio.current_time()
+    if now - channel.told_others_at < unless_told_s:
+        return
+    channel.told_others_at = now
     others = [other for other in channels if other is not channel and other.introduction.addresses]
     is_to_trainer = channel.introduction.role == "trainer"
     needed = [other for other in others if is_to_trainer and other.introduction.role == "trainer"]

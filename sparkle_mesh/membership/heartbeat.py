@@ -72,13 +72,16 @@ class Heartbeat:
         return self._is_node or channel.introduction.role == "node"
 
     def _next_turns(self, now: float) -> list[str]:
-        """Whom to ask now: all, or those of many that were not asked for longest; nodes more seldom."""
+        """Whom to ask now: all that are due, or those of many that were not asked for longest."""
         self._turns = deque(peer_id for peer_id in self._turns if peer_id in self._channels)
         known = set(self._turns)
         self._turns.extend(peer_id for peer_id in self._channels if peer_id not in known)
-        asked = [self._turns.popleft() for _ in range(min(len(self._turns), limits.PINGS_AT_ONCE_MAX_COUNT))]
+        due = [peer_id for peer_id in self._turns if self._is_due(self._channels[peer_id], now)]
+        asked = due[: limits.PINGS_AT_ONCE_MAX_COUNT]
+        for peer_id in asked:
+            self._turns.remove(peer_id)
         self._turns.extend(asked)
-        return [peer_id for peer_id in asked if self._is_due(self._channels[peer_id], now)]
+        return asked
 
     def _is_due(self, channel: PeerChannel, now: float) -> bool:
         if not self._is_of_node(channel):

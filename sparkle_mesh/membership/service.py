@@ -17,14 +17,7 @@ import trio
 
 from sparkle_mesh import limits
 from sparkle_mesh.clock import SYSTEM_ENTROPY, Entropy
-from sparkle_mesh.errors import (
-    ClosedError,
-    ProtocolError,
-    SparkleError,
-    UnreachableError,
-    VersionError,
-    WrongKeyError,
-)
+from sparkle_mesh.errors import ClosedError, ProtocolError, SparkleError, UnreachableError, VersionError, WrongKeyError
 from sparkle_mesh.fabric.interface import Address, Fabric, FabricStream, PeerConnected, PeerId
 from sparkle_mesh.membership.certificates import Certifier
 from sparkle_mesh.membership.channel import PeerChannel
@@ -113,6 +106,7 @@ class MembershipService(MembershipViews):
         revocations_changed: Callable[[], object] = lambda: None,
         certifier: Certifier | None = None,
         heard: Callable[[PeerId, Sequence[Address], str, str], None],
+        is_there: Callable[[PeerId], object] = lambda peer_id: None,
         public_peers: Container[PeerId] = (),
         entropy: Entropy = SYSTEM_ENTROPY,
     ) -> None:
@@ -131,7 +125,7 @@ class MembershipService(MembershipViews):
         self._strangers = StrangerWatch(
             fabric, is_admitted=self.is_admitted, refused=self._refuse_stranger, start_soon=self._start_soon
         )
-        self._heard = heard
+        self._heard, self._is_there = heard, is_there
         self._public_peers = public_peers
         self._entropy = entropy
         self._opening: set[PeerId] = set()
@@ -201,8 +195,9 @@ class MembershipService(MembershipViews):
     def moved(self) -> None:
         """Tell all peers where this process can be reached now."""
         addresses = tuple(self._fabric.addresses)[: limits.ADDRESSES_PER_PEER_MAX_COUNT]
+        news = PeerExchange(peers=(PeerAddress(self._fabric.peer_id, addresses, self._role),))
         for channel in self._channels.values():
-            channel.send(PeerExchange(peers=(PeerAddress(self._fabric.peer_id, addresses, self._role),)))
+            channel.send(news)
 
     async def leave(self, reason: str = "", *, hurry: bool = False) -> None:
         """Say farewell to all peers and close their streams.
@@ -220,12 +215,12 @@ class MembershipService(MembershipViews):
                     nursery.start_soon(self._farewell, channel, reason)
 
     def spare(self, peer_id: PeerId) -> None:
-        """Let ``peer_id`` go, because there are enough others: they are named to it, so that it finds them."""
+        """Let ``peer_id`` go, because there are enough others, of whom it is told if it was not of late."""
         channel = self._channels.get(peer_id)
         if channel is not None and not channel.stays and not self._leaving:
             channel.stays = channel.graceful = True
             channel.gone_reason = "there are enough others"
-            name_others(channel, self._channels.values(), self._entropy)
+            name_others(channel, self._channels.values(), self._entropy, unless_told_s=limits.PEER_EXCHANGE_STALE_S)
             self._start_soon(self._farewell, channel, "it has enough peers", True)
 
     async def _farewell(self, channel: PeerChannel, reason: str, stays: bool = False) -> None:
@@ -467,6 +462,7 @@ class MembershipService(MembershipViews):
                 channel.gone_reason = f"it broke the protocol: {error}"
                 return
             self._heartbeat.heard(channel)
+            self._is_there(channel.peer_id)
             match message:
                 case Leave(reason=reason, stays=stays):
                     channel.graceful, channel.stays = True, stays

@@ -8,7 +8,9 @@ import pytest
 import trio
 
 from sparkle_mesh import limits
+from sparkle_mesh.capabilities.messages import Renew
 from sparkle_mesh.capabilities.search import DeviceQuery
+from sparkle_mesh.capabilities.service import CapabilityService
 from sparkle_mesh.capabilities.store import RecordStore
 from sparkle_mesh.devices.detect import DeviceInfo
 
@@ -136,8 +138,84 @@ async def test_who_has_left_publishes_no_more(open_mesh, autojump_clock):
             peers.append(await mesh.add([device()], peers))
         await trio.sleep(5.0)
         await peers[0].service.leave()
-        await trio.sleep(3 * limits.CAPABILITY_RENEW_S)
-        assert peers[0].peer_id not in await peers[1].finds("cpu")
+        for _ in range(3):
+            await trio.sleep(limits.CAPABILITY_RENEW_S)
+            assert peers[0].peer_id not in await peers[1].finds("cpu")
+
+
+async def _hear(peers) -> None:
+    """Let all that are connected hear each other, as the pings of membership do."""
+    while True:
+        await trio.sleep(limits.NODE_PING_INTERVAL_S)
+        for peer in peers:
+            for other in peers:
+                if other.peer_id in peer.fabric.connected_peers():
+                    peer.service.is_there(other.peer_id)
+
+
+async def test_while_they_hear_each_other_little_is_said(open_mesh, autojump_clock, monkeypatch):
+    questions = []
+    asked = CapabilityService._ask
+
+    async def ask(self, peer, question):
+        questions.append(type(question))
+        return await asked(self, peer, question)
+
+    monkeypatch.setattr(CapabilityService, "_ask", ask)
+    async with open_mesh() as mesh:
+        peers = []
+        for _ in range(4):
+            peers.append(await mesh.add([device()], peers))
+        mesh.nursery.start_soon(_hear, peers)
+        span_s = 20 * 60.0
+        await trio.sleep(span_s)
+        in_silence = span_s / limits.CAPABILITY_UNHEARD_S * len(peers) * (len(peers) - 1)
+        assert questions.count(Renew) < in_silence / 3
+        for peer in peers:
+            assert len(await peer.finds("cpu")) == len(peers)
+
+
+async def test_a_holder_that_comes_back_with_nothing_is_told_again(open_mesh, autojump_clock):
+    async with open_mesh() as mesh:
+        peers = []
+        for _ in range(3):
+            peers.append(await mesh.add([device()], peers))
+        mesh.nursery.start_soon(_hear, peers)
+        await trio.sleep(6 * limits.CAPABILITY_REPUBLISH_MIN_S)
+        peers[0].kill()
+        await trio.sleep(1.0)
+        again = await mesh.add([device()], peers[1:], identity=peers[0].identity)
+        peers[0] = again
+        await trio.sleep(2 * limits.CAPABILITY_LOOK_S)
+        assert len(again.service.store) == 3
+        assert len(await again.finds("cpu")) == 3
+
+
+async def test_former_holders_are_told_to_forget(open_mesh, autojump_clock, monkeypatch):
+    monkeypatch.setattr(limits, "CAPABILITY_HOLDERS_COUNT", 2)
+    async with open_mesh() as mesh:
+        peers = []
+        mesh.nursery.start_soon(_hear, peers)
+        for _ in range(12):
+            peers.append(await mesh.add([device()], peers))
+            await trio.sleep(2.0)
+        await trio.sleep(3 * limits.CAPABILITY_REPUBLISH_MIN_S)
+        assert sorted(len(peer.service.store) for peer in peers) == [0] * 10 + [len(peers)] * 2
+
+
+async def test_for_a_holder_that_dies_another_holds_what_it_held(open_mesh, autojump_clock, monkeypatch):
+    monkeypatch.setattr(limits, "CAPABILITY_HOLDERS_COUNT", 2)
+    async with open_mesh() as mesh:
+        peers = []
+        mesh.nursery.start_soon(_hear, peers)
+        for _ in range(12):
+            peers.append(await mesh.add([device()], peers))
+        await trio.sleep(6 * limits.CAPABILITY_REPUBLISH_MIN_S)
+        dead = max(peers, key=lambda peer: len(peer.service.store))
+        dead.kill()
+        peers.remove(dead)
+        await trio.sleep(3 * limits.CAPABILITY_LOOK_S)
+        assert sum(len(peer.service.store) >= len(peers) for peer in peers) == 2
 
 
 async def test_more_alike_than_one_key_holds_are_found_all_the_same(open_mesh, autojump_clock, monkeypatch):

@@ -54,11 +54,36 @@ def test_held_with_its_age_until_it_is_renewed_no_more():
     assert held(store, one.shared_key, 0.0) == []
 
 
+def test_held_while_its_publisher_is_heard_and_now_and_then_renews_it():
+    store, one = RecordStore(SECRETS), Publisher(1)
+    assert not store.heard(one.peer_id, 0.0)
+    one.store_at(store, 0.0)
+    now = 0.0
+    while now + 40.0 < limits.CAPABILITY_UNRENEWED_MAX_S:
+        now += 40.0
+        assert store.heard(one.peer_id, now)
+        assert held(store, one.shared_key, now + 1.0) == [(one.peer_id, 1.0)]
+    assert held(store, one.shared_key, limits.CAPABILITY_UNRENEWED_MAX_S) == []
+    assert not store.heard(one.peer_id, limits.CAPABILITY_UNRENEWED_MAX_S)
+
+
+def test_renewed_under_other_keys_it_is_held_under_these_alone():
+    store, one = RecordStore(SECRETS), Publisher(1)
+    label = "device 0 cpu"
+    below = SECRETS.locate(label_below(label, bits_of(one.peer_id, 1)))
+    store.store(one.signed(), [one.shared_key, below], 0.0, sender=one.peer_id, origin="/ip4/10.0.0.1")
+    assert store.renew(one.peer_id, 1, [below], 1.0) == frozenset()
+    assert (held(store, one.shared_key, 1.0), held(store, below, 1.0)) == ([], [(one.peer_id, 0.0)])
+    # It is told which it is not held under, and forgotten where it is to be held no more.
+    assert store.renew(one.peer_id, 1, [one.shared_key], 2.0) == {one.shared_key}
+    assert (len(store), store.nbytes, held(store, below, 2.0)) == (0, 0, [])
+
+
 def test_those_heard_of_last_come_first():
     store, some = RecordStore(SECRETS), [Publisher(n) for n in (1, 2, 3)]
     for number, one in enumerate(some):
         one.store_at(store, float(number))
-    store.renew(some[0].peer_id, 1, [], 9.0)
+    store.heard(some[0].peer_id, 9.0)
     assert [who for who, _ in held(store, some[0].shared_key, 10.0)] == [some[n].peer_id for n in (0, 2, 1)]
 
 

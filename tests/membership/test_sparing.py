@@ -58,8 +58,9 @@ async def opened(nursery: trio.Nursery, network: MemoryFabricNetwork, name: str,
 
 
 @pytest.mark.parametrize("role", ["node", "trainer"])
+@pytest.mark.parametrize("was_told", ["just now", "long ago"])
 async def test_it_is_told_of_others_and_goes_as_one_that_stays(
-    autojump_clock: trio.testing.MockClock, role: Role
+    autojump_clock: trio.testing.MockClock, role: Role, was_told: str
 ) -> None:
     network = MemoryFabricNetwork(delay_s=0.01)
     count = limits.PEER_EXCHANGE_SAMPLE_COUNT + 10
@@ -81,11 +82,13 @@ async def test_it_is_told_of_others_and_goes_as_one_that_stays(
             else:
                 assert len(peer.heard) == limits.PEER_EXCHANGE_SAMPLE_COUNT
             peer.heard.clear()
+            if was_told == "long ago":
+                await trio.sleep(limits.PEER_EXCHANGE_STALE_S)
             middle.service.spare("z")
             middle.service.spare("z")
             middle.service.spare("nobody")
             await trio.sleep(1.0)
-            assert len(peer.heard) >= limits.PEER_EXCHANGE_SAMPLE_COUNT
+            assert len(peer.heard) >= limits.PEER_EXCHANGE_SAMPLE_COUNT if was_told == "long ago" else not peer.heard
             (theirs,), ours = peer.gone(), middle.gone()
             assert (theirs.graceful, theirs.stays) == (True, True)
             assert theirs.reason == "it let this connection go: it has enough peers"
