@@ -140,3 +140,10 @@ class NoNodeError(SparkleError):
 
 class NodeBusyError(SparkleError):
     """The node refused or broke off a request on its control socket; the message says why."""
+
+
+# --- Kernels -----------------------------------------------------------------------------------
+
+
+class KernelError(SparkleError, ValueError):
+    """A kernel cannot be what it is said to be: an operation, a type or a number in it is wrong."""

@@ -579,6 +579,16 @@ LOCK_FILE_MAX_BYTES = 32
 OUTPUT_LINES_MAX_COUNT = 4096
 OUTPUT_FLUSH_TIMEOUT_S = 2.0
 
+# --- Kernels --------------------------------------------------------------------------------------
+KERNEL_RANK_MAX_COUNT = 8
+KERNEL_ELEMENTS_MAX_COUNT = 1 << 40
+KERNEL_NODES_MAX_COUNT = 4096
+KERNEL_INPUTS_MAX_COUNT = 64
+KERNEL_OUTPUTS_MAX_COUNT = 64
+# Operands of one operation: of a concatenation, say.
+KERNEL_OPERANDS_MAX_COUNT = 256
+
+
 # --- Relations -----------------------------------------------------------------------------------
 assert LINK_HEADER_MAX_BYTES + LINK_INLINE_PAYLOAD_MAX_BYTES < RECORD_MAX_BYTES < 2**24
 assert LINK_INLINE_PAYLOAD_MAX_BYTES < LINK_STRIPE_BYTES <= RECORD_MAX_BYTES

@@ -52,6 +52,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "sparkle_mesh.transport": (*LEAVES, *FABRIC_INTERFACE),
     "sparkle_mesh.collectives": (*LEAVES, "sparkle_mesh.transport"),
     "sparkle_mesh.devices": LEAVES,
+    "sparkle_mesh.kernels": (*LEAVES, "sparkle_mesh.devices"),
     "sparkle_mesh.fabric": LEAVES,
     "sparkle_mesh.discovery": (*LEAVES, "sparkle_mesh.fabric"),
     "sparkle_mesh.capabilities": (

@@ -1,0 +1,1 @@
+"""Kernels as data: traced, checked, differentiated, fused, and run on any device."""
