@@ -373,7 +373,7 @@ ROUTING_NETWORK_MAX_COUNT = 16
 ROUTING_FAILURES_MAX_COUNT = 2
 ROUTING_REFRESH_S = 600.0
 # Each time one's own place is looked up; each so many times another one, which leads to peers that are far apart.
-ROUTING_REFRESH_OTHERS_PERIOD = 6
+ROUTING_REFRESHES_PER_OTHER_COUNT = 6
 # When one comes that is near, there may be more: the pause before one looks, and until one looks again.
 ROUTING_NEAR_SETTLE_S = 2.0
 ROUTING_NEAR_PAUSE_S = 30.0
@@ -587,6 +587,8 @@ KERNEL_INPUTS_MAX_COUNT = 64
 KERNEL_OUTPUTS_MAX_COUNT = 64
 # Operands of one operation: of a concatenation, say.
 KERNEL_OPERANDS_MAX_COUNT = 256
+# Of what is left of its part a device takes one of so many pieces at a time: the rest others can take over.
+SHARE_PIECES_COUNT = 3
 
 
 # --- Relations -----------------------------------------------------------------------------------

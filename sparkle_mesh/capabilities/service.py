@@ -198,7 +198,7 @@ class CapabilityService:
                 await trio.sleep(limits.ROUTING_NEAR_SETTLE_S * self._entropy.uniform(0.5, 1.5))
             await self._lookup(key_of_peer(self._fabric.peer_id))
             if timer.cancelled_caught:
-                if self._entropy.uniform(0.0, 1.0) < 1 / limits.ROUTING_REFRESH_OTHERS_PERIOD:
+                if self._entropy.uniform(0.0, 1.0) < 1 / limits.ROUTING_REFRESHES_PER_OTHER_COUNT:
                     await self._lookup(self._entropy.token(32))
             else:
                 await trio.sleep(limits.ROUTING_NEAR_PAUSE_S * self._entropy.uniform(0.5, 1.5))
