@@ -589,6 +589,8 @@ KERNEL_OUTPUTS_MAX_COUNT = 64
 KERNEL_OPERANDS_MAX_COUNT = 256
 # Of what is left of its part a device takes one of so many pieces at a time: the rest others can take over.
 SHARE_PIECES_COUNT = 3
+# Whoever does less is of no use.
+SHARE_RATE_MIN_PER_S = 1e-6
 
 
 # --- Relations -----------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def first_parts(length: int, rates: Sequence[float], overheads_s: Sequence[float
 
     Whose overhead is more than it would save gets nothing; nobody gets less than ``grain``.
     """
-    chosen = [number for number, rate in enumerate(rates) if rate > 0]
+    chosen = [number for number, rate in enumerate(rates) if rate >= limits.SHARE_RATE_MIN_PER_S]
     counts = [0] * len(rates)
     while chosen:
         # All end at t: the sum of rate * (t - overhead) is the length.
