@@ -592,7 +592,7 @@ SHARE_PIECES_COUNT = 3
 # Whoever does less is of no use.
 SHARE_RATE_MIN_PER_S = 1e-6
 # What is taken for the rate of a device that nobody has measured.
-UNMEASURED_GFLOPS = 10.0
+UNMEASURED_FLOPS_PER_S = 10e9
 # How much the last measurement counts for beside those before.
 COST_CORRECTION_WEIGHT_RATIO = 0.4
 COST_CORRECTIONS_MAX_COUNT = 4096

@@ -45,8 +45,8 @@ class Speed:
 
     def flops_per_s(self, dtype: str) -> float:
         """Return the rate for ``dtype``; that of float32 for those that were not measured."""
-        gflops = self.gflops.get(dtype) or self.gflops.get("float32") or limits.UNMEASURED_GFLOPS
-        return gflops * 1e9
+        gflops = self.gflops.get(dtype) or self.gflops.get("float32")
+        return gflops * 1e9 if gflops else limits.UNMEASURED_FLOPS_PER_S
 
 
 @dataclass(frozen=True, slots=True)

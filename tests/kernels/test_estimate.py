@@ -53,7 +53,7 @@ def test_transfers_are_added():
 
 def test_dtypes_that_were_not_measured_count_as_float32_and_devices_as_slow():
     assert SPEED.flops_per_s("float64") == 100e9
-    assert Speed({}, 1.0, 1.0, 1.0, 0.0).flops_per_s("float32") == limits.UNMEASURED_GFLOPS * 1e9
+    assert Speed({}, 1.0, 1.0, 1.0, 0.0).flops_per_s("float32") == limits.UNMEASURED_FLOPS_PER_S
 
 
 def test_a_form_is_the_same_at_every_size():
