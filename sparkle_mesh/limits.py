@@ -582,7 +582,7 @@ OUTPUT_FLUSH_TIMEOUT_S = 2.0
 # --- Devices and their memory ----------------------------------------------------------------------
 # Of blocks in the CPU's memory: a cache line, and the widest vector register.
 MEMORY_ALIGNMENT_BYTES = 64
-# A block of the CPU's memory from which on it is compared with what is free first: Linux would grant it, and end us later.
+# Blocks of the CPU's memory from this size on are compared with what is free: Linux would grant them, and end us later.
 HOST_CHECKED_MIN_BYTES = 64 * MIB
 # Freed blocks that a pool keeps: this part of the device's memory, and of the host's no more than the second.
 POOL_KEPT_RATIO = 0.25
@@ -609,7 +609,7 @@ RANDOM_BLOCKS_AT_ONCE_COUNT = 8192
 PROFILE_BUDGET_S = 1.5
 PROFILE_STEP_S = 0.03
 PROFILE_COPY_MAX_BYTES = 128 * MIB
-PROFILE_MATRIX_MIN_COUNT = 128
+PROFILE_MATRIX_MIN_COUNT = 64
 PROFILE_MATRIX_MAX_COUNT = 8192
 PROFILE_LAUNCHES_COUNT = 200
 PROFILE_FILE_MAX_BYTES = 64 * KIB

@@ -72,7 +72,9 @@ class CpuDevice(Device):
     def _matmul(
         self, a: Native, b: Native, out: Native, shape_a: Shape, shape_b: Shape, shape: Shape, dtype: np.dtype[Any]
     ) -> None:
-        np.matmul(_dense(a, shape_a, dtype), _dense(b, shape_b, dtype), out=_dense(out, shape, dtype))
+        # As on other devices: infinities and NaNs tell, not warnings.
+        with np.errstate(all="ignore"):
+            np.matmul(_dense(a, shape_a, dtype), _dense(b, shape_b, dtype), out=_dense(out, shape, dtype))
 
 
 class CpuBackend(Backend):

@@ -313,7 +313,7 @@ class Device(ABC):
         """
         count = source.nbytes if nbytes is None else nbytes
         if self is not source.device and self is not target.device:
-            raise UsageError(f"neither {source!r} nor {target!r} is on {self}; call copy_between of one of their devices")
+            raise UsageError(f"neither {source!r} nor {target!r} is on {self}; ask one of their devices")
         from_native = source.device._range(source, 0, count)
         to_native = target.device._range(target, 0, count)
         if source.device.kind != target.device.kind:
@@ -375,9 +375,7 @@ class Device(ABC):
             self._kernels.move_to_end(key)
         return kernel
 
-    def matmul(
-        self, a: Memory, b: Memory, out: Memory, shape_a: Shape, shape_b: Shape, dtype: npt.DTypeLike
-    ) -> None:
+    def matmul(self, a: Memory, b: Memory, out: Memory, shape_a: Shape, shape_b: Shape, dtype: npt.DTypeLike) -> None:
         """Queue ``out = a @ b``, as :func:`numpy.matmul` defines it, of dense arrays of one dtype.
 
         Parameters
@@ -393,7 +391,8 @@ class Device(ABC):
         """
         kind = np.dtype(dtype)
         if kind.name not in self.capabilities.matmul_dtypes:
-            raise UsageError(f"{self} multiplies no matrices of {kind}; it does {sorted(self.capabilities.matmul_dtypes)}")
+            known = ", ".join(sorted(self.capabilities.matmul_dtypes)) or "none"
+            raise UsageError(f"{self} multiplies no matrices of {kind}; those that it does: {known}")
         rows, columns = tuple(map(int, shape_a)), tuple(map(int, shape_b))
         if len(rows) < 2 or len(columns) < 2 or rows[-1] != columns[-2]:
             raise UsageError(f"shapes {rows} and {columns} do not multiply: (..., m, k) and (..., k, n) do")

@@ -44,9 +44,7 @@ class NullDevice(Device):
         )
         self.counts: Counter[str] = Counter()
         self._counts_lock = threading.RLock()
-        super().__init__(
-            DeviceInfo(kind="null", index=index, name="nothing", memory_bytes=memory_bytes), capabilities
-        )
+        super().__init__(DeviceInfo(kind="null", index=index, name="nothing", memory_bytes=memory_bytes), capabilities)
 
     def free_memory_bytes(self) -> int:
         """Return what is left of the stated memory."""

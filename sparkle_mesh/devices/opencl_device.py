@@ -117,7 +117,7 @@ class OpenClDevice(Device):
 
     def _clear(self, native: Native, nbytes: int) -> None:
         with _translated(self):
-            cl.enqueue_fill_buffer(self._queue, native, np.uint8(0), 0, nbytes)
+            cl.enqueue_fill_buffer(self._queue, native, np.zeros(1, dtype=np.uint8), 0, nbytes)
 
     def _copy_between(self, source: Device, native: Native, target: Device, to: Native, nbytes: int) -> bool:
         if source is not target:
