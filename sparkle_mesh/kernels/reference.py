@@ -59,6 +59,9 @@ def slices(node: Node, part: Sequence[int]) -> tuple[slice, ...]:
 
 def _iota(node: Node, operands: Sequence[Array]) -> Array:
     (axis,) = node.axes
+    if 0 in node.shape:
+        # The other lengths may be such as no memory holds.
+        return np.empty(node.shape, node.dtype)
     shape = [1] * len(node.shape)
     shape[axis] = node.shape[axis]
     return np.broadcast_to(np.arange(node.shape[axis]).astype(node.dtype).reshape(shape), node.shape)
