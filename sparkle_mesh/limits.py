@@ -588,6 +588,10 @@ KERNEL_OUTPUTS_MAX_COUNT = 64
 # Operands of one operation: of a concatenation, say.
 KERNEL_OPERANDS_MAX_COUNT = 256
 
+# --- Kernels from others --------------------------------------------------------------------------
+# How many reductions compute one and the same expression, each for itself, before it is stored for them.
+KERNEL_RECOMPUTED_MAX_COUNT = 4
+
 
 # --- Relations -----------------------------------------------------------------------------------
 assert LINK_HEADER_MAX_BYTES + LINK_INLINE_PAYLOAD_MAX_BYTES < RECORD_MAX_BYTES < 2**24
