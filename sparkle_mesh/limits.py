@@ -597,6 +597,10 @@ UNMEASURED_FLOPS_PER_S = 10e9
 COST_CORRECTION_WEIGHT_RATIO = 0.4
 COST_CORRECTIONS_MAX_COUNT = 4096
 
+# --- Kernels from others --------------------------------------------------------------------------
+# How many reductions compute one and the same expression, each for itself, before it is stored for them.
+KERNEL_RECOMPUTED_MAX_COUNT = 4
+
 
 # --- Devices and their memory ----------------------------------------------------------------------
 # Of blocks in the CPU's memory: a cache line, and the widest vector register.

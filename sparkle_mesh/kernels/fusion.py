@@ -7,6 +7,10 @@ a step needs another order: of an operand of a matrix product, or of an output.
 
 Steps are grouped by stages: a node's stage is above that of everything stored that it reads, so that no group waits for
 itself.
+
+Graphs may come from strangers: all of this takes time in proportion to the nodes and operands, whatever they are, and
+recurses nowhere. No node is computed more than ``limits.KERNEL_RECOMPUTED_MAX_COUNT`` times for reductions, and once
+beside.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
+from sparkle_mesh import limits
 from sparkle_mesh.kernels.graph import Graph, Node
 from sparkle_mesh.kernels.ops import OPS, Shape, TensorType, element_strides
 from sparkle_mesh.kernels.program import (
@@ -109,10 +114,15 @@ class _Fusion:
         for number, node in enumerate(nodes):
             for operand in node.operands:
                 self._users[operand].append(number)
-        self._roots = [self._root(number) for number in range(len(nodes))]
-        self._fused = {number for number, node in enumerate(nodes) if self._takes_in_its_operand(node)}
+        # The node whose block is read where one is needed: itself, unless it is a way to read another.
+        self._roots: list[int] = []
+        for number, node in enumerate(nodes):
+            self._roots.append(self._roots[node.operands[0]] if node.op in _LAZY else number)
+        self._fused = self._find_fused()
         self._stages = self._find_stages()
         self._groups = self._find_groups()
+        self._constants_in_memory = self._find_constants_in_memory()
+        self._views: dict[int, View] = {}
         self._blocks: list[TensorType] = [nodes[number].type for number in range(input_count)]
         self._block_of: dict[int, int] = {number: number for number in range(input_count)}
         for number, node in enumerate(nodes):
@@ -120,23 +130,31 @@ class _Fusion:
                 self._block_of[number] = len(self._blocks)
                 self._blocks.append(node.type)
 
-    def _root(self, number: int) -> int:
-        """Return the node whose block is read where ``number`` is: itself unless it is a way to read another."""
-        while self._nodes[number].op in _LAZY:
-            number = self._nodes[number].operands[0]
-        return number
-
-    def _takes_in_its_operand(self, node: Node) -> bool:
-        """Whether ``node`` is a reduction of something that nothing but reductions needs."""
-        if not _is_reduction(node):
-            return False
-        (operand,) = node.operands
-        users = self._users[operand]
-        return (
-            _is_inline(self._nodes[operand])
-            and operand not in self._outputs
-            and all(_is_reduction(self._nodes[user]) for user in users)
-        )
+    def _find_fused(self) -> set[int]:
+        """Return the reductions that compute what they reduce, because nothing but reductions needs it."""
+        fused: set[int] = set()
+        outputs = set(self._outputs)
+        # Sets of nodes as bits: what each may be computed together with; what is computed by 1, 2, … reductions so far.
+        within: list[int] = []
+        taken = [0] * limits.KERNEL_RECOMPUTED_MAX_COUNT
+        for number, node in enumerate(self._nodes):
+            within.append(0)
+            if not _is_inline(node) or node.op == "constant":
+                continue
+            within[number] = 1 << number
+            for operand in node.operands:
+                if self._nodes[operand].shape == node.shape:
+                    within[number] |= within[operand]
+            users = self._users[number]
+            is_free = number not in outputs and all(_is_reduction(self._nodes[user]) for user in users)
+            # Each of them computes it again.
+            if is_free and 0 < len(users) <= len(taken) and not within[number] & taken[-len(users)]:
+                fused.update(users)
+                for _ in users:
+                    for times in range(len(taken) - 1, 0, -1):
+                        taken[times] |= taken[times - 1] & within[number]
+                    taken[0] |= within[number]
+        return fused
 
     def _is_beside(self, number: int, operand: int) -> bool:
         """Whether ``operand`` is computed at the same places as ``number``, which needs it: no memory between them."""
@@ -160,7 +178,7 @@ class _Fusion:
 
     def _is_constant(self, number: int) -> bool:
         """Whether ``number`` is one plain number, repeated perhaps."""
-        return self._nodes[self._root(number)].op == "constant"
+        return self._nodes[self._roots[number]].op == "constant"
 
     def _find_groups(self) -> list[int]:
         """Return for each inline node the least number among those that are computed with it."""
@@ -181,24 +199,33 @@ class _Fusion:
                     groups[max(one, other)] = min(one, other)
         return [find(number) for number in range(len(self._nodes))]
 
+    def _find_constants_in_memory(self) -> set[int]:
+        """Return the plain numbers, and ways to read them, that are needed in memory: others stand in bodies."""
+        found: set[int] = set()
+        for number in range(len(self._nodes) - 1, -1, -1):
+            if not self._is_constant(number):
+                continue
+            for user in self._users[number]:
+                node = self._nodes[user]
+                if user in found if node.op in _LAZY else not (_is_inline(node) or _is_reduction(node)):
+                    found.add(number)
+        return found
+
     def _is_stored(self, number: int) -> bool:
         node = self._nodes[number]
         if node.op in _LAZY:
             return False
         if not _is_inline(node) or number in self._outputs:
             return True
-        return any(not self._needs_no_block(user, number) for user in self._users[number])
+        if node.op == "constant":
+            return number in self._constants_in_memory
+        return any(not self._computes(user, number) for user in self._users[number])
 
-    def _needs_no_block(self, user: int, number: int) -> bool:
-        """Whether ``user`` computes ``number`` itself, or is not needed in memory either."""
-        node = self._nodes[user]
-        if self._nodes[number].op == "constant":
-            if node.op in _LAZY:
-                return all(self._needs_no_block(other, number) for other in self._users[user])
-            return _is_inline(node) or _is_reduction(node)
+    def _computes(self, user: int, number: int) -> bool:
+        """Whether ``user`` computes ``number`` itself, rather than to read it."""
         if user in self._fused:
             return True
-        return _is_inline(node) and self._groups[user] == self._groups[number]
+        return _is_inline(self._nodes[user]) and self._groups[user] == self._groups[number]
 
     # --- Steps ------------------------------------------------------------------------------------
 
@@ -238,8 +265,8 @@ class _Fusion:
             return self._matmul(node, result)
         if node.op == "place":
             (part,) = operands
-            offset, strides = _offset_into(node.shape, node.starts, node.steps)
-            target = View(result, self._nodes[part].shape, offset, strides)
+            shape = self._nodes[part].shape
+            target = View(result, shape, *_within(shape, element_strides(node.shape), node.starts, node.steps))
             return WriteStep(((self._view(part), target),), True, node.dtype, result)
         if node.op == "concatenate":
             return WriteStep(tuple(self._parts(node, result)), False, node.dtype, result)
@@ -310,7 +337,7 @@ class _Fusion:
     def _instruction(self, number: int, slots: dict[int, int]) -> Instruction:
         node = self._nodes[number]
         if self._is_constant(number):
-            node = self._nodes[self._root(number)]
+            node = self._nodes[self._roots[number]]
             return Instruction("constant", (), node.dtype, "", node.value, node._value_key)
         if node.op == "iota":
             return Instruction("iota", (), node.dtype, axis=node.axes[0])
@@ -319,26 +346,44 @@ class _Fusion:
 
     def _view(self, number: int) -> View:
         """Return how a stored node, or one that is a way to read one, is read."""
-        node = self._nodes[number]
-        if number in self._block_of:
-            return dense_view(self._block_of[number], node.shape)
-        source = self._view(node.operands[0])
-        match node.op:
-            case "reshape":
-                return dense_view(source.block, node.shape)
-            case "transpose":
-                return View(source.block, node.shape, source.offset, tuple(source.strides[axis] for axis in node.axes))
-            case "broadcast":
-                missing = len(node.shape) - len(source.shape)
-                pairs = zip(source.shape, node.shape[missing:], source.strides, strict=True)
-                kept = tuple(stride if old == new else 0 for old, new, stride in pairs)
-                return View(source.block, node.shape, source.offset, (0,) * missing + kept)
-        offset = sum(start * stride for start, stride in zip(node.starts, source.strides, strict=True))
-        strides = tuple(step * stride for step, stride in zip(node.steps, source.strides, strict=True))
-        return View(source.block, node.shape, source.offset + offset, strides)
+        ways: list[int] = []
+        while number not in self._block_of and number not in self._views:
+            ways.append(number)
+            (number,) = self._nodes[number].operands
+        view = self._views.get(number)
+        if view is None:
+            view = dense_view(self._block_of[number], self._nodes[number].shape)
+        for way in reversed(ways):
+            view = self._views[way] = _seen_through(self._nodes[way], view)
+        return view
 
 
-def _offset_into(shape: Shape, starts: Sequence[int], steps: Sequence[int]) -> tuple[int, tuple[int, ...]]:
-    dense = element_strides(shape)
-    offset = sum(start * stride for start, stride in zip(starts, dense, strict=True))
-    return offset, tuple(step * stride for step, stride in zip(steps, dense, strict=True))
+def _seen_through(node: Node, source: View) -> View:
+    """Return how ``node``, a way to read what ``source`` shows, is read."""
+    match node.op:
+        case "reshape":
+            return dense_view(source.block, node.shape)
+        case "transpose":
+            return View(source.block, node.shape, source.offset, tuple(source.strides[axis] for axis in node.axes))
+        case "broadcast":
+            missing = len(node.shape) - len(source.shape)
+            pairs = zip(source.shape, node.shape[missing:], source.strides, strict=True)
+            kept = tuple(stride if old == new else 0 for old, new, stride in pairs)
+            return View(source.block, node.shape, source.offset, (0,) * missing + kept)
+    offset, strides = _within(node.shape, source.strides, node.starts, node.steps)
+    return View(source.block, node.shape, source.offset + offset, strides)
+
+
+def _within(
+    part: Shape, whole: Sequence[int], starts: Sequence[int], steps: Sequence[int]
+) -> tuple[int, tuple[int, ...]]:
+    """Return the offset and the strides of ``part`` of an array whose strides are ``whole``.
+
+    Starts and steps of what has no element, or one, may be any numbers: they would lead out of the block, and of what
+    processors count with.
+    """
+    if 0 in part:
+        return 0, (0,) * len(part)
+    offset = sum(start * stride for start, stride in zip(starts, whole, strict=True))
+    pairs = zip(part, steps, whole, strict=True)
+    return offset, tuple(step * stride if length > 1 else 0 for length, step, stride in pairs)
