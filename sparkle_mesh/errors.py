@@ -147,3 +147,7 @@ class NodeBusyError(SparkleError):
 
 class KernelError(SparkleError, ValueError):
     """A kernel cannot be what it is said to be: an operation, a type or a number in it is wrong."""
+
+
+class TraceError(KernelError):
+    """A function cannot be made a kernel; the message names its file and line, what was wrong, and what to do."""

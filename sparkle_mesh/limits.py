@@ -588,6 +588,14 @@ KERNEL_OUTPUTS_MAX_COUNT = 64
 # Operands of one operation: of a concatenation, say.
 KERNEL_OPERANDS_MAX_COUNT = 256
 
+# --- Tracing --------------------------------------------------------------------------------------
+# Graphs that one kernel keeps, each for operands of other types; those used longest ago are forgotten.
+KERNEL_TRACES_MAX_COUNT = 64
+# Elements that a loop over a traced array goes through: each is nodes of its own.
+KERNEL_UNROLL_MAX_COUNT = 64
+# Lists within lists among a kernel's arguments and results.
+KERNEL_STRUCTURE_MAX_DEPTH = 32
+
 
 # --- Relations -----------------------------------------------------------------------------------
 assert LINK_HEADER_MAX_BYTES + LINK_INLINE_PAYLOAD_MAX_BYTES < RECORD_MAX_BYTES < 2**24
