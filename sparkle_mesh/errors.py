@@ -171,3 +171,6 @@ class KernelError(SparkleError, ValueError):
 
 class CancelledKernelError(SparkleError):
     """A kernel was cancelled while it ran; its results are not complete."""
+
+class TraceError(KernelError):
+    """A function cannot be made a kernel; the message names its file and line, what was wrong, and what to do."""

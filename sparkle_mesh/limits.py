@@ -637,6 +637,15 @@ PROFILE_MATRIX_MAX_COUNT = 8192
 PROFILE_LAUNCHES_COUNT = 200
 PROFILE_FILE_MAX_BYTES = 64 * KIB
 
+# --- Tracing --------------------------------------------------------------------------------------
+# Graphs that one kernel keeps, each for operands of other types; those used longest ago are forgotten.
+KERNEL_TRACES_MAX_COUNT = 64
+# Elements that a loop over a traced array goes through: each is nodes of its own.
+KERNEL_UNROLL_MAX_COUNT = 64
+# Lists within lists among a kernel's arguments and results.
+KERNEL_STRUCTURE_MAX_DEPTH = 32
+
+
 # --- Relations -----------------------------------------------------------------------------------
 assert LINK_HEADER_MAX_BYTES + LINK_INLINE_PAYLOAD_MAX_BYTES < RECORD_MAX_BYTES < 2**24
 assert LINK_INLINE_PAYLOAD_MAX_BYTES < LINK_STRIPE_BYTES <= RECORD_MAX_BYTES

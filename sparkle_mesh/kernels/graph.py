@@ -15,7 +15,7 @@ import numpy as np
 
 from sparkle_mesh import limits
 from sparkle_mesh.errors import KernelError
-from sparkle_mesh.kernels.ops import FLOATS, OPS, Scalar, Shape, TensorType, infer, loop_dtypes
+from sparkle_mesh.kernels.ops import FLOATS, OPS, Scalar, Shape, TensorType, infer, loop_dtypes, scalar_fits
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +100,16 @@ class WeakScalar:
     value: Scalar
 
 
+def weak_dtype(kind: str, others: Sequence[str]) -> str:
+    """Return the dtype that a plain number of ``kind`` ("bool", "int" or "float") takes beside ``others`` (NEP 50)."""
+    if kind == "bool" or not others:
+        return {"bool": "bool", "int": "int64", "float": "float64"}[kind]
+    found = np.result_type(*others).name
+    if kind == "int":
+        return "int64" if found == "bool" else found
+    return found if found in FLOATS else "float64"
+
+
 def check_graph(graph: Graph) -> None:
     """Raise KernelError unless each node has the type that follows from its operands, and all bounds hold."""
     if not 1 <= len(graph.nodes) <= limits.KERNEL_NODES_MAX_COUNT:
@@ -175,6 +185,30 @@ class GraphBuilder:
             self._nodes.append(node)
         return number
 
+    def copy(self, node: Node, operands: Sequence[int]) -> int:
+        """Add a node of another graph, with ``operands`` in place of its own."""
+        return self.add(
+            node.op,
+            *operands,
+            shape=node.shape,
+            dtype=node.dtype,
+            value=node.value,
+            axes=node.axes,
+            starts=node.starts,
+            steps=node.steps,
+        )
+
+    def inline(self, graph: Graph, operands: Sequence[int]) -> list[int]:
+        """Add all of ``graph`` but its inputs, in whose place ``operands`` stand; return the numbers of its nodes."""
+        found = tuple(self.type_of(operand) for operand in operands)
+        if found != graph.inputs:
+            wanted, got = (", ".join(map(str, types)) for types in (graph.inputs, found))
+            raise KernelError(f"the kernel within takes {wanted}; not {got}")
+        numbers = list(operands)
+        for node in graph.nodes[len(operands) :]:
+            numbers.append(self.copy(node, [numbers[operand] for operand in node.operands]))
+        return numbers
+
     # --- With NumPy's conversions -----------------------------------------------------------------
 
     def constant(self, value: Scalar, dtype: str | None = None) -> int:
@@ -221,21 +255,9 @@ class GraphBuilder:
         return [one if isinstance(one, int) else self._weak(one.value, strong) for one in operands]
 
     def _weak(self, value: Scalar, others: Sequence[str]) -> int:
-        if not others:
-            return self.constant(value)
-        if isinstance(value, bool):
-            return self.constant(value)
-        found = np.result_type(*others)
-        if found == np.bool_ and isinstance(value, int):
-            dtype = "int64"
-        elif isinstance(value, float) and found.name not in FLOATS:
-            dtype = "float64"
-        else:
-            dtype = found.name
-        if isinstance(value, int) and dtype not in FLOATS:
-            bounds = np.iinfo(dtype)
-            if not int(bounds.min) <= value <= int(bounds.max):
-                raise KernelError(f"{value} is out of bounds for {dtype}")
+        dtype = weak_dtype(type(value).__name__, others)
+        if isinstance(value, int) and not scalar_fits(value, dtype) and dtype not in ("bool", *FLOATS):
+            raise KernelError(f"{value} is out of bounds for {dtype}")
         return self.constant(value, dtype)
 
     def _common_shape(self, op: str, numbers: Sequence[int]) -> Shape:
