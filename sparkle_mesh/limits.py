@@ -645,6 +645,22 @@ KERNEL_UNROLL_MAX_COUNT = 64
 # Lists within lists among a kernel's arguments and results.
 KERNEL_STRUCTURE_MAX_DEPTH = 32
 
+# --- Generated kernels ----------------------------------------------------------------------------
+# Work items of a group: many enough to fill a processor of any GPU, few enough for the registers of each.
+GENERATED_GROUP_MAX_COUNT = 256
+# What one work item fetches at once: the most that GPUs do.
+GENERATED_ACCESS_BYTES = 16
+# Operations times elements that are written out for one work item, so that compilers stay fast.
+GENERATED_UNROLLED_MAX_COUNT = 512
+# Blocks that one kernel takes: OpenCL devices may take no more than 1024 bytes of arguments.
+GENERATED_POINTERS_MAX_COUNT = 120
+# Below it places are counted in 32 bits, in which GPUs divide several times as fast.
+GENERATED_NARROW_MAX_COUNT = 1 << 31
+# Groups that a reduction is split into, if it is as large: some times as many as run at once on a large GPU.
+GENERATED_REDUCE_GROUPS_COUNT = 4096
+# What a work item reduces before it is split further.
+GENERATED_REDUCE_WORDS_COUNT = 16
+
 
 # --- Relations -----------------------------------------------------------------------------------
 assert LINK_HEADER_MAX_BYTES + LINK_INLINE_PAYLOAD_MAX_BYTES < RECORD_MAX_BYTES < 2**24
