@@ -147,3 +147,7 @@ class NodeBusyError(SparkleError):
 
 class KernelError(SparkleError, ValueError):
     """A kernel cannot be what it is said to be: an operation, a type or a number in it is wrong."""
+
+
+class KernelStoppedError(SparkleError):
+    """A kernel was given up before its end, as asked; what its outputs hold is undefined."""
