@@ -174,3 +174,6 @@ class CancelledKernelError(SparkleError):
 
 class TraceError(KernelError):
     """A function cannot be made a kernel; the message names its file and line, what was wrong, and what to do."""
+
+class KernelStoppedError(SparkleError):
+    """A kernel was given up before its end, as asked; what its outputs hold is undefined."""

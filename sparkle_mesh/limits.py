@@ -661,6 +661,33 @@ GENERATED_REDUCE_GROUPS_COUNT = 4096
 # What a work item reduces before it is split further.
 GENERATED_REDUCE_WORDS_COUNT = 16
 
+# --- Executing on processors ----------------------------------------------------------------------
+CPU_THREADS_MAX_COUNT = 256
+# What the values between two operations take, all together, in one thread: a core's own cache (L2), about.
+CPU_SCRATCH_BYTES = 1 * MIB
+# Calls into NumPy take about a microsecond, and threads wait for each other around them: longer pieces hide both.
+CPU_TILE_MAX_COUNT = 128 * KIB
+# Kernels of very many values would leave pieces too short to be worth a call.
+CPU_TILE_MIN_COUNT = 4 * KIB
+# Of pieces that are read across their rows: lines of memory that are fetched are used whole.
+CPU_TILE_SIDE_COUNT = 256
+# Rows so short are gone through column by column: NumPy's own loops cost more than their elements.
+CPU_SHORT_ROW_MAX_COUNT = 16
+# What is added up beside each other: the sums of the levels of a pairwise sum stay in the cache.
+CPU_KEPT_MAX_COUNT = 8 * KIB
+# A reduction is cut into about so many parts, however many threads there are: its bits depend on the cut.
+CPU_REDUCTION_PARTS_COUNT = 64
+# Work for less than some tens of microseconds is not worth waking other threads: operations on single elements.
+CPU_SHARED_MIN_COUNT = 256 * KIB
+# How many portions each thread gets on average: those that are slowed down take fewer.
+CPU_PORTIONS_PER_THREAD_COUNT = 8
+# Memory of values between steps that is kept for the next run.
+CPU_POOL_MAX_BYTES = 256 * MIB
+# Side of the pieces that float16 matrices are converted in, to be multiplied as float32.
+CPU_HALF_TILE_SIDE_COUNT = 1024
+# Products of matrices below that many multiplications are done by one thread each, if there are several.
+CPU_SMALL_PRODUCT_MAX_COUNT = 1 << 21
+
 
 # --- Relations -----------------------------------------------------------------------------------
 assert LINK_HEADER_MAX_BYTES + LINK_INLINE_PAYLOAD_MAX_BYTES < RECORD_MAX_BYTES < 2**24

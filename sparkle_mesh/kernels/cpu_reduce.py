@@ -1,0 +1,204 @@
+"""Reductions on processors: in one pass over what is read, and with the same bits however many threads there are.
+
+The body of a reduction is computed piece by piece; each piece is folded while it is in the cache, and what is left of
+the pieces is combined in a tree. The cut into pieces and the shape of the tree depend on the shapes and dtypes alone.
+Sums are pairwise throughout: by NumPy along rows; across rows by adding one half of them to the other, again and again.
+So their error grows with the logarithm of how many there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+import numpy as np
+
+from sparkle_mesh import limits
+from sparkle_mesh.kernels.cpu_body import Frame, compile_body, uniform_values
+from sparkle_mesh.kernels.cpu_steps import Workplace
+from sparkle_mesh.kernels.cpu_threads import Portions
+from sparkle_mesh.kernels.cpu_tiles import Access, Array, Blocks, Key, Tiles, place_in, reduction_tile_of
+from sparkle_mesh.kernels.ops import OPS, Shape, element_strides
+from sparkle_mesh.kernels.program import Body, Instruction, ReduceStep
+
+_IDENTITIES = {"sum": 0, "prod": 1}
+
+
+class PreparedReduction:
+    """A :class:`.program.ReduceStep`."""
+
+    def __init__(self, step: ReduceStep) -> None:
+        self._step = step
+        kept = tuple(length for axis, length in enumerate(step.body.shape) if axis not in step.axes)
+        self._is_empty = not prod(kept)
+        self._has_nothing = not prod(step.body.shape)
+        if self._has_nothing:
+            return
+        ufunc = OPS[step.op].ufunc
+        assert ufunc is not None, step.op
+        body, slot = step.body, step.slot
+        dtype = step.dtype
+        if dtype == "float16":
+            # Numbers of ten bits are added up in ones of 23.
+            dtype = "float32"
+            cast = Instruction("cast", (slot,), dtype, "float16")
+            slot = len(body.reads) + len(body.instructions)
+            body = replace(body, instructions=(*body.instructions, cast))
+        strides = iter(element_strides(kept))
+        result_strides = tuple(0 if axis in step.axes else next(strides) for axis in range(len(body.shape)))
+        body, result_strides = _in_order_of_memory(body, result_strides)
+        result = Access(step.result, step.dtype, 0, result_strides)
+        # The result is where it is gone through with the rest; nothing is written to it piece by piece.
+        self._body = compile_body(body, [], slot, beside=[result])
+        self._result = self._body.beside[0]
+        self._fold = _Fold(ufunc, dtype, tuple(not stride for stride in self._result.strides))
+        lengths = self._body.lengths
+        is_kept = [not reduced for reduced in self._fold.reduced]
+        tile = reduction_tile_of(lengths, is_kept, self._body.tile_max_count())
+        self._tiles = Tiles(lengths, tile)
+        grid = self._tiles.grid
+        self._kept_grid = tuple(n if keep else 1 for n, keep in zip(grid, is_kept, strict=True))
+        self._reduced_grid = tuple(1 if keep else n for n, keep in zip(grid, is_kept, strict=True))
+        # Enough parts for all threads, of results that are small.
+        self._groups = max(1, min(prod(self._reduced_grid), limits.CPU_REDUCTION_PARTS_COUNT // prod(self._kept_grid)))
+        self._alone = prod(lengths) * self._body.weight < limits.CPU_SHARED_MIN_COUNT
+
+    def run(self, blocks: Blocks, place: Workplace) -> None:
+        """See :class:`.cpu_steps.PreparedStep`."""
+        step = self._step
+        if self._is_empty:
+            return
+        if self._has_nothing:
+            block = blocks[step.result]
+            assert block is not None
+            block.fill(_IDENTITIES[step.op])
+            return
+        body, tiles, fold, groups = self._body, self._tiles, self._fold, self._groups
+        kept = tuple(1 if gone else length for length, gone in zip(tiles.lengths, fold.reduced, strict=True))
+        result = self._result.array(blocks, kept)
+        direct = groups == 1 and step.dtype == fold.dtype
+        parts = result[np.newaxis] if direct else np.empty((groups, *kept), fold.dtype)
+        with np.errstate(all="ignore"):
+            uniform = uniform_values(body, blocks)
+
+        def work(portions: Portions) -> None:
+            count = prod(tiles.tile)
+            spare = place.pool.take(count * np.dtype(fold.dtype).itemsize)
+            try:
+                with place.frame(body, blocks, uniform, count) as frame:
+                    for number in portions:
+                        kept_number, group = divmod(number, groups)
+                        key, total = self._fold_group(kept_number, group, frame, spare, portions)
+                        parts[group][key] = total
+            finally:
+                place.pool.give_back(spare)
+
+        count = prod(self._kept_grid) * groups
+        place.workers.share(count, work, alone=self._alone, should_stop=place.should_stop)
+        if not direct:
+            with np.errstate(all="ignore"):
+                np.copyto(result, fold.halve(parts, 0, parts)[0], casting="unsafe")
+
+    def _fold_group(
+        self, kept_number: int, group: int, frame: Frame, spare: Array, portions: Portions
+    ) -> tuple[Key, Array]:
+        """Return what the pieces of one group come to, and where that is in the result."""
+        tiles, fold = self._tiles, self._fold
+        kept_place = place_in(self._kept_grid, kept_number)
+        pieces = prod(self._reduced_grid)
+        # A tree: what each level holds waits for another of its size.
+        levels: list[tuple[int, Array]] = []
+        for piece in range(group * pieces // self._groups, (group + 1) * pieces // self._groups):
+            portions.check()
+            place = [a + b for a, b in zip(kept_place, place_in(self._reduced_grid, piece), strict=True)]
+            total = fold.piece(frame.run(tiles.key(place)), spare, is_free=self._body.value_is_free)
+            level = 0
+            while levels and levels[-1][0] == level:
+                total = fold.combine(levels.pop()[1], total)
+                level += 1
+            levels.append((level, total))
+        _, total = levels.pop()
+        while levels:
+            total = fold.combine(levels.pop()[1], total)
+        key = tuple(
+            slice(0, 1) if gone else part for part, gone in zip(tiles.key(kept_place), fold.reduced, strict=True)
+        )
+        return key, total
+
+
+@dataclass(frozen=True, slots=True)
+class _Fold:
+    """How pieces are folded: to one element along those axes that are ``reduced``."""
+
+    ufunc: np.ufunc
+    dtype: str
+    reduced: tuple[bool, ...]
+
+    def piece(self, value: Array, spare: Array, *, is_free: bool) -> Array:
+        """Return ``value`` folded, in memory of its own.
+
+        Parameters
+        ----------
+        spare
+            Memory for a piece.
+        is_free
+            Whether ``value`` may be written over.
+        """
+        # One call for each element of a row is less than one for each row.
+        last = len(self.reduced) - 1
+        length = value.shape[-1]
+        if self.reduced[-1] and length > 1:
+            if length <= limits.CPU_SHORT_ROW_MAX_COUNT and value.size > length:
+                row = self.combine(value[..., :1], value[..., 1:2], fresh=True)
+                for column in range(2, length):
+                    self.ufunc(row, value[..., column : column + 1], out=row)
+                value = row
+            else:
+                value = self.ufunc.reduce(value, axis=-1, dtype=self.dtype, keepdims=True)
+            is_free = True
+        for axis in range(last - 1, -1, -1):
+            if self.reduced[axis] and value.shape[axis] > 1:
+                target = value if is_free else self._half_of(value, axis, spare)
+                value = self.halve(value, axis, target)
+                is_free = True
+        return value.copy()
+
+    def _half_of(self, value: Array, axis: int, spare: Array) -> Array:
+        shape = list(value.shape)
+        shape[axis] = -(-shape[axis] // 2)
+        return np.ndarray(shape, self.dtype, spare)
+
+    def halve(self, value: Array, axis: int, target: Array) -> Array:
+        """Return ``value`` with one element along ``axis``: in ``target``, which is it, or has half its places."""
+        in_place = target is value
+        value, target = np.moveaxis(value, axis, 0), np.moveaxis(target, axis, 0)
+        count = len(value)
+        while count > 1:
+            half = count // 2
+            rest = count - half
+            self.ufunc(value[:half], value[rest:count], out=target[:half])
+            if rest > half and not in_place:
+                target[half] = value[half]
+            value, count, in_place = target, rest, True
+        return np.moveaxis(target[:1], 0, axis)
+
+    def combine(self, one: Array, other: Array, *, fresh: bool = False) -> Array:
+        """Return both combined: in ``one``, unless it must be ``fresh``."""
+        return np.asarray(self.ufunc(one, other, out=None if fresh else one))
+
+
+def _in_order_of_memory(body: Body, result_strides: tuple[int, ...]) -> tuple[Body, tuple[int, ...]]:
+    """Return the same with axes in the order in which most of what is read lies in memory."""
+    rank = len(body.shape)
+    if not body.reads or any(one.op == "iota" for one in body.instructions):
+        return body, result_strides
+    main = max(body.reads, key=lambda view: sum(map(bool, view.strides)))
+    order = sorted(range(rank), key=lambda axis: (main.strides[axis] != 0, -abs(main.strides[axis])))
+
+    def moved(values: Sequence[int]) -> tuple[int, ...]:
+        return tuple(values[axis] for axis in order)
+
+    reads = tuple(replace(view, shape=moved(view.shape), strides=moved(view.strides)) for view in body.reads)
+    shape: Shape = moved(body.shape)
+    return replace(body, shape=shape, reads=reads), moved(result_strides)

@@ -1,0 +1,149 @@
+"""Threads that share the pieces of one task with whoever gave it.
+
+The caller works too: it takes pieces like every helper, and finishes alone when all helpers are busy elsewhere, so that
+no task waits for another. Helpers are started when they are first needed, end with their owner, and are left behind by
+a fork: a forked child starts its own.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from weakref import WeakSet
+
+import numpy as np
+
+from sparkle_mesh.errors import KernelStoppedError
+
+
+class Portions:
+    """The numbers of a task's pieces, each given to one of the threads that share it."""
+
+    def __init__(self, count: int, should_stop: Callable[[], object] | None) -> None:
+        self._count, self._should_stop = count, should_stop
+        self._next = 0
+        self._lock = threading.Lock()
+        self._owner = threading.get_ident()
+        self._stopped = False
+        self.failure: BaseException | None = None
+
+    def __iter__(self) -> Iterator[int]:
+        while True:
+            self.check()
+            with self._lock:
+                number = self._next
+                self._next += 1
+            if number >= self._count:
+                return
+            yield number
+
+    def check(self) -> None:
+        """Raise KernelStoppedError if the task is given up; only the caller's thread asks whether it should be."""
+        ask = self._should_stop
+        if ask is not None and threading.get_ident() == self._owner and ask():
+            self.stop()
+        if self._stopped:
+            raise KernelStoppedError("this kernel was stopped before its end; its outputs are not to be used")
+
+    def fail(self, error: BaseException) -> None:
+        """Keep ``error`` as what the task failed with, unless it failed before, and stop."""
+        with self._lock:
+            if self.failure is None:
+                self.failure = error
+        self.stop()
+
+    def stop(self) -> None:
+        """Let every thread end after the piece that it is at."""
+        self._stopped = True
+
+
+class WorkerThreads:
+    """A pool of ``count - 1`` threads beside the callers' own."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._pool: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+        _ALL.add(self)
+
+    def share(
+        self,
+        count: int,
+        work: Callable[[Portions], None],
+        *,
+        alone: bool = False,
+        should_stop: Callable[[], object] | None = None,
+    ) -> None:
+        """Do a task of ``count`` pieces: ``work`` is called in several threads, and takes numbers of pieces.
+
+        Parameters
+        ----------
+        alone
+            Whether the task is too small to be shared.
+        should_stop
+            Asked in the caller's thread before each piece; the task is given up once it returns something true.
+
+        Raises
+        ------
+        KernelStoppedError
+            If the task was given up.
+        BaseException
+            Whatever ``work`` raised first, in any thread; no thread works on the task any more.
+        """
+        portions = Portions(count, should_stop)
+        helpers = 0 if alone else min(self.count, count) - 1
+        futures = [future for _ in range(helpers) if (future := self._submit(work, portions)) is not None]
+        try:
+            _work_quietly(work, portions)
+            # Those that have not begun have nothing left to do.
+            wait([future for future in futures if not future.cancel()])
+        except BaseException:
+            # An interruption of the wait itself, say.
+            portions.stop()
+            wait([future for future in futures if not future.cancel()])
+            raise
+        if portions.failure is not None:
+            raise portions.failure
+
+    def _submit(self, work: Callable[[Portions], None], portions: Portions) -> Future[None] | None:
+        try:
+            with self._lock:
+                if self._pool is None:
+                    self._pool = ThreadPoolExecutor(self.count - 1, thread_name_prefix="sparkle-kernels")
+                return self._pool.submit(_work_quietly, work, portions)
+        except RuntimeError:
+            # The interpreter is ending, or can start no thread more: the caller does all of it.
+            return None
+
+    def close(self) -> None:
+        """End the threads, after what they are at. A later task starts new ones."""
+        with self._lock:
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown()
+
+    def forget(self) -> None:
+        """In a forked child, which has none of its parent's threads: start new ones when needed."""
+        self._lock, self._pool = threading.Lock(), None
+
+
+def _work_quietly(work: Callable[[Portions], None], portions: Portions) -> None:
+    """Run ``work``; what it raises is the task's failure, if it is the first."""
+    try:
+        # NumPy keeps these settings per thread.
+        with np.errstate(all="ignore"):
+            work(portions)
+    except BaseException as error:
+        portions.fail(error)
+
+
+def _forget_threads() -> None:
+    for workers in _ALL:
+        workers.forget()
+
+
+_ALL: WeakSet[WorkerThreads] = WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)
