@@ -169,11 +169,9 @@ class KernelError(SparkleError, ValueError):
     """A kernel cannot be what it is said to be: an operation, a type or a number in it is wrong."""
 
 
-class CancelledKernelError(SparkleError):
-    """A kernel was cancelled while it ran; its results are not complete."""
+class KernelStoppedError(SparkleError):
+    """A kernel was given up before its end, as asked; what its outputs hold is undefined."""
+
 
 class TraceError(KernelError):
     """A function cannot be made a kernel; the message names its file and line, what was wrong, and what to do."""
-
-class KernelStoppedError(SparkleError):
-    """A kernel was given up before its end, as asked; what its outputs hold is undefined."""

@@ -593,9 +593,25 @@ SHARE_PIECES_COUNT = 3
 SHARE_RATE_MIN_PER_S = 1e-6
 # What is taken for the rate of a device that nobody has measured.
 UNMEASURED_FLOPS_PER_S = 10e9
+UNMEASURED_BYTES_PER_S = 1e9
+# Methods of arrays with their arguments, each a kernel.
+ARRAY_METHODS_MAX_COUNT = 1024
 # How much the last measurement counts for beside those before.
 COST_CORRECTION_WEIGHT_RATIO = 0.4
 COST_CORRECTIONS_MAX_COUNT = 4096
+# Kernels made ready for one device; what one profile remembers.
+PREPARED_PROGRAMS_MAX_COUNT = 512
+PROFILE_EVENTS_MAX_COUNT = 100_000
+# What takes less on one device is not worth sharing; what is expected of sharing, beside the best alone, to do it.
+SHARED_WORK_MIN_S = 2e-3
+SHARED_GAIN_MAX_RATIO = 0.9
+# Into so many parts at least could shared work be cut.
+SHARED_GRAINS_COUNT = 64
+# Of the runs of one kernel these are timed: the first, and then one in so many.
+TIMED_RUNS_COUNT = 3
+TIMED_RUNS_PERIOD_COUNT = 16
+# Kernels that were submitted and wait for a thread.
+SUBMITTED_MAX_COUNT = 4096
 
 # --- Kernels from others --------------------------------------------------------------------------
 # How many reductions compute one and the same expression, each for itself, before it is stored for them.

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from sparkle_mesh import limits
 from sparkle_mesh.clock import SYSTEM_CLOCK, Clock
-from sparkle_mesh.errors import CancelledKernelError
+from sparkle_mesh.errors import KernelStoppedError
 
 
 class Worker(Protocol):
@@ -136,7 +136,7 @@ class Sharing:
 
         Raises
         ------
-        CancelledKernelError
+        KernelStoppedError
             If ``should_stop`` said so: part of the work is done then.
         Exception
             What a worker raised; the others stop after what they are doing.
@@ -146,7 +146,7 @@ class Sharing:
         for work in works:
             work.result()
         if self._cancelled:
-            raise CancelledKernelError("the kernel was cancelled; its results are not complete")
+            raise KernelStoppedError("the kernel was cancelled; its results are not complete")
         return self.shares
 
     def _work(self, number: int) -> None:
@@ -182,7 +182,9 @@ class Sharing:
             part = self._parts[number]
             if not part.left and not self._steal(number):
                 return None
-            count = min(part.left, max(self._grain, -(-part.left // limits.SHARE_PIECES_COUNT)))
+            count = max(self._grain, -(-part.left // limits.SHARE_PIECES_COUNT))
+            # Few different lengths, for each of which a kernel is made ready.
+            count = self._grain << (count // self._grain).bit_length() - 1
             if part.left - count < self._grain:
                 count = part.left
             part.start += count

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparkle_mesh.errors import CancelledKernelError
+from sparkle_mesh.errors import KernelStoppedError
 from sparkle_mesh.kernels.sharing import Sharing, first_parts
 
 
@@ -100,6 +100,6 @@ def test_an_error_comes_out_and_the_others_stop():
 def test_it_stops_when_it_is_told():
     worker = Counter()
     sharing = Sharing(1000, [worker], should_stop=lambda: len(worker.done) >= 2)
-    with pytest.raises(CancelledKernelError):
+    with pytest.raises(KernelStoppedError):
         sharing.run()
     assert len(worker.done) == 2

@@ -1,0 +1,373 @@
+"""The devices of this machine as one place to compute: ``sparkle.init()``."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sparkle_mesh import limits
+from sparkle_mesh.clock import SYSTEM_CLOCK, Clock
+from sparkle_mesh.devices.buffers import Buffer
+from sparkle_mesh.devices.device import Device
+from sparkle_mesh.devices.profiles import DeviceProfile, ProfileStore
+from sparkle_mesh.devices.registry import Registry
+from sparkle_mesh.environment import resolve_data_dir
+from sparkle_mesh.errors import ClosedError, UsageError
+from sparkle_mesh.kernels.array import Array, Frozen
+from sparkle_mesh.kernels.estimate import Estimate, Speed
+from sparkle_mesh.kernels.events import Profile
+from sparkle_mesh.kernels.explanation import Explanation
+from sparkle_mesh.kernels.graph import Graph
+from sparkle_mesh.kernels.ops import Shape, as_dtype
+from sparkle_mesh.kernels.pending import PendingRun, Submissions
+from sparkle_mesh.kernels.runners import Stop
+from sparkle_mesh.kernels.runtime import Order, Runtime
+from sparkle_mesh.kernels.tracing import Kernel, as_kernel, execute_by_numpy, set_execute
+
+
+class Context:
+    """This machine's devices, arrays on them, and kernels that run there. Made by :func:`init`.
+
+    Parameters
+    ----------
+    devices
+        Names (``"cuda:0"``), kinds (``"opencl"``) or devices to use, beside the CPU; all that there are by default.
+    data_dir
+        Where profiles of devices are kept; the project's own directory by default (``SPARKLE_DATA_DIR``).
+    threads
+        Of the CPU's device; one for each core by default.
+    registry
+        Where devices are looked for.
+
+    Raises
+    ------
+    UsageError
+        If there is no such device.
+    """
+
+    def __init__(
+        self,
+        devices: Sequence[str | Device] | None = None,
+        *,
+        data_dir: Path | str | None = None,
+        threads: int | None = None,
+        registry: Registry | None = None,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        self._registry = registry or Registry()
+        self._profiles = ProfileStore(resolve_data_dir(data_dir), clock=clock)
+        self._known_profiles: dict[Device, DeviceProfile] = {}
+        self._profiling = threading.Lock()
+        self.devices: tuple[Device, ...] = self._choose(devices)
+        self._runtime = Runtime(self, self.devices, self._speed, threads=threads, clock=clock)
+        self._submissions = Submissions(len(self.devices) + 1)
+        self._methods = lru_cache(limits.ARRAY_METHODS_MAX_COUNT)(_method_kernel)
+        self._is_closed = False
+
+    def _choose(self, devices: Sequence[str | Device] | None) -> tuple[Device, ...]:
+        host = self._registry.device("cpu")
+        if devices is None:
+            return host, *(device for device in self._registry.devices() if device not in (host,))
+        found = [host]
+        for name in devices:
+            is_kind = isinstance(name, str) and ":" not in name
+            some = self._registry.devices(name) if is_kind and isinstance(name, str) else ()
+            found += some or (self._registry.device(name),)
+        return tuple(dict.fromkeys(found))
+
+    # --- Devices ----------------------------------------------------------------------------------
+
+    @property
+    def host(self) -> Device:
+        """The CPU, whose memory is the host's."""
+        return self.devices[0]
+
+    def device(self, name: str | Device) -> Device:
+        """Return the device called ``name``: ``"cuda:1"``, or ``"cuda"`` for the first of its kind.
+
+        Raises
+        ------
+        UsageError
+            If there is none; the message names those that there are.
+        """
+        if isinstance(name, Device) and name in self.devices:
+            return name
+        kind, _, index = str(name).partition(":")
+        for device in self.devices:
+            if device.kind == kind and index in ("", str(device.index)):
+                return device
+        raise UsageError(f"there is no device {name!r} here; there are {', '.join(map(str, self.devices))}")
+
+    def device_profile(self, device: str | Device) -> DeviceProfile:
+        """Return what a device was measured to do: once, in a second or two, and kept for the next time.
+
+        Raises
+        ------
+        DeviceError
+            If the device fails while it is measured.
+        """
+        found = self.device(device)
+        with self._profiling:
+            if found not in self._known_profiles:
+                self._known_profiles[found] = self._profiles.profile(found)
+            return self._known_profiles[found]
+
+    def _speed(self, device: Device) -> Speed:
+        profile = self.device_profile(device)
+        there, back = profile.to_device_bytes_per_s, profile.from_device_bytes_per_s
+        if device.capabilities.memory_is_host:
+            there = back = math.inf
+        memory = profile.memory_bytes_per_s or limits.UNMEASURED_BYTES_PER_S
+        unmeasured = limits.UNMEASURED_BYTES_PER_S
+        return Speed(profile.gflops, memory, there or unmeasured, back or unmeasured, profile.launch_s)
+
+    def synchronize(self) -> None:
+        """Wait until all devices have done what they were given."""
+        for device in self.devices:
+            device.synchronize()
+
+    # --- Memory and arrays ------------------------------------------------------------------------
+
+    def allocate(self, size: int, dtype: npt.DTypeLike = "float32", device: str | Device = "auto") -> Buffer:
+        """Return a buffer of ``size`` elements; they hold anything until they are written.
+
+        Parameters
+        ----------
+        device
+            Where; ``"auto"`` is the one with the fastest memory that has room.
+
+        Raises
+        ------
+        OutOfMemoryError
+            If there is no room; the message names the device, what was asked, what is free, and what could be freed.
+        UsageError
+            If size, dtype or device are none.
+        """
+        self._check_open()
+        return Buffer(size, dtype, self._memory_for(size, dtype, device))
+
+    def _memory_for(self, size: int, dtype: npt.DTypeLike, device: str | Device) -> Device:
+        if device != "auto":
+            return self.device(device)
+        nbytes = size * np.dtype(dtype).itemsize
+        usable = [one for one in self.devices if one.kind != "null"]
+        if len(usable) == 1:
+            return usable[0]
+        roomy = [one for one in usable if one.free_memory_bytes() + one.pool.kept_bytes >= nbytes]
+        return max(roomy or usable, key=lambda one: (self._speed(one).memory_bytes_per_s, -usable.index(one)))
+
+    def array(self, shape: int | Shape, dtype: npt.DTypeLike = "float32", device: str | Device = "auto") -> Array:
+        """Return an array of zeros; see :meth:`asarray` for one of given elements, and :meth:`allocate` for errors."""
+        self._check_open()
+        lengths = (shape,) if isinstance(shape, int) else tuple(shape)
+        size = math.prod(lengths)
+        where = self._memory_for(size, as_dtype(dtype), device)
+        buffer = Buffer(size, as_dtype(dtype), where)
+        where.clear(buffer.memory, buffer.nbytes)
+        return Array(self, lengths, buffer)
+
+    def asarray(self, values: Any, dtype: npt.DTypeLike | None = None, device: str | Device = "auto") -> Array:
+        """Return an array with the elements of ``values``: itself if it is one, else a copy of what NumPy makes of it.
+
+        Where no device is told, the elements are put into the host's memory, and copied when a device needs them.
+        """
+        self._check_open()
+        if isinstance(values, Array):
+            found = values if dtype is None or np.dtype(dtype) == values.dtype else values.astype(np.dtype(dtype))
+            return found if device == "auto" else found.to_device(self.device(device))
+        source = np.asarray(values, dtype)
+        where = self.host if device == "auto" else self.device(device)
+        return Array(self, source.shape, Buffer(source.size, as_dtype(source.dtype), where).copy_from(source))
+
+    def gemm(self, a: Any, b: Any, *, device: str | Device = "auto") -> Array:
+        """Return the matrix product ``a @ b``, as ``numpy.matmul`` defines it."""
+        found: Array = self.run(_GEMM, a, b, device=device)
+        return found
+
+    # --- Kernels ----------------------------------------------------------------------------------
+
+    def run(
+        self,
+        kernel: Any,
+        *operands: Any,
+        device: str | Device = "auto",
+        priority: int = 0,
+        should_stop: Stop = lambda: False,
+        **keywords: Any,
+    ) -> Any:
+        """Run a kernel; return what its function returns, of :class:`Array`.
+
+        On a GPU the work may still be going on when this returns; whoever reads the result waits for it.
+
+        Parameters
+        ----------
+        kernel
+            One made by ``sparkle.kernel``, or a function that could be.
+        device
+            Where; ``"auto"`` is wherever it is expected to be fastest, on several devices together perhaps.
+        priority
+            Of those that wait for a device the highest comes first.
+        should_stop
+            Asked between pieces of the work; if it says so, KernelStoppedError is raised.
+
+        Raises
+        ------
+        TraceError
+            If the kernel cannot be traced.
+        OutOfMemoryError, DeviceError, KernelStoppedError
+            As it says.
+        """
+        self._check_open()
+        order = self._order(as_kernel(kernel).name, device, priority, should_stop)
+        call = as_kernel(kernel).prepare(*operands, **keywords)
+        return call.rebuild(self._runtime.run(call.graph, call.operands, order))
+
+    def submit(
+        self, kernel: Any, *operands: Any, device: str | Device = "auto", priority: int = 0, **keywords: Any
+    ) -> PendingRun:
+        """Run a kernel in the background, the most urgent first; see :meth:`run`."""
+        self._check_open()
+
+        def work(should_stop: Stop) -> Any:
+            return self.run(kernel, *operands, device=device, priority=priority, should_stop=should_stop, **keywords)
+
+        return self._submissions.submit(work, priority)
+
+    def _order(self, name: str, device: str | Device, priority: int, should_stop: Stop) -> Order:
+        return Order(name, None if device == "auto" else self.device(device), priority, should_stop)
+
+    def estimate_performance(self, kernel: Any, *operands: Any, device: str | Device, **keywords: Any) -> Estimate:
+        """Return what a kernel is expected to take on a device, step by step; nothing is run."""
+        call = as_kernel(kernel).prepare(*operands, **keywords)
+        found = self.device(device)
+        choices = self._runtime.choices(call.graph, call.operands)
+        for choice in choices:
+            if choice.devices == (found,) and choice.estimate is not None:
+                return choice.estimate
+        raise UsageError(f"{found} does not compute with all dtypes of kernel {as_kernel(kernel).name}")
+
+    def explain(self, kernel: Any, *operands: Any, **keywords: Any) -> Explanation:
+        """Return where a kernel would run, and why: print it. Nothing is run, but devices are measured if need be."""
+        name = as_kernel(kernel).name
+        call = as_kernel(kernel).prepare(*operands, **keywords)
+        return Explanation(name, call.graph, tuple(self._runtime.choices(call.graph, call.operands)))
+
+    @contextmanager
+    def profile(self) -> Iterator[Profile]:
+        """Yield a profile of what runs in the block: ``print(profile)`` is a table, ``profile.save(path)`` a trace.
+
+        Every kernel is waited for meanwhile, so that its time is its own.
+        """
+        with self._runtime.recorder.profile() as found:
+            yield found
+
+    # --- For arrays -------------------------------------------------------------------------------
+
+    def method(self, name: str, static: tuple[object, ...], keywords: tuple[tuple[str, object], ...]) -> Kernel:
+        """Return a kernel that calls that method of its first operand, with the others, then what is ``static``."""
+        return self._methods(name, static, keywords)
+
+    # --- Life -------------------------------------------------------------------------------------
+
+    def execute(self, graph: Graph, operands: Sequence[Any], /) -> Sequence[Any]:
+        """Run the graph of a kernel that was called by itself; NumPy arrays if there are no others among operands."""
+        self._check_open()
+        results = self._runtime.run(graph, operands, Order())
+        if any(isinstance(operand, Array) for operand in operands):
+            return results
+        return [result.buffer_on(self.host).view().reshape(result.shape) for result in results]
+
+    def close(self) -> None:
+        """Wait for what was submitted, and give back what the devices keep. Closing twice is no error."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._submissions.close()
+            _no_longer_current(self)
+            self._runtime.close()
+            self._registry.close()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ClosedError("this context is closed; call sparkle.init() again")
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Context of {', '.join(map(str, self.devices))}>"
+
+
+def _method_kernel(name: str, static: tuple[object, ...], keywords: tuple[tuple[str, object], ...]) -> Kernel:
+    """Return a kernel for one method of arrays, or one of NumPy's functions."""
+
+    def call(*operands: Any) -> Any:
+        if name == "__array_ufunc__":
+            (ufunc,) = static
+            return ufunc(*operands, **dict(keywords))  # type: ignore[operator]
+        if name == "__array_function__":
+            function, frozen = static
+            arguments, named = Frozen.thaw(frozen, operands)
+            return function(*arguments, **dict(named))  # type: ignore[operator]
+        thawed = [Frozen.thaw(value, ()) if not isinstance(value, tuple) else _thawed(value) for value in static]
+        return getattr(operands[0], name)(*operands[1:], *thawed, **dict(keywords))
+
+    return Kernel(call, name=str(getattr(static[0], "__name__", name)) if name.startswith("__array_") else name)
+
+
+def _thawed(parts: tuple[object, ...]) -> tuple[object, ...]:
+    return tuple(Frozen.thaw(part, ()) for part in parts)
+
+
+_GEMM = Kernel(lambda a, b: a @ b, name="gemm")
+
+_current_lock = threading.Lock()
+_current: Context | None = None
+
+
+def init(
+    devices: Sequence[str | Device] | None = None, *, data_dir: Path | str | None = None, threads: int | None = None
+) -> Context:
+    """Return a context of this machine's devices; kernels that are called by themselves run on it from now on.
+
+    Parameters
+    ----------
+    devices
+        Names (``"cuda:0"``) or kinds (``"opencl"``) to use beside the CPU; all that there are by default.
+    data_dir
+        Where profiles of devices are kept.
+    threads
+        Of the CPU's device; one for each core by default.
+
+    Raises
+    ------
+    UsageError
+        If there is no such device.
+    """
+    global _current
+    context = Context(devices, data_dir=data_dir, threads=threads)
+    with _current_lock:
+        _current = context
+        set_execute(context.execute)
+    return context
+
+
+def _no_longer_current(context: Context) -> None:
+    global _current
+    with _current_lock:
+        if _current is context:
+            _current = None
+            set_execute(execute_by_numpy)

@@ -1,0 +1,427 @@
+"""Arrays that are wherever they are needed: NumPy's ways to compute with them, on any device.
+
+An array's elements are on one device or on several; copies are made when they are needed and stay valid until the
+array is written to. What computes with arrays makes new ones.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from sparkle_mesh.devices import random
+from sparkle_mesh.devices.buffers import Buffer
+from sparkle_mesh.devices.device import Device
+from sparkle_mesh.errors import TraceError, UsageError
+from sparkle_mesh.kernels.ops import Shape
+
+if TYPE_CHECKING:
+    from sparkle_mesh.kernels.tracing import Kernel
+
+
+class Home(Protocol):
+    """What arrays belong to: where kernels run that compute with them."""
+
+    def device(self, name: str | Device) -> Device:
+        """Return the device called so."""
+
+    @property
+    def host(self) -> Device:
+        """The device whose memory is the host's."""
+
+    def method(self, name: str, static: tuple[object, ...], keywords: tuple[tuple[str, object], ...]) -> Kernel:
+        """Return a kernel that calls that method of its first operand, with the others, then what is ``static``."""
+
+    def run(self, kernel: Kernel, *operands: object, device: str | Device = "auto") -> Any:
+        """Run ``kernel``."""
+
+
+class Array:
+    """An array of a context; made by :meth:`.context.Context.array` and by what computes with others.
+
+    Operators, methods and indexing are NumPy's, but for assignment to elements; so are the functions of
+    ``numpy`` that kernels know; others are given NumPy's arrays. The Array API's functions are in ``array.__array_namespace__()``.
+    """
+
+    __hash__ = None  # type: ignore[assignment]
+    #: NumPy's arrays leave operators to this class.
+    __array_priority__ = 1000
+
+    def __init__(self, home: Home, shape: Shape, buffer: Buffer) -> None:
+        self._home = home
+        self._shape = shape
+        self._dtype = buffer.dtype
+        self._lock = threading.RLock()
+        # The newest elements; the first is where they were written last.
+        self._copies: dict[Device, Buffer] = {buffer.device: buffer}
+        # Whoever has been shown this one may write to it at any time: others are of no use for longer than one look.
+        self._shown: Device | None = None
+
+    # --- What it is -------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> Shape:
+        """The lengths of all axes."""
+        return self._shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of each element."""
+        return self._dtype
+
+    @property
+    def ndim(self) -> int:
+        """How many axes there are."""
+        return len(self._shape)
+
+    @property
+    def size(self) -> int:
+        """How many elements there are."""
+        return next(iter(self._copies.values())).size
+
+    @property
+    def nbytes(self) -> int:
+        """What they take in memory."""
+        return self.size * self._dtype.itemsize
+
+    @property
+    def device(self) -> str:
+        """Where the elements were written, as ``"cuda:0"``."""
+        return str(next(iter(self._copies)))
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Where valid copies are."""
+        return tuple(map(str, self._copies))
+
+    @property
+    def T(self) -> Array:
+        """With all axes reversed."""
+        return self.transpose()
+
+    @property
+    def mT(self) -> Array:
+        """With the last two axes exchanged."""
+        return self.swapaxes(-1, -2)
+
+    def __len__(self) -> int:
+        if not self._shape:
+            raise TypeError("len() of unsized object")
+        return self._shape[0]
+
+    def __repr__(self) -> str:
+        lengths = ", ".join(map(str, self._shape))
+        return f"<Array {self._dtype}[{lengths}] on {', '.join(self.devices)}>"
+
+    # --- Where it is ------------------------------------------------------------------------------
+
+    def buffer_on(self, device: Device) -> Buffer:
+        """Return the elements on ``device``, copied there if they are not; to be read only.
+
+        Raises
+        ------
+        OutOfMemoryError
+            If there is no room for them.
+        """
+        with self._lock:
+            found = self._copies.get(device)
+            if found is not None:
+                return found
+            source = next((one for one in self._copies if one.kind == device.kind), next(iter(self._copies)))
+            copy = Buffer(self.size, self._dtype, device).copy_from(self._copies[source])
+            if self._shown is None:
+                self._copies[device] = copy
+            return copy
+
+    def is_on(self, device: Device) -> bool:
+        """Whether a valid copy is on ``device``."""
+        return device in self._copies
+
+    def to_device(self, device: str | Device, /) -> Array:
+        """Return this array, with a valid copy on ``device``."""
+        self.buffer_on(self._home.device(device))
+        return self
+
+    def drop_copies(self) -> int:
+        """Give back all copies but the one that was written last; return their bytes."""
+        with self._lock:
+            first, *others = self._copies
+            freed = sum(self._copies.pop(device).nbytes for device in others)
+            assert first in self._copies
+            return freed
+
+    def copy_from(self, source: Any) -> Array:
+        """Overwrite all elements; returns this array.
+
+        Parameters
+        ----------
+        source
+            An array of this shape; its dtype is converted if that loses no kind of number (``"same_kind"``).
+
+        Raises
+        ------
+        UsageError
+            If it has another shape, or a dtype that cannot be converted so.
+        """
+        values = np.asarray(source)
+        if values.shape != self._shape:
+            raise UsageError(f"the source is of shape {values.shape}, this array of {self._shape}")
+        if not np.can_cast(values.dtype, self._dtype, "same_kind"):
+            raise UsageError(f"the source holds {values.dtype}, this array {self._dtype}; convert it with astype")
+        with self._lock:
+            self._written().copy_from(values.astype(self._dtype, copy=False))
+        return self
+
+    def fill_random(self, seed: int) -> Array:
+        """Overwrite all elements with random ones; returns this array.
+
+        Uniform in [0, 1) for floats, over all values for integers. One seed gives the same bits on every device.
+        """
+        with self._lock:
+            random.fill_random(self._written().memory, self._dtype, self.size, seed)
+        return self
+
+    def _written(self) -> Buffer:
+        """Return the one copy that is left, about to be written."""
+        self.drop_copies()
+        (buffer,) = self._copies.values()
+        return buffer
+
+    # --- For other libraries ----------------------------------------------------------------------
+
+    def to_numpy(self) -> npt.NDArray[Any]:
+        """Return the elements in a NumPy array of their own."""
+        return np.array(self.__array__())
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        # Without a copy it is for reading: what is written there others would not see.
+        view: npt.NDArray[Any] = self.buffer_on(self._home.host).view().reshape(self._shape)
+        if copy or (dtype is not None and np.dtype(dtype) != self._dtype):
+            if copy is False:
+                raise ValueError(f"an array of {np.dtype(dtype)} cannot share memory with this one of {self._dtype}")
+            return view.astype(self._dtype if dtype is None else dtype)
+        view = view.view()
+        view.flags.writeable = False
+        return view
+
+    def _show(self) -> Buffer:
+        """Return the newest copy, to be written by whoever sees it from now on."""
+        with self._lock:
+            buffer = self._written()
+            self._shown = buffer.device
+            return buffer
+
+    def __dlpack__(self, **options: Any) -> Any:
+        """Return a DLPack capsule that shares the memory where the elements are: writing to it writes this array."""
+        self.__dlpack_device__()
+        return self._show().view().reshape(self._shape).__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """Return type and number of the device, as DLPack counts them; the host where the device has no such thing."""
+        with self._lock:
+            if next(iter(self._copies)).dlpack_device() is None:
+                moved = self.buffer_on(self._home.host)
+                self._copies = {moved.device: moved}
+            found = next(iter(self._copies)).dlpack_device()
+        assert found is not None
+        return found
+
+    def __array_namespace__(self, /, *, api_version: str | None = None) -> ModuleType:
+        from sparkle_mesh.kernels import namespace
+
+        return namespace
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **keywords: Any) -> Any:
+        out = keywords.get("out", ())
+        if any(isinstance(one, Array) for one in (out if isinstance(out, tuple) else (out,))):
+            raise UsageError(f"numpy.{ufunc.__name__} cannot write into an Array; take what it returns")
+        if method != "__call__" or keywords:
+            return getattr(ufunc, method)(*map(_as_numpy, inputs), **keywords)
+        return self._known_or_numpy(ufunc, inputs, {}, "__array_ufunc__", inputs, (ufunc,))
+
+    def __array_function__(self, function: Any, types: object, arguments: Any, keywords: dict[str, Any]) -> Any:
+        # Which arguments are arrays differs from function to function, and they may be in lists.
+        operands: list[object] = []
+        frozen = _frozen((arguments, sorted(keywords.items())), operands)
+        return self._known_or_numpy(function, arguments, keywords, "__array_function__", operands, (function, frozen))
+
+    def _known_or_numpy(
+        self,
+        function: Callable[..., Any],
+        arguments: Sequence[Any],
+        keywords: dict[str, Any],
+        name: str,
+        operands: Sequence[object],
+        static: tuple[object, ...],
+    ) -> Any:
+        """Do as a kernel what kernels can do; what they cannot, NumPy does, in the host's memory."""
+        try:
+            return self._call(name, *operands, static=static)
+        except TraceError:
+            return function(*_as_numpy(list(arguments)), **{key: _as_numpy(value) for key, value in keywords.items()})
+
+    # --- Elements ---------------------------------------------------------------------------------
+
+    def item(self) -> bool | int | float:
+        """Return the only element as a Python number."""
+        found: bool | int | float = self.__array__().item()
+        return found
+
+    def tolist(self) -> Any:
+        """Return the elements in nested lists."""
+        return self.__array__().tolist()
+
+    def __bool__(self) -> bool:
+        return bool(self.__array__())
+
+    def __float__(self) -> float:
+        return float(self.item())
+
+    def __int__(self) -> int:
+        return int(self.item())
+
+    def __index__(self) -> int:
+        return int(self.__array__().__index__())
+
+    def __iter__(self) -> Iterator[Array]:
+        return iter([self[place] for place in range(len(self))])
+
+    def __setitem__(self, key: object, value: object) -> None:
+        raise UsageError("elements of an Array cannot be assigned to; make a new one with where, or use copy_from")
+
+    # --- What kernels do --------------------------------------------------------------------------
+
+    def _call(
+        self, name: str, *operands: object, static: tuple[object, ...] = (), keywords: dict[str, Any] | None = None
+    ) -> Any:
+        kernel = self._home.method(name, static, tuple(sorted((keywords or {}).items())))
+        return self._home.run(kernel, *operands)
+
+    def __getitem__(self, key: Any) -> Array:
+        parts = key if isinstance(key, tuple) else (key,)
+        found: Array = self._call("__getitem__", self, static=(tuple(map(_frozen_index, parts)),))
+        return found
+
+    def clip(self, min: Any = None, max: Any = None) -> Array:
+        """Return the elements within ``min`` and ``max``."""
+        found: Any = self
+        if min is not None:
+            found = np.maximum(found, min)
+        return np.minimum(found, max) if max is not None else found  # type: ignore[no-any-return]
+
+    if TYPE_CHECKING:
+        # Made below, from tables.
+        def __getattr__(self, name: str) -> Any: ...
+        def __add__(self, other: Any) -> Array: ...
+        def __radd__(self, other: Any) -> Array: ...
+        def __sub__(self, other: Any) -> Array: ...
+        def __rsub__(self, other: Any) -> Array: ...
+        def __mul__(self, other: Any) -> Array: ...
+        def __rmul__(self, other: Any) -> Array: ...
+        def __truediv__(self, other: Any) -> Array: ...
+        def __rtruediv__(self, other: Any) -> Array: ...
+        def __matmul__(self, other: Any) -> Array: ...
+        def __rmatmul__(self, other: Any) -> Array: ...
+        def __pow__(self, other: Any) -> Array: ...
+        def __neg__(self) -> Array: ...
+        def transpose(self, *axes: Any) -> Array: ...
+        def swapaxes(self, axis1: int, axis2: int) -> Array: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """Stands for an operand among arguments that are not arrays."""
+
+    place: int
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """Arguments as something that can be a key of a table."""
+
+    kind: str
+    parts: tuple[object, ...]
+
+    @staticmethod
+    def thaw(value: object, operands: Sequence[object]) -> Any:
+        """Return ``value`` as it was, with ``operands`` in their places."""
+        if isinstance(value, Operand):
+            return operands[value.place]
+        if not isinstance(value, Frozen):
+            return value
+        parts = [Frozen.thaw(part, operands) for part in value.parts]
+        if value.kind == "slice":
+            return slice(*parts)
+        return parts if value.kind == "list" else tuple(parts)
+
+
+def _as_numpy(value: Any) -> Any:
+    """Return ``value`` with NumPy's arrays in the place of :class:`Array`, in lists and tuples too."""
+    if isinstance(value, Array):
+        return value.__array__()
+    if type(value) in (list, tuple):
+        return type(value)(map(_as_numpy, value))
+    return value
+
+
+def _frozen(value: object, operands: list[object]) -> object:
+    """Return ``value`` frozen; arrays in it are appended to ``operands``."""
+    if isinstance(value, (Array, np.ndarray)):
+        operands.append(value)
+        return Operand(len(operands) - 1)
+    if isinstance(value, (list, tuple)):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return Frozen(kind, tuple(_frozen(part, operands) for part in value))
+    if isinstance(value, slice):
+        return _frozen_index(value)
+    return value
+
+
+def _frozen_index(part: object) -> object:
+    if isinstance(part, slice):
+        return Frozen("slice", (part.start, part.stop, part.step))
+    if part is None or part is Ellipsis or isinstance(part, (bool, int, np.integer)):
+        return part
+    raise UsageError(f"an Array is indexed by whole numbers and slices, not by {type(part).__name__}; use where")
+
+
+_BINARY = ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift"]
+_COMPARISONS = ("__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__")
+_UNARY = ("__neg__", "__pos__", "__abs__", "__invert__")
+#: Methods whose arguments are no arrays.
+_METHODS = (
+    *("astype", "reshape", "ravel", "flatten", "transpose", "swapaxes", "squeeze", "round"),
+    *("sum", "prod", "max", "min", "mean", "var", "std", "any", "all"),
+)
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    def operator(self: Array, *others: object) -> Any:
+        if not all(isinstance(other, (Array, np.ndarray, np.generic, bool, int, float)) for other in others):
+            return NotImplemented
+        return self._call(name, self, *others)
+
+    operator.__name__ = name
+    return operator
+
+
+def _method(name: str) -> Callable[..., Any]:
+    def method(self: Array, *arguments: object, **keywords: object) -> Any:
+        frozen = tuple(tuple(one) if isinstance(one, list) else one for one in arguments)
+        return self._call(name, self, static=frozen, keywords=keywords)
+
+    method.__name__ = name
+    method.__doc__ = f"Return what ``numpy.ndarray.{name}`` does, as a new array."
+    return method
+
+
+for _name in (*(f"__{p}{one}__" for one in _BINARY for p in ("", "r")), *_COMPARISONS, *_UNARY):
+    setattr(Array, _name, _operator(_name))
+for _name in _METHODS:
+    setattr(Array, _name, _method(_name))
