@@ -3,7 +3,8 @@
 The children of :class:`SparkleError` are siblings by cause, so that a caller can tell its own mistake
 (:class:`UsageError`) from a peer's (:class:`ProtocolError`), from something that has ended
 (:class:`ClosedError`), from a wait that ran out (:class:`DeadlineError`), from a member that died
-(:class:`PeerLostError`) and from ranks that do not agree (:class:`AgreementError`).
+(:class:`PeerLostError`), from ranks that do not agree (:class:`AgreementError`) and from a device that
+fails (:class:`DeviceError`).
 """
 
 from __future__ import annotations
@@ -125,6 +126,25 @@ class OutcomeUnknownError(AgreementError, DeadlineError):
 
     Arrays are as they were, but for those of ``mesh.allocate``, which may hold a part of the result.
     """
+
+
+# --- Devices -----------------------------------------------------------------------------------
+
+
+class DeviceError(SparkleError):
+    """A device, or its driver, could not do what it was asked."""
+
+
+class OutOfMemoryError(DeviceError, MemoryError):
+    """A device has too little free memory; the message names the device, what was asked and what is free."""
+
+
+class CompileError(DeviceError):
+    """A device's compiler refused a kernel's source; the message holds what the compiler said."""
+
+
+class ReleasedError(ClosedError):
+    """A buffer, or a block of a device's memory, was used after it had been released."""
 
 
 # --- The machine's node ------------------------------------------------------------------------

@@ -588,6 +588,41 @@ KERNEL_OUTPUTS_MAX_COUNT = 64
 # Operands of one operation: of a concatenation, say.
 KERNEL_OPERANDS_MAX_COUNT = 256
 
+# --- Devices and their memory ----------------------------------------------------------------------
+# Of blocks in the CPU's memory: a cache line, and the widest vector register.
+MEMORY_ALIGNMENT_BYTES = 64
+# Blocks of the CPU's memory from this size on are compared with what is free: Linux would grant them, and end us later.
+HOST_CHECKED_MIN_BYTES = 64 * MIB
+# Freed blocks that a pool keeps: this part of the device's memory, and of the host's no more than the second.
+POOL_KEPT_RATIO = 0.25
+POOL_KEPT_HOST_MAX_BYTES = 1024 * MIB
+# The smallest block that a pool asks for. Between powers of two there are as many sizes as the second says.
+POOL_BLOCK_MIN_BYTES = 256
+POOL_SIZES_PER_OCTAVE_COUNT = 8
+# Through pinned memory goes what is larger than the first, in blocks of the second, by so many threads with two each.
+STAGED_COPY_MIN_BYTES = 256 * KIB
+STAGING_BLOCK_BYTES = 4 * MIB
+STAGING_THREADS_MAX_COUNT = 4
+STAGING_BLOCKS_MAX_COUNT = 2 * STAGING_THREADS_MAX_COUNT
+# Work on the CPU's memory is cut in pieces of this size for threads, no more of them than the second says.
+THREAD_PIECE_BYTES = 4 * MIB
+DEVICE_THREADS_MAX_COUNT = 16
+# Between two devices with no direct way, through the host.
+HOST_STEP_BYTES = 32 * MIB
+COMPILED_KERNELS_MAX_COUNT = 1024
+# Of a compiler's output in an error message.
+COMPILER_OUTPUT_MAX_CHARS = 8192
+# Blocks of 16 random bytes that NumPy makes at once: its arrays stay in the cache.
+RANDOM_BLOCKS_AT_ONCE_COUNT = 8192
+# A device's profile: how long measuring takes at most, how long one measurement should, the largest arrays.
+PROFILE_BUDGET_S = 1.5
+PROFILE_STEP_S = 0.03
+PROFILE_COPY_MAX_BYTES = 128 * MIB
+PROFILE_MATRIX_MIN_COUNT = 64
+PROFILE_MATRIX_MAX_COUNT = 8192
+PROFILE_LAUNCHES_COUNT = 200
+PROFILE_FILE_MAX_BYTES = 64 * KIB
+
 # --- Generated kernels ----------------------------------------------------------------------------
 # Work items of a group: many enough to fill a processor of any GPU, few enough for the registers of each.
 GENERATED_GROUP_MAX_COUNT = 256
@@ -603,7 +638,6 @@ GENERATED_NARROW_MAX_COUNT = 1 << 31
 GENERATED_REDUCE_GROUPS_COUNT = 4096
 # What a work item reduces before it is split further.
 GENERATED_REDUCE_WORDS_COUNT = 16
-
 
 # --- Relations -----------------------------------------------------------------------------------
 assert LINK_HEADER_MAX_BYTES + LINK_INLINE_PAYLOAD_MAX_BYTES < RECORD_MAX_BYTES < 2**24
@@ -654,4 +688,6 @@ assert REVOCATIONS_MAX_BYTES * 2 < CONTROL_MESSAGE_MAX_BYTES
 assert NODE_DEGREE_TARGET_COUNT < NODE_DEGREE_MAX_COUNT <= PEER_EXCHANGE_SAMPLE_COUNT < PEER_EXCHANGE_MAX_COUNT
 assert NODE_DEGREE_MAX_COUNT < NODE_DEGREE_BUSY_MAX_COUNT < CONNECTIONS_MAX_COUNT
 assert CAPABILITY_UNHEARD_S < DEGREE_BUSY_S < DEGREE_IDLE_S < SPARED_BACKOFF_S
+assert STAGED_COPY_MIN_BYTES < STAGING_BLOCK_BYTES
+assert PROFILE_BUDGET_S > 10 * PROFILE_STEP_S
 assert REGISTRY_RENEW_S * 2 < REGISTRY_FOREIGN_MAX_AGE_S

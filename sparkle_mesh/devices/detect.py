@@ -21,6 +21,14 @@ from sparkle_mesh.devices import nvml
 _CPUINFO = Path("/proc/cpuinfo")
 # Where Linux tells a container's memory limit: cgroup v2, then v1.
 _CGROUP_MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+# Limit, use and statistics of a container's memory, in the same order.
+_CGROUP_MEMORY_USES = (
+    tuple(Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current", "memory.stat")),
+    tuple(
+        Path("/sys/fs/cgroup/memory") / name
+        for name in ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
+    ),
+)
 
 # What numerical code chooses its instructions by, in the order shown.
 _X86_FEATURES: tuple[str, ...] = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl")
@@ -49,7 +57,7 @@ class DeviceInfo(wire.Message, frozen=True, kw_only=True):
     Attributes
     ----------
     kind
-        ``"cpu"`` or ``"cuda"``.
+        ``"cpu"``, ``"cuda"``, ``"rocm"``, ``"opencl"``, or what another package's backend calls its devices.
     index
         Counts the devices of one kind from 0 (for GPUs: the driver's order, by PCI bus).
     name
@@ -148,6 +156,27 @@ def usable_memory_bytes(total_bytes: int, cgroup_limits: Iterable[str]) -> int:
     """Return the machine's memory, or this container's limit where that is lower."""
     stated = (int(text) for text in map(str.strip, cgroup_limits) if text.isdecimal())
     return min([total_bytes, *stated])
+
+
+def free_memory_bytes() -> int:
+    """Return how much memory this process may still take: what the system has, within the container's limit."""
+    import psutil
+
+    stated = (container_free_bytes(*map(_read, paths)) for paths in _CGROUP_MEMORY_USES)
+    return min([int(psutil.virtual_memory().available), *(free for free in stated if free is not None)])
+
+
+def container_free_bytes(limit: str, used: str, statistics: str) -> int | None:
+    """Return what is left of a container's memory, by three files of its cgroup; None if it has no limit.
+
+    Files that the system keeps in memory and can drop count as free.
+    """
+    if not (limit.strip().isdecimal() and used.strip().isdecimal()):
+        return None
+    lines = (line.split() for line in statistics.splitlines())
+    droppable = {line[0]: int(line[1]) for line in lines if len(line) == 2 and line[1].isdecimal()}
+    cached = droppable.get("total_inactive_file", droppable.get("inactive_file", 0))
+    return max(int(limit) - max(int(used) - cached, 0), 0)
 
 
 def usable_logical_cores() -> int:

@@ -18,9 +18,9 @@ import msgspec
 
 from sparkle_mesh import limits, wire
 from sparkle_mesh.clock import Clock, Entropy
-from sparkle_mesh.discovery.files import make_private_folder, read_bounded, write_private
 from sparkle_mesh.errors import ProtocolError, VersionError
 from sparkle_mesh.fabric.interface import PeerId
+from sparkle_mesh.files import make_private_folder, read_bounded, write_private
 
 logger = logging.getLogger(__name__)
 

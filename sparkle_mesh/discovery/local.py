@@ -21,10 +21,10 @@ import psutil
 from sparkle_mesh import limits, wire
 from sparkle_mesh.clock import SYSTEM_CLOCK, SYSTEM_ENTROPY, Clock, Entropy
 from sparkle_mesh.discovery.addresses import is_loopback
-from sparkle_mesh.discovery.files import make_private_folder, read_bounded, write_private
 from sparkle_mesh.environment import host_id
 from sparkle_mesh.errors import ProtocolError, VersionError
 from sparkle_mesh.fabric.interface import Address, PeerId
+from sparkle_mesh.files import make_private_folder, read_bounded, write_private
 
 logger = logging.getLogger(__name__)
 

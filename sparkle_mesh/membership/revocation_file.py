@@ -12,9 +12,9 @@ from pathlib import Path
 
 from sparkle_mesh import limits, wire
 from sparkle_mesh.clock import SYSTEM_ENTROPY, Entropy
-from sparkle_mesh.discovery.files import make_private_folder, read_bounded, write_private
 from sparkle_mesh.errors import ProtocolError, UsageError
 from sparkle_mesh.fabric.interface import PeerId
+from sparkle_mesh.files import make_private_folder, read_bounded, write_private
 from sparkle_mesh.membership.revocations import EncodedRevocations, RevocationList
 
 logger = logging.getLogger(__name__)

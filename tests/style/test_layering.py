@@ -11,6 +11,7 @@ LEAVES = (
     "sparkle_mesh.version",
     "sparkle_mesh.wire",
     "sparkle_mesh.environment",
+    "sparkle_mesh.files",
     "sparkle_mesh.broadcast",
     "sparkle_mesh.nurseries",
     "sparkle_mesh.portal",
@@ -45,6 +46,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "sparkle_mesh.version": (),
     "sparkle_mesh.wire": LEAVES,
     "sparkle_mesh.environment": LEAVES,
+    "sparkle_mesh.files": LEAVES,
     "sparkle_mesh.broadcast": LEAVES,
     "sparkle_mesh.nurseries": LEAVES,
     "sparkle_mesh.portal": LEAVES,
@@ -64,13 +66,6 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "sparkle_mesh.discovery.lookup_run",
     ),
     "sparkle_mesh.membership": (*LEAVES, "sparkle_mesh.fabric"),
-    # It keeps a private file as discovery does.
-    "sparkle_mesh.membership.revocation_file": (
-        *LEAVES,
-        "sparkle_mesh.fabric",
-        "sparkle_mesh.membership",
-        "sparkle_mesh.discovery.files",
-    ),
     # What a node tells about itself: plain records.
     "sparkle_mesh.status": (*LEAVES, "sparkle_mesh.devices"),
     "sparkle_mesh.node": BELOW_THE_NODE,
@@ -102,8 +97,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 ONLY_IN: dict[str, tuple[str, ...]] = {
     "libp2p": ("sparkle_mesh.fabric", "sparkle_mesh.transport.libp2p_stream"),
     "torch": (),
-    "cupy": (),
-    "pyopencl": (),
+    "cupy": ("sparkle_mesh.devices.cupy_device",),
+    "pyopencl": ("sparkle_mesh.devices.opencl_device",),
     "jax": (),
     "sklearn": (),
     "matplotlib": (),
