@@ -618,6 +618,7 @@ SUBMITTED_MAX_COUNT = 4096
 KERNEL_RECOMPUTED_MAX_COUNT = 4
 
 
+
 # --- Devices and their memory ----------------------------------------------------------------------
 # Of blocks in the CPU's memory: a cache line, and the widest vector register.
 MEMORY_ALIGNMENT_BYTES = 64
@@ -661,6 +662,7 @@ KERNEL_UNROLL_MAX_COUNT = 64
 # Lists within lists among a kernel's arguments and results.
 KERNEL_STRUCTURE_MAX_DEPTH = 32
 
+
 # --- Generated kernels ----------------------------------------------------------------------------
 # Work items of a group: many enough to fill a processor of any GPU, few enough for the registers of each.
 GENERATED_GROUP_MAX_COUNT = 256
@@ -703,6 +705,7 @@ CPU_POOL_MAX_BYTES = 256 * MIB
 CPU_HALF_TILE_SIDE_COUNT = 1024
 # Products of matrices below that many multiplications are done by one thread each, if there are several.
 CPU_SMALL_PRODUCT_MAX_COUNT = 1 << 21
+
 
 
 # --- Relations -----------------------------------------------------------------------------------

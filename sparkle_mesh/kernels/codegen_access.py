@@ -218,7 +218,7 @@ class Lanes:
         return found
 
     def _name(self, number: int) -> str:
-        return f"w_{self._accesses[number].name or f'c{number}'}"
+        return f"{'z' if self._accesses[number].is_result else 'w'}{number}"
 
     def _each(self, statement: str) -> list[str]:
         return ["#pragma unroll", f"for (i32 k = 0; k < {self._width}; ++k) {statement}"]
