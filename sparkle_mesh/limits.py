@@ -616,6 +616,16 @@ SUBMITTED_MAX_COUNT = 4096
 # --- Kernels from others --------------------------------------------------------------------------
 # How many reductions compute one and the same expression, each for itself, before it is stored for them.
 KERNEL_RECOMPUTED_MAX_COUNT = 4
+# A kernel as bytes: as many nodes as there can be, with shapes of usual length.
+KERNEL_ENCODED_MAX_BYTES = 256 * KIB
+# What is around it where it says what it takes.
+KERNEL_DECLARATION_MAX_BYTES = 256
+# Of all nodes together: what looks at a kernel goes through all of them.
+KERNEL_OPERANDS_IN_ALL_MAX_COUNT = 1 << 15
+# What a kernel from elsewhere may take if its receiver says nothing else: an hour of a slow processor, or so.
+KERNEL_FLOPS_MAX_COUNT = 1 << 45
+KERNEL_MOVED_MAX_BYTES = 1 << 44
+KERNEL_MEMORY_MAX_BYTES = 64 * 1024 * MIB
 
 
 

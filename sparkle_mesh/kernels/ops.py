@@ -296,7 +296,9 @@ def _infer_concatenate(operands: Sequence[TensorType], attributes: Any) -> Tenso
     (axis,) = attributes.axes
     for other in operands:
         rest = other.shape[:axis] + other.shape[axis + 1 :]
-        if other.dtype != first.dtype or rest != first.shape[:axis] + first.shape[axis + 1 :]:
+        # A vector has as much beside its second axis, which it has not, as a matrix has.
+        is_alike = len(other.shape) == len(first.shape) and rest == first.shape[:axis] + first.shape[axis + 1 :]
+        if other.dtype != first.dtype or not is_alike:
             raise KernelError(f"concatenate along axis {axis} of {', '.join(map(str, operands))}: the rest differs")
     length = sum(other.shape[axis] for other in operands)
     return TensorType((*first.shape[:axis], length, *first.shape[axis + 1 :]), first.dtype)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from sparkle_mesh.errors import KernelError
 from sparkle_mesh.kernels.graph import Graph, Node
-from sparkle_mesh.kernels.ops import OPS, TensorType
+from sparkle_mesh.kernels.ops import FLOATS, OPS, TensorType
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -21,7 +21,7 @@ def evaluate(graph: Graph, inputs: Sequence[Array]) -> list[Array]:
     Raises
     ------
     KernelError
-        If the inputs are not of the graph's types.
+        If the inputs are not of the graph's types, or an integer is raised to a negative power.
     """
     found = tuple(TensorType(array.shape, array.dtype.name) for array in inputs)
     if found != graph.inputs:
@@ -42,6 +42,8 @@ def evaluate_node(node: Node, operands: Sequence[Array]) -> Array:
         return special(node, operands)
     op = OPS[node.op]
     assert op.ufunc is not None, node.op
+    if node.op == "power" and node.dtype not in FLOATS and np.any(operands[1] < 0):
+        raise KernelError(f"power of {node.dtype} with a negative exponent has no value; cast the operands to a float")
     if op.kind == "reduction":
         return np.asarray(op.ufunc.reduce(operands[0], axis=node.axes, dtype=node.dtype))
     return np.asarray(op.ufunc(*operands))
