@@ -21,21 +21,51 @@ if TYPE_CHECKING:
     from sparkle_mesh.async_mesh import AsyncMesh as AsyncMesh
     from sparkle_mesh.async_mesh import open_mesh as open_mesh
     from sparkle_mesh.collectives.compression import Compression as Compression
+    from sparkle_mesh.context import Context as Context
+    from sparkle_mesh.context import init as init
+    from sparkle_mesh.devices.buffers import Buffer as Buffer
+    from sparkle_mesh.kernels.array import Array as Array
+    from sparkle_mesh.kernels.gradient import gradient as gradient
+    from sparkle_mesh.kernels.gradient import value_and_gradient as value_and_gradient
+    from sparkle_mesh.kernels.tracing import kernel as kernel
     from sparkle_mesh.membership.keys import MeshKey as MeshKey
     from sparkle_mesh.mesh import Mesh as Mesh
     from sparkle_mesh.mesh import join as join
     from sparkle_mesh.version import __version__ as __version__
 
-__all__ = ["AsyncMesh", "Compression", "Mesh", "MeshKey", "__version__", "errors", "join", "open_mesh"]
+__all__ = [
+    "Array",
+    "AsyncMesh",
+    "Buffer",
+    "Compression",
+    "Context",
+    "Mesh",
+    "MeshKey",
+    "__version__",
+    "errors",
+    "gradient",
+    "init",
+    "join",
+    "kernel",
+    "open_mesh",
+    "value_and_gradient",
+]
 
 _HOMES = {
+    "Array": "sparkle_mesh.kernels.array",
     "AsyncMesh": "sparkle_mesh.async_mesh",
+    "Buffer": "sparkle_mesh.devices.buffers",
+    "Context": "sparkle_mesh.context",
     "Compression": "sparkle_mesh.collectives.compression",
     "Mesh": "sparkle_mesh.mesh",
     "MeshKey": "sparkle_mesh.membership.keys",
     "__version__": "sparkle_mesh.version",
+    "gradient": "sparkle_mesh.kernels.gradient",
+    "init": "sparkle_mesh.context",
+    "kernel": "sparkle_mesh.kernels.tracing",
     "join": "sparkle_mesh.mesh",
     "open_mesh": "sparkle_mesh.async_mesh",
+    "value_and_gradient": "sparkle_mesh.kernels.gradient",
 }
 
 

@@ -11,7 +11,7 @@ from itertools import count
 from typing import Any
 
 from sparkle_mesh import limits
-from sparkle_mesh.errors import KernelStoppedError, ClosedError, DeadlineError
+from sparkle_mesh.errors import ClosedError, DeadlineError, KernelStoppedError
 from sparkle_mesh.kernels.runners import Stop
 
 

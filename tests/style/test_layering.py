@@ -39,6 +39,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "sparkle_mesh.collectives.compression",
         "sparkle_mesh.mesh",
         "sparkle_mesh.membership",
+        "sparkle_mesh.context",
+        "sparkle_mesh.devices",
+        "sparkle_mesh.kernels",
     ),
     "sparkle_mesh.errors": (),
     "sparkle_mesh.limits": (),
@@ -66,6 +69,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "sparkle_mesh.discovery.lookup_run",
     ),
     "sparkle_mesh.membership": (*LEAVES, "sparkle_mesh.fabric"),
+    "sparkle_mesh.context": (*LEAVES, "sparkle_mesh.devices", "sparkle_mesh.kernels"),
     # What a node tells about itself: plain records.
     "sparkle_mesh.status": (*LEAVES, "sparkle_mesh.devices"),
     "sparkle_mesh.node": BELOW_THE_NODE,
