@@ -46,7 +46,8 @@ class Array:
     """An array of a context; made by :meth:`.context.Context.array` and by what computes with others.
 
     Operators, methods and indexing are NumPy's, but for assignment to elements; so are the functions of
-    ``numpy`` that kernels know; others are given NumPy's arrays. The Array API's functions are in ``array.__array_namespace__()``.
+    ``numpy`` that kernels know; others are given NumPy's arrays. The Array API's functions are in
+    ``array.__array_namespace__()``.
     """
 
     __hash__ = None  # type: ignore[assignment]
