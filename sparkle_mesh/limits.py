@@ -705,6 +705,14 @@ CPU_SHORT_ROW_MAX_COUNT = 16
 CPU_KEPT_MAX_COUNT = 8 * KIB
 # A reduction is cut into about so many parts, however many threads there are: its bits depend on the cut.
 CPU_REDUCTION_PARTS_COUNT = 64
+# Of reductions that need no buffers.
+CPU_DIRECT_TILE_MAX_COUNT = 512 * KIB
+# So many rows are added up one after the other; NumPy does the same within its pairwise sums.
+CPU_ROWS_IN_TURN_COUNT = 16
+# Rows so long are added up by one call for all of them; for shorter ones one half of them is added to the other.
+CPU_LONG_ROW_MIN_COUNT = 1 * KIB
+# Indices of pieces that are made once and kept with a prepared step.
+CPU_PIECES_KEPT_MAX_COUNT = 4 * KIB
 # Work for less than some tens of microseconds is not worth waking other threads: operations on single elements.
 CPU_SHARED_MIN_COUNT = 256 * KIB
 # How many portions each thread gets on average: those that are slowed down take fewer.
