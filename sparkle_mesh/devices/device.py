@@ -370,7 +370,7 @@ class Device(ABC):
             kernel = self._kernels.get(key)
             if kernel is None:
                 kernel = self._kernels[key] = self._compile(*key)
-                if len(self._kernels) > limits.COMPILED_KERNELS_MAX_COUNT:
+                while len(self._kernels) > limits.COMPILED_KERNELS_MAX_COUNT:
                     self._kernels.popitem(last=False)
             self._kernels.move_to_end(key)
         return kernel
