@@ -15,8 +15,9 @@ from hypothesis.extra import numpy as hnp
 from sparkle_mesh import limits
 from sparkle_mesh.devices import transfers
 from sparkle_mesh.devices.cpu import CpuDevice
-from sparkle_mesh.devices.device import host_bytes
-from sparkle_mesh.errors import CompileError, OutOfMemoryError, ReleasedError, SparkleError, UsageError
+from sparkle_mesh.devices.device import Device, host_bytes
+from sparkle_mesh.devices.null import NullDevice
+from sparkle_mesh.errors import CompileError, DeviceError, OutOfMemoryError, ReleasedError, SparkleError, UsageError
 
 ONE_DEVICE = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 ADD = {
@@ -427,3 +428,38 @@ def test_a_closed_device_may_be_used_again(device):
     device.pool.free(device.pool.allocate(1000))
     array = np.ones(limits.STAGED_COPY_MIN_BYTES, dtype=np.uint8)
     block_of(device, array)
+
+
+# --- What backends have in common ------------------------------------------------------------------
+
+
+def test_a_backend_that_promises_too_much_is_told(cpu):
+    boaster = CpuDevice()
+    boaster.capabilities = NullDevice().capabilities
+    with pytest.raises(DeviceError, match="says that it compiles opencl, and does not"):
+        boaster.compile("", "f")
+    with pytest.raises(DeviceError, match="says that it multiplies float32, and does not"):
+        Device._matmul(boaster, None, None, None, (1, 1), (1, 1), (1, 1), np.dtype("float32"))
+
+
+def test_a_block_that_another_thread_freed_in_between_is_told(cpu, monkeypatch):
+    memory = cpu.allocate(8)
+    monkeypatch.setattr(cpu, "native_of", lambda memory: memory._natives.clear())
+    with pytest.raises(ReleasedError, match="was freed"):
+        cpu.free(memory)
+
+
+def test_the_processor_does_not_promise_what_is_not_there(cpu, monkeypatch):
+    monkeypatch.setattr(cpu, "free_memory_bytes", lambda: limits.HOST_CHECKED_MIN_BYTES)
+    with pytest.raises(OutOfMemoryError, match="are free"):
+        cpu.allocate(limits.HOST_CHECKED_MIN_BYTES + 1)
+    monkeypatch.setattr(cpu, "free_memory_bytes", lambda: 2**62)
+    with pytest.raises(OutOfMemoryError, match="Unable to allocate"):
+        cpu.allocate(2**61)
+
+
+def test_changes_that_meet_the_lock_are_added_later():
+    device = CpuDevice()
+    with device._changes_lock:
+        memory = device.allocate(100)
+    assert device.allocated_bytes == memory.nbytes

@@ -204,3 +204,37 @@ def test_optional_packages_are_not_imported_by_the_rest():
     program = "import sys, sparkle_mesh.devices.registry, sparkle_mesh.devices.buffers, sparkle_mesh.devices.profiles\n"
     program += "assert not {'cupy', 'pyopencl'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+@pytest.fixture
+def refuse(opencl):
+    """Return a function that raises an error of OpenCL's own."""
+    device = opencl.OpenClBackend().devices()[0]
+
+    def raise_it(*arguments, **options):
+        opencl.cl.Buffer(device._context, opencl.cl.mem_flags.READ_WRITE, size=2**60)
+
+    return raise_it
+
+
+def test_platforms_that_cannot_be_listed_are_told(opencl, refuse, monkeypatch):
+    platform = types.SimpleNamespace(name="Refusing", get_devices=refuse)
+    with pytest.raises(DeviceError, match="devices of OpenCL platform Refusing"):
+        opencl._devices_of(platform)
+    monkeypatch.setattr(opencl, "_NO_DEVICE", opencl._INVALID_BUFFER_SIZE)
+    assert opencl._devices_of(platform) == []
+    monkeypatch.setattr(opencl.cl, "get_platforms", refuse)
+    with pytest.raises(DeviceError, match="platforms cannot be listed"):
+        opencl.OpenClBackend().devices()
+    monkeypatch.setattr(opencl, "_NO_PLATFORM", opencl._INVALID_BUFFER_SIZE)
+    assert opencl.OpenClBackend().devices() == ()
+
+
+def test_errors_of_allocating_are_told(opencl, refuse, monkeypatch):
+    device = opencl.OpenClBackend().devices()[0]
+    monkeypatch.setattr(opencl.cl, "enqueue_migrate_mem_objects", refuse)
+    with pytest.raises(OutOfMemoryError, match="INVALID_BUFFER_SIZE"):
+        device.allocate(8)
+    monkeypatch.setattr(opencl, "_INVALID_BUFFER_SIZE", 0)
+    with pytest.raises(DeviceError, match="cannot allocate 8 bytes"):
+        device.allocate(8)
