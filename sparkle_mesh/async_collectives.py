@@ -87,8 +87,8 @@ class AsyncCollectives(ABC):
         Raises
         ------
         UsageError
-            If an array cannot be reduced (read-only ones of NumPy, overlapping, a dtype that is not supported). Ranks where
-            it can be get a CollectiveAbortedError, so that the next call is the same one everywhere.
+            If an array cannot be reduced (NumPy's read-only ones, overlapping, a dtype that is not supported). Ranks
+            where it can be get a CollectiveAbortedError, so that the next call is the same one everywhere.
         MismatchError
             On every rank, if ranks called different collectives or gave other shapes, dtypes or ops.
         PeerLostError
@@ -127,9 +127,9 @@ class AsyncCollectives(ABC):
     ) -> AsyncPendingReduction[D]:
         """Begin an :meth:`all_reduce` and return at once; ``await pending.wait()`` for its result, or its error.
 
-        Parameters are as there. The arrays must be left alone until it has ended; those of GPUs hold the result, and new
-        ones are made, when it is waited for. Many may be in flight; calls that are
-        awaited directly may come between, in the same order on every rank for each tag.
+        Parameters are as there. The arrays must be left alone until it has ended; those of GPUs hold the result, and
+        new ones are made, when it is waited for. Many may be in flight; calls that are awaited directly may come
+        between, in the same order on every rank for each tag.
         """
         self._check_process()
         lent = self._lend("all_reduce", data)
@@ -174,8 +174,8 @@ class AsyncCollectives(ABC):
     async def reduce_scatter(self, data: Any, op: str = "sum", *, timeout_s: float | None = None) -> Any:
         """Combine the arrays of all ranks, and return this rank's part of the result: a new array for each given.
 
-        New arrays are of the library and on the device of the given one, here and in what follows. Parts are those that :func:`numpy.array_split` makes along the first axis, of equal rows or nearly so. Errors
-        as :meth:`all_reduce`.
+        Parts are those that :func:`numpy.array_split` makes along the first axis, of equal rows or nearly so. New
+        arrays are of the library and on the device of what was given, here and below. Errors as :meth:`all_reduce`.
         """
         self._check_process()
         lent = self._lend("reduce_scatter", data)
