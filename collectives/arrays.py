@@ -29,8 +29,8 @@ from typing import Any, Final, NamedTuple, cast
 import numpy as np
 
 from sparkle_mesh import limits
-from sparkle_mesh.collectives.dlpack import is_foreign, type_name
-from sparkle_mesh.collectives.foreign import refusal
+from sparkle_mesh.collectives.dlpack import type_name
+from sparkle_mesh.collectives.foreign import Refused
 from sparkle_mesh.collectives.messages import call_digest
 from sparkle_mesh.collectives.reduction import Array
 from sparkle_mesh.errors import UsageError
@@ -309,6 +309,8 @@ def _first(arrays: Arrays, wanted: Callable[[Array], bool]) -> str:
 
 def _collect(data: object) -> tuple[str, tuple[Array, ...], tuple[str, ...]]:
     """Return the form of ``data``, the arrays, and their keys if it is a dict."""
+    if isinstance(data, Refused):
+        raise data.error
     if isinstance(data, Mapping):
         wrong = next((key for key in data if not isinstance(key, str)), None)
         if wrong is not None:
@@ -338,8 +340,6 @@ def _array(value: object, what: str) -> Array:
         )
     if isinstance(value, Mapping | list | tuple):
         raise UsageError(f"{what} is a {type(value).__name__} inside a container; pass one flat list or dict of arrays")
-    if is_foreign(type(value)):
-        raise refusal(value, what)
     raise UsageError(
         f"{what} is a {type_name(type(value))}; pass a NumPy array, one of another library that has DLPack, or a list"
         " or dict of them"

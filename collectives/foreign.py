@@ -16,6 +16,7 @@ What a collective makes anew is made like what it was given, of the same library
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
@@ -40,6 +41,13 @@ if TYPE_CHECKING:
 D = TypeVar("D")
 # In these all ranks but one get what that one gives.
 _GIVEN_BY_ROOT = ("broadcast", "scatter", "receive")
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """In the place of arrays that cannot be lent: a call that is given it fails with ``error``."""
+
+    error: UsageError
 
 
 class Lent(Generic[D]):
@@ -163,24 +171,17 @@ def lend(data: D, *, read: bool = True, written: bool = True) -> Lent[D]:
 def lend_for(kind: str, data: D, *, root: object = None, rank: int | None = None) -> Lent[D]:
     """Return what :func:`lend` does for a collective, of the ``root`` of which this ``rank`` may be.
 
-    What cannot be lent stays as it is: the call refuses it in its turn, which the others make.
+    What cannot be lent becomes :class:`Refused`: the call raises why, in its turn, because the others make theirs.
     """
     at_root = isinstance(root, int | np.integer) and root == rank
     read = kind not in _GIVEN_BY_ROOT or at_root
     written = kind == "all_reduce" or (at_root if kind == "reduce" else kind in _GIVEN_BY_ROOT and not at_root)
     try:
         return lend(data, read=read, written=written)
-    except UsageError:
-        return Lent(data)
-
-
-def refusal(value: object, what: str) -> UsageError:
-    """Return why an array of another library cannot take part."""
-    try:
-        lend(value)
     except UsageError as error:
-        return UsageError(str(error).replace(_labels(value)(0), what, 1))
-    return UsageError(f"{what}, a {type_name(type(value))}, was not lent; make the call again")
+        lent = Lent(data)
+        lent.arrays = Refused(error)
+        return lent
 
 
 def _values(data: object) -> list[Any]:

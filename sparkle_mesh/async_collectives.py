@@ -31,7 +31,7 @@ class AsyncCollectives(ABC):
 
     def _lend(self, kind: str, data: D, root: object = None) -> Lent[D]:
         """Return NumPy arrays in the form of ``data``, for the collective ``kind``."""
-        return lend_for(kind, data, root=root, rank=self._group.shown_rank)
+        return lend_for(kind, data, root=root, rank=None if root is None else self._group.shown_rank)
 
     async def all_reduce(
         self,

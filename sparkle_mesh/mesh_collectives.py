@@ -251,7 +251,7 @@ class Collectives:
     def _lend(self, kind: str, data: D, root: object = None) -> Lent[D]:
         """Return NumPy arrays in the form of ``data``; in this thread, whose streams count on a GPU."""
         self._mesh._check_process()
-        return lend_for(kind, data, root=root, rank=self._mesh._group.shown_rank)
+        return lend_for(kind, data, root=root, rank=None if root is None else self._mesh.rank)
 
     def _call_with(self, kind: str, data: Any, function: Callable[[Any], Awaitable[Any]], root: object = None) -> Any:
         """Await ``function`` with NumPy arrays in the form of ``data``; return what the caller gets for its result."""
