@@ -16,6 +16,7 @@ from sparkle_mesh.clock import SYSTEM_ENTROPY
 from sparkle_mesh.collectives.group import CollectiveGroup
 from sparkle_mesh.collectives.shared_plan import plan_chunks, work_bytes
 from sparkle_mesh.errors import LinkClosedError, UsageError
+from sparkle_mesh.transport.buffers import byte_views
 from sparkle_mesh.transport.link import Buffer, Link, LinkStats
 from sparkle_mesh.transport.memory import memory_link_pair
 from sparkle_mesh.transport.shared_memory import SharedMemory
@@ -61,7 +62,7 @@ class PairLink(Link):
 
     async def send(self, header: bytes, buffers: Sequence[Buffer] = ()) -> None:
         async with self._lock:
-            payload = b"".join(bytes(memoryview(buffer).cast("B")) for buffer in buffers)
+            payload = b"".join(bytes(view) for view in byte_views(buffers)[0])
             if self.spy is not None:
                 self.spy(bytes(header))
             if self.tamper is not None:
@@ -87,7 +88,7 @@ class PairLink(Link):
 
     async def receive_into(self, buffers: Sequence[Buffer]) -> None:
         await trio.lowlevel.checkpoint()
-        views = [memoryview(buffer).cast("B") for buffer in buffers]
+        views, _ = byte_views(buffers, writable=True)
         if sum(len(view) for view in views) > len(self._payload):
             raise UsageError("more than what is left")
         for view in views:
