@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from sparkle_mesh import limits
-from sparkle_mesh.collectives.dlpack import ROCM, device_of, export, libraries, memory_at, type_name
+from sparkle_mesh.collectives.dlpack import ROCM, device_of, export, memory_at, type_name
 from sparkle_mesh.collectives.executor import BufferPool
 from sparkle_mesh.collectives.reduction import Array
 from sparkle_mesh.errors import UsageError
@@ -155,10 +155,9 @@ def make_like(value: Any, result: Array) -> object:
 def _load(value: object, what: str) -> Any:
     try:
         return importlib.import_module("cupy")
-    except ModuleNotFoundError as error:
-        if "cupy" in libraries(value):
-            raise
+    except ImportError as error:
         raise UsageError(
-            f"{what}, a {type_name(type(value))}, is on a GPU, from which CuPy copies: pip install cupy-cuda13x (or"
-            " -cuda12x, as the driver is; for ROCm see docs.cupy.dev); or pass a copy on the CPU"
+            f"{what}, a {type_name(type(value))}, is on a GPU, from which CuPy copies, which cannot be imported"
+            f" ({error}): pip install cupy-cuda13x (or cupy-cuda12x, as the driver is; for ROCm see docs.cupy.dev), or"
+            " pass a copy on the CPU"
         ) from error
