@@ -726,6 +726,15 @@ CPU_SMALL_PRODUCT_MAX_COUNT = 1 << 21
 
 
 
+# --- Arrays of other libraries -------------------------------------------------------------------
+# Types of arrays (torch.Tensor, its subclasses, ...) of which is remembered which libraries they are of.
+FOREIGN_TYPES_CACHED_MAX_COUNT = 64
+# Pinned host memory that is kept for the next call with arrays of GPUs: pinning takes longer than copying. A model's
+# gradients go through one block.
+PINNED_BUFFERS_POOLED_MAX_BYTES = 4096 * MIB
+# Arrays start at multiples of this within it: of a cache line, and of what copies run fastest from.
+PINNED_ALIGNMENT_BYTES = 256
+
 # --- Relations -----------------------------------------------------------------------------------
 assert LINK_HEADER_MAX_BYTES + LINK_INLINE_PAYLOAD_MAX_BYTES < RECORD_MAX_BYTES < 2**24
 assert LINK_INLINE_PAYLOAD_MAX_BYTES < LINK_STRIPE_BYTES <= RECORD_MAX_BYTES
