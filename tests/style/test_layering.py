@@ -101,13 +101,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 ONLY_IN: dict[str, tuple[str, ...]] = {
     "libp2p": ("sparkle_mesh.fabric", "sparkle_mesh.transport.libp2p_stream"),
     "torch": (),
-<<<<<<< HEAD
-    "cupy": ("sparkle_mesh.devices.cupy_device",),
+    "cupy": ("sparkle_mesh.devices.cupy_device", "sparkle_mesh.collectives.cupy_arrays"),
     "pyopencl": ("sparkle_mesh.devices.opencl_device",),
-=======
-    "cupy": ("sparkle_mesh.collectives.cupy_arrays",),
-    "pyopencl": (),
->>>>>>> wt-dlpack
     "jax": (),
     "sklearn": (),
     "matplotlib": (),
