@@ -596,8 +596,8 @@ UNMEASURED_FLOPS_PER_S = 10e9
 UNMEASURED_BYTES_PER_S = 1e9
 # Methods of arrays with their arguments, each a kernel.
 ARRAY_METHODS_MAX_COUNT = 1024
-# How much the last measurement counts for beside those before.
-COST_CORRECTION_WEIGHT_RATIO = 0.4
+# Of the last so many times that a kernel took the median counts.
+COST_CORRECTION_TIMES_COUNT = 7
 COST_CORRECTIONS_MAX_COUNT = 4096
 # Kernels made ready for one device; what one profile remembers.
 PREPARED_PROGRAMS_MAX_COUNT = 512
@@ -608,7 +608,7 @@ SHARED_GAIN_MAX_RATIO = 0.9
 # Into so many parts at least could shared work be cut.
 SHARED_GRAINS_COUNT = 64
 # Of the runs of one kernel these are timed: the first, and then one in so many.
-TIMED_RUNS_COUNT = 3
+TIMED_RUNS_COUNT = 7
 TIMED_RUNS_PERIOD_COUNT = 16
 # Kernels that were submitted and wait for a thread.
 SUBMITTED_MAX_COUNT = 4096

@@ -8,8 +8,9 @@ expected of the next.
 
 from __future__ import annotations
 
+import statistics
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import log2
@@ -139,7 +140,7 @@ class Corrections:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._ratios: OrderedDict[tuple[str, int, int], float] = OrderedDict()
+        self._ratios: OrderedDict[tuple[str, int, int], deque[float]] = OrderedDict()
 
     @staticmethod
     def _size_class(moved_bytes: int) -> int:
@@ -150,12 +151,10 @@ class Corrections:
         if expected_s <= 0 or took_s <= 0:
             return
         key = device, graph_form, self._size_class(moved_bytes)
-        ratio = took_s / expected_s
         with self._lock:
-            before = self._ratios.pop(key, None)
-            weight = limits.COST_CORRECTION_WEIGHT_RATIO
-            # On a logarithmic scale: twice as fast and half as fast are equally far off.
-            self._ratios[key] = ratio if before is None else before ** (1 - weight) * ratio**weight
+            ratios = self._ratios.setdefault(key, deque(maxlen=limits.COST_CORRECTION_TIMES_COUNT))
+            self._ratios.move_to_end(key)
+            ratios.append(took_s / expected_s)
             if len(self._ratios) > limits.COST_CORRECTIONS_MAX_COUNT:
                 self._ratios.popitem(last=False)
 
@@ -164,6 +163,7 @@ class Corrections:
         wanted = self._size_class(moved_bytes)
         with self._lock:
             known = {size: r for (name, one, size), r in self._ratios.items() if (name, one) == (device, graph_form)}
-        if not known:
-            return 1.0
-        return known[min(known, key=lambda size: (abs(size - wanted), -size))]
+            if not known:
+                return 1.0
+            # One that was held up says nothing.
+            return statistics.median(known[min(known, key=lambda size: (abs(size - wanted), -size))])
