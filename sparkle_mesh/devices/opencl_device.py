@@ -173,6 +173,8 @@ class _OpenClKernel(CompiledKernel):
                 value = np.uint8(argument) if isinstance(argument, np.bool_) else argument
                 self._kernel.set_arg(position, value)
             cl.enqueue_nd_range_kernel(self._queue, self._kernel, global_size, local_size)
+            # Drivers may hold it back for a fuller queue.
+            self._queue.flush()
 
 
 @contextmanager
