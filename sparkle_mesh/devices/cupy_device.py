@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sparkle_mesh import limits
+from sparkle_mesh.devices.batches import batch_starts
 from sparkle_mesh.devices.compiled import CompiledKernel
 from sparkle_mesh.devices.cpu import NUMERIC_DTYPES
 from sparkle_mesh.devices.detect import DeviceInfo
@@ -250,12 +251,19 @@ class CupyDevice(Device):
     def _matmul(
         self, a: Native, b: Native, out: Native, shape_a: Shape, shape_b: Shape, shape: Shape, dtype: np.dtype[Any]
     ) -> None:
+        shapes = [tuple(dims) for dims in (shape_a, shape_b, shape)]
+        offsets: list[tuple[int, ...]] = [(0, 0, 0)]
+        if dtype == np.float16 and len(shape) > 2:
+            # CuPy would convert the whole batch to float32 and back.
+            offsets = [tuple(at * dtype.itemsize for at in starts) for starts in batch_starts(*shapes)]
+            shapes = [dims[-2:] for dims in shapes]
         with self.activated():
-            left, right, product = (
-                cupy.ndarray(tuple(dims), dtype=dtype, memptr=native.data)
-                for native, dims in ((a, shape_a), (b, shape_b), (out, shape))
-            )
-            cupy.matmul(left, right, out=product)
+            for starts in offsets:
+                left, right, product = (
+                    cupy.ndarray(dims, dtype=dtype, memptr=native.data + at)
+                    for native, dims, at in zip((a, b, out), shapes, starts, strict=True)
+                )
+                cupy.matmul(left, right, out=product)
 
 
 class _CupyKernel(CompiledKernel):

@@ -354,6 +354,10 @@ class Device(ABC):
             self._range(memory, 0, prod(dims) * kind.itemsize)
             for memory, dims in ((a, rows), (b, columns), (out, shape))
         ]
+        if len(shape) > 2 and prod(columns[:-2]) == 1:
+            # One right factor for all: one product of two dimensions, which libraries do best.
+            rows, columns = (prod(rows[:-1]), rows[-1]), columns[-2:]
+            shape = (rows[0], columns[1])
         if prod(shape) and not rows[-1]:
             self._clear(natives[2], prod(shape) * kind.itemsize)
         elif prod(shape):

@@ -18,6 +18,7 @@ import pyopencl as cl
 
 from sparkle_mesh import limits
 from sparkle_mesh.devices import opencl_source
+from sparkle_mesh.devices.batches import batch_starts
 from sparkle_mesh.devices.compiled import CompiledKernel
 from sparkle_mesh.devices.detect import DeviceInfo, free_memory_bytes
 from sparkle_mesh.devices.device import Backend, Device, DeviceCapabilities, Native, Shape
@@ -147,7 +148,7 @@ class OpenClDevice(Device):
         assert isinstance(kernel, _OpenClKernel)
         rows, depth, columns = (np.uint64(size) for size in (*shape_a[-2:], shape_b[-1]))
         size = opencl_source.matmul_size(dtype.name, int(rows), int(columns))
-        for starts in opencl_source.batch_starts(shape_a, shape_b, shape):
+        for starts in batch_starts(shape_a, shape_b, shape):
             kernel.run(size, None, [a, b, out, rows, columns, depth, *map(np.uint64, starts)])
 
 
@@ -172,6 +173,8 @@ class _OpenClKernel(CompiledKernel):
                 value = np.uint8(argument) if isinstance(argument, np.bool_) else argument
                 self._kernel.set_arg(position, value)
             cl.enqueue_nd_range_kernel(self._queue, self._kernel, global_size, local_size)
+            # Drivers may hold it back for a fuller queue.
+            self._queue.flush()
 
 
 @contextmanager

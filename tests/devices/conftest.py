@@ -11,6 +11,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -75,7 +76,10 @@ def find_device(kind: str) -> Device:
         pytest.skip("needs an NVIDIA GPU and CuPy: CuPy is not installed")
     if kind == "opencl" and not is_installed("pyopencl"):
         pytest.skip("needs an OpenCL device: PyOpenCL is not installed")
-    found = registry().devices(kind)
+    with warnings.catch_warnings():
+        # Of packages that are imported only now.
+        warnings.simplefilter("ignore")
+        found = registry().devices(kind)
     if not found:
         pytest.skip(f"needs a device of kind {kind}: this machine has none")
     return found[0]

@@ -132,6 +132,7 @@ def test_too_large_a_buffer_is_out_of_memory(device):
 
 
 def test_the_last_release_gives_it_back(device):
+    gc.collect()
     before = device.pool.in_use_bytes
     buffer = Buffer(1000, "f4", device)
     assert device.pool.in_use_bytes >= before + 4000
@@ -163,6 +164,7 @@ def test_nothing_works_after_the_release(device):
 
 
 def test_garbage_gives_it_back(device):
+    gc.collect()
     before = device.pool.in_use_bytes
     buffer = Buffer(1000, "f4", device)
     del buffer
@@ -206,6 +208,7 @@ def test_it_cannot_be_pickled_or_copied(device):
 
 
 def test_arrays_on_the_cpu_share_its_memory_and_hold_it(cpu):
+    gc.collect()
     before = cpu.pool.in_use_bytes
     buffer = Buffer(5, "i4", cpu).copy_from(np.arange(5, dtype="i4"))
     array = np.asarray(buffer)

@@ -371,7 +371,7 @@ def test_arguments_of_launches_are_checked(compiling_device):
 def test_matrices_are_multiplied(real_device, data):
     signature = hnp.mutually_broadcastable_shapes(signature="(m,k),(k,n)->(m,n)", max_dims=3, max_side=6, min_side=0)
     shape_a, shape_b = data.draw(signature).input_shapes
-    numeric = sorted({"int8", "uint64", "float32", "float64"} & real_device.capabilities.matmul_dtypes)
+    numeric = sorted({"int8", "uint64", "float16", "float32", "float64"} & real_device.capabilities.matmul_dtypes)
     dtype = data.draw(st.sampled_from(numeric))
     numbers = (
         hnp.arrays(dtype, shape_a, elements=st.integers(0, 5)),

@@ -144,8 +144,8 @@ def test_arguments_that_the_function_refuses_are_the_callers(gpus):
 
 
 @pytest.fixture
-def opencl():
-    pytest.importorskip("pyopencl")
+def opencl(device_of):
+    device_of("opencl")
     from sparkle_mesh.devices import opencl_device
 
     return opencl_device

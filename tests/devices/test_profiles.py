@@ -100,6 +100,15 @@ def test_a_profile_is_measured_once(tmp_path, monkeypatch, small):
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
 
+def test_a_profile_that_is_not_whole_is_not_kept(tmp_path, small, monkeypatch, caplog):
+    monkeypatch.setattr(profiles, "measure_profile", lambda device, clock: measure_profile(device, budget_s=0.0))
+    store = ProfileStore(tmp_path)
+    with caplog.at_level(logging.INFO):
+        assert store.profile(NullDevice()).gflops == {}
+    assert store.load(NullDevice()) is None
+    assert "tries again" in caplog.text
+
+
 def test_other_hardware_has_another_profile(tmp_path, cpu, small):
     store = ProfileStore(tmp_path)
     store.profile(NullDevice())

@@ -33,6 +33,13 @@ class Broken(Backend):
         raise DeviceError("the beads are stuck")
 
 
+class Unfinished(NullBackend):
+    """A backend that is wrong about itself."""
+
+    def devices(self):
+        raise AssertionError("never reached")
+
+
 def nonsense():
     return "no backend"
 
@@ -75,8 +82,8 @@ def test_it_looks_once():
     assert registry.devices()[0] is registry.devices("cpu")[0] is registry.device() is registry.device("cpu:0")
 
 
-def test_opencl_devices_are_found():
-    pytest.importorskip("pyopencl")
+def test_opencl_devices_are_found(device_of):
+    device_of("opencl")
     assert Registry(entry_points=nothing_else).devices("opencl")
 
 
@@ -105,6 +112,7 @@ def test_backends_of_other_packages_are_found(only_builtin, importable):
         ("no_such_module_anywhere:Backend", "No module named"),
         ("backends_of_tests:NoSuchBackend", "NoSuchBackend"),
         ("backends_of_tests:nonsense", "no Backend"),
+        ("backends_of_tests:Unfinished", "never reached"),
         ("backends_of_tests:Broken", "the beads are stuck"),
         ("sparkle_mesh.devices.cpu:CpuBackend", "kind 'cpu' already"),
     ],
