@@ -79,6 +79,7 @@ class CupyDevice(Device):
         capabilities = DeviceCapabilities(
             dtypes=NUMERIC_DTYPES,
             matmul_dtypes=NUMERIC_DTYPES - {"bool"},
+            matmul_transposes=True,
             language="cuda",
             unified=bool(properties.get("integrated", 0)),
             local_size_max=properties["maxThreadsPerBlock"],
@@ -249,12 +250,37 @@ class CupyDevice(Device):
     def _matmul(
         self, a: Native, b: Native, out: Native, shape_a: Shape, shape_b: Shape, shape: Shape, dtype: np.dtype[Any]
     ) -> None:
+        self._matmul_transposed(a, b, out, shape_a, shape_b, shape, dtype, (False, False))
+
+    def _matmul_transposed(
+        self,
+        a: Native,
+        b: Native,
+        out: Native,
+        shape_a: Shape,
+        shape_b: Shape,
+        shape: Shape,
+        dtype: np.dtype[Any],
+        transposed: tuple[bool, bool],
+    ) -> None:
         with self.activated():
             left, right, product = (
-                cupy.ndarray(tuple(dims), dtype=dtype, memptr=native.data)
-                for native, dims in ((a, shape_a), (b, shape_b), (out, shape))
+                _matrices(native, dims, dtype, exchanged)
+                for native, dims, exchanged in (
+                    (a, shape_a, transposed[0]),
+                    (b, shape_b, transposed[1]),
+                    (out, shape, False),
+                )
             )
             cupy.matmul(left, right, out=product)
+
+
+def _matrices(native: Native, shape: Shape, dtype: np.dtype[Any], exchanged: bool) -> Any:
+    """Return an array of ``shape`` over a block, in which the last two axes may be exchanged."""
+    if not exchanged:
+        return cupy.ndarray(tuple(shape), dtype=dtype, memptr=native.data)
+    *batch, rows, columns = shape
+    return cupy.ndarray((*batch, columns, rows), dtype=dtype, memptr=native.data).swapaxes(-1, -2)
 
 
 class _CupyKernel(Kernel):
