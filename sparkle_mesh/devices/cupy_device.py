@@ -81,6 +81,7 @@ class CupyDevice(Device):
         capabilities = DeviceCapabilities(
             dtypes=NUMERIC_DTYPES,
             matmul_dtypes=NUMERIC_DTYPES - {"bool"},
+            matmul_transposes=True,
             language="cuda",
             unified=bool(properties.get("integrated", 0)),
             local_size_max=properties["maxThreadsPerBlock"],
@@ -251,6 +252,19 @@ class CupyDevice(Device):
     def _matmul(
         self, a: Native, b: Native, out: Native, shape_a: Shape, shape_b: Shape, shape: Shape, dtype: np.dtype[Any]
     ) -> None:
+        self._matmul_transposed(a, b, out, shape_a, shape_b, shape, dtype, (False, False))
+
+    def _matmul_transposed(
+        self,
+        a: Native,
+        b: Native,
+        out: Native,
+        shape_a: Shape,
+        shape_b: Shape,
+        shape: Shape,
+        dtype: np.dtype[Any],
+        transposed: tuple[bool, bool],
+    ) -> None:
         shapes = [tuple(dims) for dims in (shape_a, shape_b, shape)]
         offsets: list[tuple[int, ...]] = [(0, 0, 0)]
         if dtype == np.float16 and len(shape) > 2:
@@ -260,10 +274,20 @@ class CupyDevice(Device):
         with self.activated():
             for starts in offsets:
                 left, right, product = (
-                    cupy.ndarray(dims, dtype=dtype, memptr=native.data + at)
-                    for native, dims, at in zip((a, b, out), shapes, starts, strict=True)
+                    _matrices(native.data + at, dims, dtype, exchanged)
+                    for native, dims, at, exchanged in zip(
+                        (a, b, out), shapes, starts, (*transposed, False), strict=True
+                    )
                 )
                 cupy.matmul(left, right, out=product)
+
+
+def _matrices(pointer: Any, shape: Shape, dtype: np.dtype[Any], exchanged: bool) -> Any:
+    """Return an array of ``shape`` at ``pointer``, where the last two axes may be exchanged."""
+    if not exchanged:
+        return cupy.ndarray(tuple(shape), dtype=dtype, memptr=pointer)
+    *batch, rows, columns = shape
+    return cupy.ndarray((*batch, columns, rows), dtype=dtype, memptr=pointer).swapaxes(-1, -2)
 
 
 class _CupyKernel(CompiledKernel):

@@ -45,6 +45,8 @@ class DeviceCapabilities:
         Names of the NumPy dtypes that it computes with.
     matmul_dtypes
         Names of those that :meth:`Device.matmul` multiplies.
+    matmul_transposes
+        Whether it takes factors whose last two axes are exchanged in memory.
     language
         What :meth:`Device.compile` takes: ``"cuda"`` (CUDA C++, HIP on ROCm), ``"opencl"`` (OpenCL C), or ``""`` where
         nothing is compiled.
@@ -60,6 +62,7 @@ class DeviceCapabilities:
 
     dtypes: frozenset[str]
     matmul_dtypes: frozenset[str] = frozenset()
+    matmul_transposes: bool = False
     language: Literal["", "cuda", "opencl"] = ""
     memory_is_host: bool = False
     unified: bool = False
@@ -322,7 +325,17 @@ class Device(ABC):
             self._kernels.move_to_end(key)
         return kernel
 
-    def matmul(self, a: Memory, b: Memory, out: Memory, shape_a: Shape, shape_b: Shape, dtype: npt.DTypeLike) -> None:
+    def matmul(
+        self,
+        a: Memory,
+        b: Memory,
+        out: Memory,
+        shape_a: Shape,
+        shape_b: Shape,
+        dtype: npt.DTypeLike,
+        *,
+        transposed: tuple[bool, bool] = (False, False),
+    ) -> None:
         """Queue ``out = a @ b``, as :func:`numpy.matmul` defines it, of dense arrays of one dtype.
 
         Parameters
@@ -330,6 +343,8 @@ class Device(ABC):
         shape_a, shape_b
             ``(..., m, k)`` and ``(..., k, n)``, of two dimensions or more; leading ones broadcast. ``out`` is
             ``(..., m, n)`` and shares no memory with the others.
+        transposed
+            Whether a, and b, lie in memory with their last two axes exchanged; needs ``matmul_transposes``.
 
         Raises
         ------
@@ -361,7 +376,10 @@ class Device(ABC):
         if prod(shape) and not rows[-1]:
             self._clear(natives[2], prod(shape) * kind.itemsize)
         elif prod(shape):
-            self._matmul(natives[0], natives[1], natives[2], rows, columns, shape, kind)
+            if any(transposed):
+                self._matmul_transposed(natives[0], natives[1], natives[2], rows, columns, shape, kind, transposed)
+            else:
+                self._matmul(natives[0], natives[1], natives[2], rows, columns, shape, kind)
 
     def measure(self, work: Callable[[], object]) -> float:
         """Return the seconds that the device takes for what ``work`` queues, by its own clock where it has one.
@@ -420,6 +438,19 @@ class Device(ABC):
         self, a: Native, b: Native, out: Native, shape_a: Shape, shape_b: Shape, shape: Shape, dtype: np.dtype[Any]
     ) -> None:
         raise DeviceError(f"the backend of {self} says that it multiplies {dtype}, and does not")
+
+    def _matmul_transposed(
+        self,
+        a: Native,
+        b: Native,
+        out: Native,
+        shape_a: Shape,
+        shape_b: Shape,
+        shape: Shape,
+        dtype: np.dtype[Any],
+        transposed: tuple[bool, bool],
+    ) -> None:
+        raise UsageError(f"{self} multiplies no matrices that lie transposed; copy them to their own order first")
 
     def _count(self, change: int) -> None:
         self._changes.append(change)

@@ -40,30 +40,10 @@ typedef u32 word4;
 typedef u32 word8 __attribute__((ext_vector_type(2)));
 typedef u32 word16 __attribute__((ext_vector_type(4)));
 #define SHUFFLE_DOWN(x, by) __shfl_down(x, by)
-static __device__ __forceinline__ f32 from_half(u16 bits) {
-  union { u16 bits; _Float16 half; } one;
-  one.bits = bits;
-  return (f32)one.half;
-}
-static __device__ __forceinline__ u16 to_half(f32 x) {
-  union { u16 bits; _Float16 half; } one;
-  one.half = (_Float16)x;
-  return one.bits;
-}
 #else
 typedef uint2 word8;
 typedef uint4 word16;
 #define SHUFFLE_DOWN(x, by) __shfl_down_sync(0xffffffffu, x, by)
-static __device__ __forceinline__ f32 from_half(u16 bits) {
-  f32 x;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
-  return x;
-}
-static __device__ __forceinline__ u16 to_half(f32 x) {
-  u16 bits;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
-  return bits;
-}
 #endif
 #define FUNCTION static __device__ __forceinline__
 #define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
@@ -74,11 +54,35 @@ static __device__ __forceinline__ u16 to_half(f32 x) {
 #define LOCAL_ID() ((i32)threadIdx.x)
 #define GROUP_X() ((ix)blockIdx.x)
 #define GROUP_Y() ((ix)blockIdx.y)
-#define GROUP_Z() ((ix)blockIdx.z)
 #define BITS_OF_F32(x) __float_as_uint(x)
 #define BITS_OF_F64(x) ((u64)__double_as_longlong(x))
 #define F32_OF_BITS(x) __uint_as_float(x)
 #define F64_OF_BITS(x) __longlong_as_double((i64)(x))
+"""
+_CUDA_HALF = """\
+#if defined(__HIP__) || defined(__HIPCC_RTC__)
+FUNCTION f32 from_half(u16 bits) {
+  union { u16 bits; _Float16 half; } one;
+  one.bits = bits;
+  return (f32)one.half;
+}
+FUNCTION u16 to_half(f32 x) {
+  union { u16 bits; _Float16 half; } one;
+  one.half = (_Float16)x;
+  return one.bits;
+}
+#else
+FUNCTION f32 from_half(u16 bits) {
+  f32 x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+  return x;
+}
+FUNCTION u16 to_half(f32 x) {
+  u16 bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
+#endif
 """
 
 _OPENCL = """\
@@ -96,12 +100,6 @@ typedef u16 word2;
 typedef u32 word4;
 typedef uint2 word8;
 typedef uint4 word16;
-static f32 from_half(u16 bits) { return vload_half(0, (const __private half *)&bits); }
-static u16 to_half(f32 x) {
-  u16 bits;
-  vstore_half_rte(x, 0, (__private half *)&bits);
-  return bits;
-}
 #define FUNCTION static
 #define KERNEL(threads) __kernel __attribute__((reqd_work_group_size(threads, 1, 1))) void
 #define GLOBAL __global
@@ -111,9 +109,16 @@ static u16 to_half(f32 x) {
 #define LOCAL_ID() ((i32)get_local_id(0))
 #define GROUP_X() ((ix)get_group_id(0))
 #define GROUP_Y() ((ix)get_group_id(1))
-#define GROUP_Z() ((ix)get_group_id(2))
 #define BITS_OF_F32(x) as_uint(x)
 #define F32_OF_BITS(x) as_float(x)
+"""
+_OPENCL_HALF = """\
+FUNCTION f32 from_half(u16 bits) { return vload_half(0, (const __private half *)&bits); }
+FUNCTION u16 to_half(f32 x) {
+  u16 bits;
+  vstore_half_rte(x, 0, (__private half *)&bits);
+  return bits;
+}
 """
 _OPENCL_DOUBLE = """\
 #pragma OPENCL EXTENSION cl_khr_fp64 : enable
@@ -171,6 +176,8 @@ class Code:
         head = _CUDA if self.language == "cuda" else _OPENCL
         if self.language == "opencl" and ("f64" in text or "F64" in text):
             head += _OPENCL_DOUBLE
+        if "_half(" in text:
+            head += _CUDA_HALF if self.language == "cuda" else _OPENCL_HALF
         text = head + text
         name = f"sparkle_{kind}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         return KernelSource(text.replace("@name@", name), name)

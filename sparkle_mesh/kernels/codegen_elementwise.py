@@ -68,7 +68,9 @@ def _kernel(
 ) -> ElementwiseKernel:
     dtypes = [*body.read_dtypes, *(one.dtype for one in body.instructions)]
     reads = access.accesses_of(body)
-    results = [access.result_access(n, dtypes[slot], view) for n, (slot, view) in enumerate(zip(slots, targets, strict=True))]
+    results = [
+        access.result_access(n, dtypes[slot], view) for n, (slot, view) in enumerate(zip(slots, targets, strict=True))
+    ]
     lengths, strides = collapse(body.shape, [one.strides for one in (*reads, *results)])
     together = access.restrided([*reads, *results], strides)
     reads, results = together[: len(reads)], together[len(reads) :]

@@ -166,14 +166,14 @@ class _Reduction:
         access.compute_function(self._code, self._body, [self._slot], wide=self._is_wide, stores=False)
         share_dtype = self._result_dtype if self._shares == 1 else self._dtype
         pointer = f"GLOBAL {codegen.memory_type(share_dtype)} *RESTRICT out"
-        takes = ", ".join([*access.parameters(self._reads), pointer, "ix columns", "ix words", "ix per_share", "ix count"])
+        takes = ", ".join(
+            [*access.parameters(self._reads), pointer, "ix columns", "ix words", "ix per_share", "ix count"]
+        )
         lines = [*self._start(), *self._gone_through(), *self._combined(), *self._written(share_dtype)]
         text = f"KERNEL({self._threads}) @name@({takes}) {{\n  " + "\n  ".join(lines) + "\n}\n"
         source = self._code.finish(f"{self._op}", text, wide=self._is_wide)
         arguments = (self._columns, self._words, self._per_share, self._count)
-        return ReduceKernel(
-            source, arguments, self._is_wide, self._groups, self._threads, self._shares, share_dtype
-        )
+        return ReduceKernel(source, arguments, self._is_wide, self._groups, self._threads, self._shares, share_dtype)
 
     # --- The text -------------------------------------------------------------------------------
 
@@ -203,9 +203,7 @@ class _Reduction:
     def _gone_through(self) -> list[str]:
         width, unroll, deep = self._width, self._unroll, self._deep
         scale = 1 if self._is_inner else width
-        before, kept = access.offsets(
-            "o", self._kept, self._lengths, self._reads, "o"
-        )
+        before, kept = access.offsets("o", self._kept, self._lengths, self._reads, "o")
         lines = [
             "if (column < columns) {",
             f"const ix o = column * {scale};",

@@ -68,9 +68,8 @@ class _LibraryProduct:
         step = self.step
         a, b, out = (_present(memories[block]) for block in (step.a, step.b, step.result))
         shape_a, shape_b = (*step.batch, step.rows, step.inner), (*step.batch, step.inner, step.columns)
-        self.device.matmul(
-            a, b, out, shape_a, shape_b, step.dtype, transpose_a=step.transpose_a, transpose_b=step.transpose_b
-        )
+        transposed = (step.transpose_a, step.transpose_b)
+        self.device.matmul(a, b, out, shape_a, shape_b, step.dtype, transposed=transposed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +88,8 @@ class GeneratedExecutor:
     ----------
     device
         Compiles: its capabilities have a language.
+    options
+        For its compiler, beside those that kernels need.
 
     Raises
     ------
@@ -96,7 +97,7 @@ class GeneratedExecutor:
         If it compiles nothing.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, *, options: Sequence[str] = ()) -> None:
         language = device.capabilities.language
         if not language:
             raise KernelError(f"{device} compiles no kernels; use a cuda, rocm or opencl device")
@@ -104,7 +105,7 @@ class GeneratedExecutor:
         self._language: Language = language
         most = max(min(device.capabilities.local_size_max, limits.GENERATED_GROUP_MAX_COUNT), 1)
         self._threads = 1 << (most.bit_length() - 1)
-        self._options = codegen.options(language, hip=device.kind == "rocm")
+        self._options = (*codegen.options(language, hip=device.kind == "rocm"), *options)
 
     def prepare(self, program: Program) -> PreparedProgram:
         """Compile what ``program`` needs; safe to call from any thread.
@@ -278,8 +279,9 @@ class _Preparation:
     def _matmul(self, step: MatmulStep) -> list[_Action]:
         if not self._program.blocks[step.result].size:
             return []
-        # OpenCL has no library.
-        if self._language == "cuda" and step.dtype in self._device.capabilities.matmul_dtypes:
+        # OpenCL brings no library.
+        can = self._device.capabilities
+        if can.language == "cuda" and can.matmul_transposes and step.dtype in can.matmul_dtypes:
             return [_LibraryProduct(self._device, step)]
         kernel = codegen_matmul.matmul(self._language, step, self._threads)
         numbers = _numbers(kernel.arguments, kernel.is_wide)
