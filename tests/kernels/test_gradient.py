@@ -297,7 +297,7 @@ def test_numbers_have_gradients():
     np.testing.assert_allclose(slope(np.ones(3, "float32"), 0.5), 3)
     # It takes part as a float, and is one then.
     np.testing.assert_allclose(slope(np.ones(3, "float32"), 2), 3)
-    with pytest.raises(KernelError, match="rate .*int64"):
+    with pytest.raises(KernelError, match=r"rate .*int64"):
         slope(np.ones(3, "float32"), np.int64(2))
 
 
