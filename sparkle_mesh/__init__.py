@@ -21,12 +21,27 @@ if TYPE_CHECKING:
     from sparkle_mesh.async_mesh import AsyncMesh as AsyncMesh
     from sparkle_mesh.async_mesh import open_mesh as open_mesh
     from sparkle_mesh.collectives.compression import Compression as Compression
+    from sparkle_mesh.kernels.gradient import gradient as gradient
+    from sparkle_mesh.kernels.gradient import value_and_gradient as value_and_gradient
+    from sparkle_mesh.kernels.tracing import kernel as kernel
     from sparkle_mesh.membership.keys import MeshKey as MeshKey
     from sparkle_mesh.mesh import Mesh as Mesh
     from sparkle_mesh.mesh import join as join
     from sparkle_mesh.version import __version__ as __version__
 
-__all__ = ["AsyncMesh", "Compression", "Mesh", "MeshKey", "__version__", "errors", "join", "open_mesh"]
+__all__ = [
+    "AsyncMesh",
+    "Compression",
+    "Mesh",
+    "MeshKey",
+    "__version__",
+    "errors",
+    "gradient",
+    "join",
+    "kernel",
+    "open_mesh",
+    "value_and_gradient",
+]
 
 _HOMES = {
     "AsyncMesh": "sparkle_mesh.async_mesh",
@@ -34,8 +49,11 @@ _HOMES = {
     "Mesh": "sparkle_mesh.mesh",
     "MeshKey": "sparkle_mesh.membership.keys",
     "__version__": "sparkle_mesh.version",
+    "gradient": "sparkle_mesh.kernels.gradient",
     "join": "sparkle_mesh.mesh",
+    "kernel": "sparkle_mesh.kernels.tracing",
     "open_mesh": "sparkle_mesh.async_mesh",
+    "value_and_gradient": "sparkle_mesh.kernels.gradient",
 }
 
 
