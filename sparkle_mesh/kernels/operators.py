@@ -98,7 +98,10 @@ class Operators(Value):
         return operate("floor_divide", other, self), operate("remainder", other, self)
 
     def __pos__(self) -> Tracer:
-        return self._trace.value(self._number, weak=self._weak)
+        # Python's +True is 1.
+        is_number = self._weak and self.dtype == np.bool_
+        number = self._trace.builder.cast(self._number, "int64") if is_number else self._number
+        return self._trace.value(number, weak=self._weak)
 
     def __neg__(self) -> Tracer:
         return operate("negative", self)

@@ -118,9 +118,6 @@ class Tracer(Operators):
     def __index__(self) -> NoReturn:
         self._number_at_tracing("an index or a count (range, a slice's end, a shape)")
 
-    def __round__(self, digits: int = 0) -> Tracer:
-        return functions.round(self, digits)
-
     def __contains__(self, value: object) -> NoReturn:
         self._number_at_tracing("in")
 

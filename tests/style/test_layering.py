@@ -37,6 +37,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "sparkle_mesh.version",
         "sparkle_mesh.async_mesh",
         "sparkle_mesh.collectives.compression",
+        "sparkle_mesh.kernels.gradient",
+        "sparkle_mesh.kernels.tracing",
         "sparkle_mesh.mesh",
         "sparkle_mesh.membership",
         "sparkle_mesh.context",
