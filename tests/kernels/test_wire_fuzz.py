@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparkle_mesh.errors import KernelError, ProtocolError
-from sparkle_mesh.kernels.accounting import measure, peak_bytes, reference_bytes
+from sparkle_mesh.kernels.accounting import measure, peak_bytes, reference_bytes, scratch_bytes
 from sparkle_mesh.kernels.fusion import fuse
 from sparkle_mesh.kernels.graph import Graph, GraphBuilder
 from sparkle_mesh.kernels.ops import DTYPES, OPS, Scalar, TensorType
@@ -74,6 +74,7 @@ def assert_runs(graph: Graph) -> None:
     for one, other in zip(run(program, inputs), wanted, strict=True):
         assert (one.size, one.dtype) == (other.size, other.dtype)
     new = [program.blocks[block].nbytes for step in program.steps for block in blocks_written(step)]
+    new += [scratch_bytes(step) for step in program.steps]
     assert peak_bytes(program) <= sum(array.nbytes for array in inputs) + sum(new)
 
 
