@@ -71,10 +71,9 @@ def step_flops(step: Step) -> int:
     match step:
         case ElementwiseStep(body=body):
             return prod(body.shape) * max(1, _flops_per_place(body))
-        case ReduceStep(body=body, axes=axes):
+        case ReduceStep(body=body):
             # Sums over no element still are to be written.
-            kept = prod(length for axis, length in enumerate(body.shape) if axis not in axes)
-            return max(prod(body.shape) * (1 + _flops_per_place(body)), kept)
+            return max(prod(body.shape) * (1 + _flops_per_place(body)), _kept_size(step))
         case MatmulStep(batch=batch, rows=rows, inner=inner, columns=columns):
             return prod(batch) * rows * columns * max(1, 2 * inner)
     return 0
@@ -108,13 +107,25 @@ def _view_bytes(view: View, program: Program) -> int:
 
 
 def peak_bytes(program: Program) -> int:
-    """Return what the blocks take at one time: inputs always, others from their step until they are freed."""
+    """Return what is held at one time: inputs always, other blocks from their step until they are freed."""
     held = peak = sum(block.nbytes for block in program.blocks[: program.input_count])
     for step, freed in zip(program.steps, program.frees, strict=True):
         held += sum(program.blocks[block].nbytes for block in blocks_written(step))
-        peak = max(peak, held)
+        peak = max(peak, held + scratch_bytes(step))
         held -= sum(program.blocks[block].nbytes for block in freed)
     return peak
+
+
+def scratch_bytes(step: Step) -> int:
+    """Return what a step holds beside its blocks, in proportion to them: numbers of float16 are reduced as float32."""
+    if isinstance(step, ReduceStep) and step.dtype == "float16":
+        return 4 * _kept_size(step)
+    return 0
+
+
+def _kept_size(step: ReduceStep) -> int:
+    """Return how many elements the result has."""
+    return prod(length for axis, length in enumerate(step.body.shape) if axis not in step.axes)
 
 
 def reference_bytes(graph: Graph) -> int:

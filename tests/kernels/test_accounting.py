@@ -14,6 +14,7 @@ from sparkle_mesh.kernels.accounting import (
     peak_bytes,
     program_demand,
     reference_bytes,
+    scratch_bytes,
     step_bytes,
     step_flops,
 )
@@ -84,6 +85,13 @@ def test_lengths_of_zero_hide_nothing() -> None:
     assert measure(builder.finish([builder.elementwise("exp", 0)])) == Demand(0, 0, 0)
 
 
+def test_numbers_of_float16_are_reduced_in_larger_ones() -> None:
+    builder = GraphBuilder([TensorType((1, 1000), "float16")])
+    program = fuse(builder.finish([builder.add("sum", 0, axes=(0,))]))
+    assert scratch_bytes(program.steps[0]) == 4000
+    assert peak_bytes(program) == 2000 + 2000 + 4000
+
+
 def test_doubling_doubles() -> None:
     builder = GraphBuilder([f32(1)])
     value = 0
@@ -108,7 +116,7 @@ def held_bytes(program: Program) -> int:
     for step, freed in zip(program.steps, program.frees, strict=True):
         assert blocks_read(step) <= alive
         alive |= blocks_written(step)
-        sizes.append(sum(program.blocks[block].nbytes for block in alive))
+        sizes.append(sum(program.blocks[block].nbytes for block in alive) + scratch_bytes(step))
         alive -= set(freed)
     assert alive == {*range(program.input_count), *program.outputs}
     return max(sizes)
