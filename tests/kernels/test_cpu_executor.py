@@ -41,6 +41,7 @@ def _small_pieces() -> Iterator[None]:
         patch.setattr(limits, "CPU_KEPT_MAX_COUNT", 3)
         patch.setattr(limits, "CPU_REDUCTION_PARTS_COUNT", 5)
         patch.setattr(limits, "CPU_DIRECT_TILE_MAX_COUNT", 11)
+        patch.setattr(limits, "CPU_DIRECT_TILES_COUNT", 2)
         patch.setattr(limits, "CPU_ROWS_IN_TURN_COUNT", 2)
         patch.setattr(limits, "CPU_LONG_ROW_MIN_COUNT", 3)
         patch.setattr(limits, "CPU_SHARED_MIN_COUNT", 0)
@@ -79,7 +80,7 @@ def is_exact(graph: Graph) -> bool:
 
 
 def test_it_computes_what_graphs_mean(executors: list[CpuExecutor]) -> None:
-    @settings(max_examples=800, deadline=None)
+    @settings(max_examples=400, deadline=None)
     @given(graphs(), st.integers(0, 5))
     def holds(graph: Graph, seed: int) -> None:
         inputs = inputs_for(graph, seed)
