@@ -698,17 +698,18 @@ CPU_TILE_MAX_COUNT = 128 * KIB
 # Kernels of very many values would leave pieces too short to be worth a call.
 CPU_TILE_MIN_COUNT = 4 * KIB
 # Of pieces that are read across their rows: lines of memory that are fetched are used whole.
-CPU_TILE_SIDE_COUNT = 256
+CPU_TILE_SIDE_COUNT = 32
 # Rows so short are gone through column by column: NumPy's own loops cost more than their elements.
 CPU_SHORT_ROW_MAX_COUNT = 16
 # What is added up beside each other: the sums of the levels of a pairwise sum stay in the cache.
 CPU_KEPT_MAX_COUNT = 8 * KIB
 # A reduction is cut into about so many parts, however many threads there are: its bits depend on the cut.
 CPU_REDUCTION_PARTS_COUNT = 64
-# Of reductions that need no buffers.
-CPU_DIRECT_TILE_MAX_COUNT = 512 * KIB
-# So many rows are added up one after the other; NumPy does the same within its pairwise sums.
-CPU_ROWS_IN_TURN_COUNT = 16
+# Of reductions that need no buffers: longer pieces, if there are as many of them, for all threads.
+CPU_DIRECT_TILE_MAX_COUNT = 1024 * KIB
+CPU_DIRECT_TILES_COUNT = 16
+# So many rows are added up one after the other; NumPy's pairwise sums do the same with a few at a time.
+CPU_ROWS_IN_TURN_COUNT = 32
 # Rows so long are added up by one call for all of them; for shorter ones one half of them is added to the other.
 CPU_LONG_ROW_MIN_COUNT = 1 * KIB
 # Indices of pieces that are made once and kept with a prepared step.

@@ -55,5 +55,6 @@ class BlockPool:
 
 def _capacity(nbytes: int) -> int:
     """Return the size that memory for ``nbytes`` has: one of eight between powers of two."""
+    nbytes = max(1, nbytes)
     step = max(_LINE_BYTES, 1 << max(0, nbytes.bit_length() - 4))
     return -(-nbytes // step) * step

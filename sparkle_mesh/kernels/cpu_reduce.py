@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from sparkle_mesh import limits
 from sparkle_mesh.kernels.cpu_body import Frame, compile_body, uniform_values
 from sparkle_mesh.kernels.cpu_steps import Workplace
 from sparkle_mesh.kernels.cpu_threads import Portions
-from sparkle_mesh.kernels.cpu_tiles import Access, Array, Blocks, Key, Tiles, place_in, reduction_tile_of
+from sparkle_mesh.kernels.cpu_tiles import Access, Array, Blocks, Key, Piece, Tiles, place_in, reduction_tile_of
 from sparkle_mesh.kernels.ops import OPS, Shape, element_strides
 from sparkle_mesh.kernels.program import Body, Instruction, ReduceStep
 
@@ -62,7 +63,8 @@ class PreparedReduction:
             if not keep and axis not in in_turn and tile[axis] > 1 and is_kept[-1]
         ]
         if not self._body.buffers and not halved:
-            tile = reduction_tile_of(lengths, is_kept, limits.CPU_DIRECT_TILE_MAX_COUNT)
+            most = min(limits.CPU_DIRECT_TILE_MAX_COUNT, prod(lengths) // limits.CPU_DIRECT_TILES_COUNT)
+            tile = reduction_tile_of(lengths, is_kept, max(prod(tile), most))
         self._fold = _Fold(ufunc, dtype, tuple(not keep for keep in is_kept), in_turn)
         self._spare_bytes = prod(tile) * np.dtype(dtype).itemsize if halved else 0
         self._tiles = Tiles(lengths, tile)
@@ -70,7 +72,11 @@ class PreparedReduction:
         self._kept_grid = tuple(n if keep else 1 for n, keep in zip(grid, is_kept, strict=True))
         self._reduced_grid = tuple(1 if keep else n for n, keep in zip(grid, is_kept, strict=True))
         # Enough parts for all threads, of results that are small.
-        self._groups = max(1, min(prod(self._reduced_grid), limits.CPU_REDUCTION_PARTS_COUNT // prod(self._kept_grid)))
+        self._folded = prod(self._reduced_grid)
+        self._groups = max(1, min(self._folded, limits.CPU_REDUCTION_PARTS_COUNT // prod(self._kept_grid)))
+        self._count = prod(self._kept_grid) * self._groups
+        is_small = self._tiles.count <= limits.CPU_PIECES_KEPT_MAX_COUNT
+        self._parts = [self._make_part(number) for number in range(self._count if is_small else 0)]
         self._alone = prod(lengths) * self._body.weight < limits.CPU_SHARED_MIN_COUNT
 
     def run(self, blocks: Blocks, place: Workplace) -> None:
@@ -96,34 +102,40 @@ class PreparedReduction:
             try:
                 frame = Frame(body, blocks, uniform, scratch)
                 for number in portions:
-                    kept_number, group = divmod(number, groups)
-                    key, total = self._fold_group(kept_number, group, frame, spare, portions)
-                    parts[group][key] = total
+                    part = self._part(number)
+                    tree = Tree(fold)
+                    for piece in part.pieces:
+                        portions.check()
+                        tree.add(fold.piece(frame.run(piece), spare, is_free=body.value_is_free))
+                    parts[part.group][part.key] = tree.total()
             finally:
                 place.pool.give_back(spare)
                 place.pool.give_back(scratch)
 
-        count = prod(self._kept_grid) * groups
-        place.workers.share(count, work, alone=self._alone, should_stop=place.should_stop)
+        place.workers.share(self._count, work, alone=self._alone, should_stop=place.should_stop)
         if not direct:
             np.copyto(result, fold.halve(parts, 0, parts)[0], casting="unsafe")
 
-    def _fold_group(
-        self, kept_number: int, group: int, frame: Frame, spare: Array, portions: Portions
-    ) -> tuple[Key, Array]:
-        """Return what the pieces of one group come to, and where that is in the result."""
-        tiles, fold = self._tiles, self._fold
+    def _part(self, number: int) -> _Part:
+        return self._parts[number] if self._parts else self._make_part(number)
+
+    def _make_part(self, number: int) -> _Part:
+        kept_number, group = divmod(number, self._groups)
         kept_place = place_in(self._kept_grid, kept_number)
-        pieces = prod(self._reduced_grid)
-        tree = Tree(fold)
-        for piece in range(group * pieces // self._groups, (group + 1) * pieces // self._groups):
-            portions.check()
-            place = [a + b for a, b in zip(kept_place, place_in(self._reduced_grid, piece), strict=True)]
-            tree.add(fold.piece(frame.run(tiles.at(place)), spare, is_free=self._body.value_is_free))
-        key = tuple(
-            slice(0, 1) if gone else part for part, gone in zip(tiles.at(kept_place).key, fold.reduced, strict=True)
-        )
-        return key, tree.total()
+        pieces = []
+        for one in range(group * self._folded // self._groups, (group + 1) * self._folded // self._groups):
+            place = place_in(self._reduced_grid, one)
+            pieces.append(self._tiles.at([a + b for a, b in zip(kept_place, place, strict=True)]))
+        pairs = zip(self._tiles.at(kept_place).key, self._fold.reduced, strict=True)
+        return _Part(group, tuple(slice(0, 1) if gone else part for part, gone in pairs), pieces)
+
+
+class _Part(NamedTuple):
+    """Pieces that are combined by one thread, and where they go: which partial result, and where in it."""
+
+    group: int
+    key: Key
+    pieces: list[Piece]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +159,7 @@ class _Fold:
         """
         # One call for each element of a row is less than one for each row.
         last = len(self.reduced) - 1
+        is_own = False
         length = value.shape[-1]
         if self.reduced[-1] and length > 1:
             if length <= limits.CPU_SHORT_ROW_MAX_COUNT and value.size > length:
@@ -156,15 +169,15 @@ class _Fold:
                 value = row
             else:
                 value = self.ufunc.reduce(value, axis=-1, dtype=self.dtype, keepdims=True)
-            is_free = True
+            is_free = is_own = True
         for axis in range(last - 1, -1, -1):
             if self.reduced[axis] and value.shape[axis] > 1:
                 if axis in self.in_turn:
-                    value = self._add_up_in_turn(value, axis)
+                    value, is_own = self._add_up_in_turn(value, axis), True
                 else:
                     value = self.halve(value, axis, value if is_free else self._half_of(value, axis, spare))
                 is_free = True
-        return value.copy()
+        return value if is_own else value.copy()
 
     def _add_up_in_turn(self, value: Array, axis: int) -> Array:
         """Return ``value`` with one element along ``axis``: few rows in turn, and what these come to as a tree."""

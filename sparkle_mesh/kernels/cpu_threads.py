@@ -28,7 +28,6 @@ class Portions:
         self._lock = threading.Lock()
         self._owner = threading.get_ident()
         self._stopped = False
-        self.failure: BaseException | None = None
 
     def __iter__(self) -> Iterator[int]:
         while True:
@@ -47,13 +46,6 @@ class Portions:
             self.stop()
         if self._stopped:
             raise KernelStoppedError("this kernel was stopped before its end; its outputs are not to be used")
-
-    def fail(self, error: BaseException) -> None:
-        """Keep ``error`` as what the task failed with, unless it failed before, and stop."""
-        with self._lock:
-            if self.failure is None:
-                self.failure = error
-        self.stop()
 
     def stop(self) -> None:
         """Let every thread end after the piece that it is at."""
@@ -93,7 +85,7 @@ class WorkerThreads:
         KernelStoppedError
             If the task was given up.
         BaseException
-            Whatever ``work`` raised first, in any thread; no thread works on the task any more.
+            Whatever ``work`` raised, in any thread; no thread works on the task any more.
         """
         portions = Portions(count, should_stop)
         if alone or self.count == 1 or count <= 1:
@@ -104,14 +96,20 @@ class WorkerThreads:
         try:
             _work_quietly(work, portions)
             # Those that have not begun have nothing left to do.
-            wait([future for future in futures if not future.cancel()])
-        except BaseException:
-            # An interruption of the wait itself, say.
+            running = [future for future in futures if not future.cancel()]
+            wait(running)
+        except BaseException as error:
+            # Of this thread: an interruption of the wait, say.
             portions.stop()
-            wait([future for future in futures if not future.cancel()])
+            running = [future for future in futures if not future.cancel()]
+            wait(running)
+            failures = [failure for future in running if (failure := future.exception()) is not None]
+            causes = [failure for failure in failures if not isinstance(failure, KernelStoppedError)]
+            if isinstance(error, KernelStoppedError) and causes:
+                raise causes[0] from None
             raise
-        if portions.failure is not None:
-            raise portions.failure
+        for future in running:
+            future.result()
 
     def _submit(self, work: Callable[[Portions], None], portions: Portions) -> Future[None] | None:
         try:
@@ -136,12 +134,13 @@ class WorkerThreads:
 
 
 def _work_quietly(work: Callable[[Portions], None], portions: Portions) -> None:
-    """Run ``work``; what it raises is the task's failure, if it is the first."""
+    """Run ``work``; if it fails, all others end as well."""
     try:
         with silently():
             work(portions)
-    except BaseException as error:
-        portions.fail(error)
+    except BaseException:
+        portions.stop()
+        raise
 
 
 def silently() -> AbstractContextManager[object]:
