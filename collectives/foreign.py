@@ -72,6 +72,16 @@ class Lent(Generic[D]):
         self._gpus: OnGpus | None = None
         self._written = False
 
+    def in_place(self) -> Any:
+        """Return :attr:`arrays`, where writing to them is writing to what was given. Raises UsageError otherwise."""
+        if self._gpus is not None or self._replaced:
+            labels = _labels(self._data)
+            elsewhere = next((labels(place) for place in self._replaced), "what is given")
+            raise UsageError(
+                f"{elsewhere} is on a GPU, or cannot be written to; give arrays on the CPU that can be, and copy back"
+            )
+        return self.arrays
+
     def settle(self) -> D:
         """Return what the call returns whose result is in :attr:`arrays`: the caller's own, which hold it now.
 
