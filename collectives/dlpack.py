@@ -90,19 +90,14 @@ def is_foreign(kind: type) -> bool:
 
 
 @lru_cache(maxsize=limits.FOREIGN_TYPES_CACHED_MAX_COUNT)
-def _libraries(kind: Any) -> frozenset[str]:
+def libraries_of(kind: Any) -> frozenset[str]:
+    """Return the packages that a type of arrays, and those that it is made from, are of."""
     return frozenset(base.__module__.partition(".")[0] for base in kind.__mro__)
 
 
-def libraries(value: object) -> frozenset[str]:
-    """Return the packages that the type of an array, and those that it is made from, are of."""
-    kind: Any = type(value)
-    return _libraries(kind)
-
-
-def is_always_writable(value: object) -> bool:
-    """Whether ``value`` is of a library all of whose arrays may be written to."""
-    return not _ALWAYS_WRITABLE.isdisjoint(libraries(value))
+def is_always_writable(kind: Any) -> bool:
+    """Whether a type is of a library all of whose arrays may be written to."""
+    return not _ALWAYS_WRITABLE.isdisjoint(libraries_of(kind))
 
 
 def device_of(value: Any) -> tuple[int, int] | None:
@@ -114,6 +109,18 @@ def device_of(value: Any) -> tuple[int, int] | None:
     return int(kind), int(number)
 
 
+def quick_view(value: Any) -> Array | None:
+    """Return the memory of an array on the processor as a NumPy array, if NumPy can take it.
+
+    It may be read-only where the memory is not: then, too, :func:`host_view` knows more.
+    """
+    try:
+        view: Array = np.from_dlpack(value, copy=False)
+    except REFUSALS:
+        return None
+    return view
+
+
 def host_view(value: Any, what: str) -> Array:
     """Return the memory of an array on the processor as a NumPy array, writable if that is.
 
@@ -122,13 +129,6 @@ def host_view(value: Any, what: str) -> Array:
     UsageError
         If ``what`` cannot lend it, or has numbers that NumPy cannot have.
     """
-    try:
-        array: Array = np.from_dlpack(value, copy=False)
-        if array.flags.writeable:
-            return array
-    except REFUSALS:
-        # Why, is found below.
-        pass
     exported = export(value, what)
     if exported.device_type not in HOST_DEVICES:
         raise UsageError(
@@ -146,7 +146,7 @@ def export(value: Any, what: str, **stream: int) -> Exported:
     # As the protocol grew: what does not know an argument has none of its meaning either.
     for options in ({"max_version": _VERSION, "copy": False}, {"max_version": _VERSION}, {}):
         try:
-            return _read(value.__dlpack__(**stream, **options), is_always_writable(value), what)
+            return _read(value.__dlpack__(**stream, **options), is_always_writable(type(value)), what)
         except TypeError as error:
             why = why or error
         except UsageError:

@@ -16,6 +16,7 @@ What a collective makes anew is made like what it was given, of the same library
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
@@ -29,7 +30,8 @@ from sparkle_mesh.collectives.dlpack import (
     host_view,
     is_always_writable,
     is_foreign,
-    libraries,
+    libraries_of,
+    quick_view,
     type_name,
 )
 from sparkle_mesh.collectives.reduction import Array
@@ -69,6 +71,16 @@ class Lent(Generic[D]):
         self._replaced: dict[int, Array] = {}
         self._gpus: OnGpus | None = None
         self._written = False
+
+    def in_place(self) -> Any:
+        """Return :attr:`arrays`, where writing to them is writing to what was given. Raises UsageError otherwise."""
+        if self._gpus is not None or self._replaced:
+            labels = _labels(self._data)
+            elsewhere = next((labels(place) for place in self._replaced), "what is given")
+            raise UsageError(
+                f"{elsewhere} is on a GPU, or cannot be written to; give arrays on the CPU that can be, and copy back"
+            )
+        return self.arrays
 
     def settle(self) -> D:
         """Return what the call returns whose result is in :attr:`arrays`: the caller's own, which hold it now.
@@ -113,25 +125,35 @@ class Lent(Generic[D]):
     def _like(self, place: int, array: Array | None) -> Any:
         return array if array is None or place not in self._foreign else _made_like(self._values[place], array)
 
-    def _take(self, *, read: bool, written: bool) -> None:
-        """Let every array of another library lend its memory. Raises UsageError."""
+    def _take(self, kinds: Mapping[type, frozenset[str]], *, read: bool, written: bool) -> None:
+        """Let every array of one of ``kinds``, which are of these libraries, lend its memory. Raises UsageError."""
         self._lock, self._written = Lock(), written
         hosts: list[Any] = []
         labels = _labels(self._data)
         on_gpus: list[tuple[int, object, str]] = []
+        # There may be hundreds: what NumPy could not take it is not asked again.
+        odd: set[object] = set()
         for place, value in enumerate(self._values):
-            if not is_foreign(type(value)):
+            libraries = kinds.get(type(value))
+            if libraries is None:
                 hosts.append(value)
                 continue
             self._foreign.append(place)
-            what = labels(place)
-            value = _without_gradient(value, what)
-            host = _on_host(value, what)
-            if host is None:
-                on_gpus.append((place, value, what))
-            elif written and not host.flags.writeable:
-                _check_can_be_remade(value, what)
-                self._replaced[place] = host = host.copy()
+            look = None
+            if "torch" in libraries:
+                if value.requires_grad or value.is_neg():
+                    value = _without_gradient(value, labels(place))
+                look = (value.dtype, value.device)
+            host = None if look in odd or "cupy" in libraries else quick_view(value)
+            if host is None or (written and not host.flags.writeable):
+                odd.add(look) if look is not None else None
+                what = labels(place)
+                host = None if "cupy" in libraries else _on_host(value, what)
+                if host is None:
+                    on_gpus.append((place, value, what))
+                elif written and not host.flags.writeable:
+                    _check_can_be_remade(value, what)
+                    self._replaced[place] = host = host.copy()
             hosts.append(host)
         if on_gpus:
             from sparkle_mesh.collectives.cupy_arrays import OnGpus
@@ -160,11 +182,13 @@ def lend(data: D, *, read: bool = True, written: bool = True) -> Lent[D]:
         If an array of another library cannot be lent; it says why, and what to do.
     """
     lent = Lent(data)
-    values = _values(data)
-    if not any(map(is_foreign, set(map(type, values)))):
+    if type(data) is np.ndarray:
         return lent
-    lent._values = values
-    lent._take(read=read, written=written)
+    values = _values(data)
+    kinds = {kind: libraries_of(kind) for kind in set(map(type, values)) if is_foreign(kind)}
+    if kinds:
+        lent._values = values
+        lent._take(kinds, read=read, written=written)
     return lent
 
 
@@ -209,12 +233,8 @@ def _labels(data: object) -> Callable[[int], str]:
 
 def _without_gradient(value: Any, what: str) -> Any:
     """Return a tensor of PyTorch as one that can be lent: parameters are taken as the numbers that they hold."""
-    if "torch" not in libraries(value):
-        return value
     if value.is_neg():
         raise UsageError(f"{what} is a tensor whose memory holds its negative; pass its resolve_neg()")
-    if not value.requires_grad:
-        return value
     if not value.is_leaf:
         raise UsageError(
             f"{what} is a tensor within a graph of gradients, which do not pass through a collective; pass its detach()"
@@ -224,23 +244,21 @@ def _without_gradient(value: Any, what: str) -> Any:
 
 def _on_host(value: Any, what: str) -> Array | None:
     """Return the memory of an array; a copy, if it gives only that; None if it is a GPU's, and CuPy can copy it."""
-    kinds = libraries(value)
-    if "cupy" in kinds:
+    always_writable = is_always_writable(type(value))
+    device = device_of(value)
+    is_on_gpu = device is not None and device[0] in GPU_DEVICES
+    if is_on_gpu and always_writable:
         return None
     try:
         return host_view(value, what)
     except UsageError:
-        device = device_of(value)
-        if hasattr(value, "__array_namespace__") and not is_always_writable(value):
+        if hasattr(value, "__array_namespace__") and not always_writable:
             # JAX has devices of its own, and gives copies of what they hold.
-            try:
-                array = np.asarray(value)
-            except REFUSALS:
-                array = None
-            if array is not None:
+            with suppress(*REFUSALS):
+                array = np.asarray(value).view()
                 array.flags.writeable = False
                 return array
-        if device is not None and device[0] in GPU_DEVICES:
+        if is_on_gpu:
             return None
         raise
 
@@ -259,13 +277,15 @@ def _remade(value: Any, result: Array) -> object:
 
 def _made_like(value: Any, result: Array) -> object:
     """Return ``result`` as an array of the library of ``value``, on its device; as it is if that cannot be told."""
-    if "cupy" in libraries(value):
+    kind: Any = type(value)
+    libraries = libraries_of(kind)
+    if "cupy" in libraries:
         from sparkle_mesh.collectives.cupy_arrays import make_like
 
         return make_like(value, result)
     if hasattr(value, "__array_namespace__"):
         return _remade(value, result)
-    if "torch" in libraries(value):
+    if "torch" in libraries:
         lent = lend(value.new_empty(result.shape), read=False)
         lent.arrays[...] = result
         return lent.settle()

@@ -270,11 +270,11 @@ class AsyncMesh(AsyncCollectives):
         Parameters
         ----------
         state
-            A NumPy array, or a list, tuple or dict of arrays (such as a model's parameters and its optimizer's
-            moments): the same names, shapes and dtypes on every member. Overwritten in place where it is not the
-            reference: the state that most of those hold who were synchronised before, else that of the lowest rank
-            among them; in a mesh that has just formed, or if one that comes from another mesh is further, that of the
-            highest step. None to take in newcomers alone.
+            An array (of NumPy, or of PyTorch on the CPU: any that can be written to there), or a list, tuple or dict of
+            arrays (such as a model's parameters and its optimizer's moments): the same names, shapes and dtypes on
+            every member. Overwritten in place where it is not the reference: the state that most of those hold who were
+            synchronised before, else that of the lowest rank among them; in a mesh that has just formed, or if one that
+            comes from another mesh is further, that of the highest step. None to take in newcomers alone.
         step
             How many steps this member has done.
         on_drift

@@ -12,6 +12,7 @@ import numpy as np
 
 from sparkle_mesh import limits
 from sparkle_mesh.collectives.arrays import NO_ARRAYS, Arrays, ArraysLook, check_arrays
+from sparkle_mesh.collectives.foreign import lend
 from sparkle_mesh.errors import UsageError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -33,7 +34,8 @@ class StateChunks:
     Parameters
     ----------
     state
-        One array, or a list, tuple or dict of arrays, as for collectives; None for a state of nothing.
+        One array, or a list, tuple or dict of arrays, as for collectives, that can be written to where they lie: on the
+        CPU. None for a state of nothing.
 
     Raises
     ------
@@ -42,7 +44,9 @@ class StateChunks:
     """
 
     def __init__(self, state: object) -> None:
-        self._arrays: Arrays = NO_ARRAYS if state is None else check_arrays(state, _check_dtype)
+        self._arrays: Arrays = NO_ARRAYS
+        if state is not None:
+            self._arrays = check_arrays(lend(state).in_place(), _check_dtype)
 
     # Nothing of this is needed where all members are alike, at every step.
 

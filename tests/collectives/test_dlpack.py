@@ -145,7 +145,7 @@ def test_what_is_read_only_or_a_copy_is_not_written_to(flags: int) -> None:
 def test_torch_before_dlpack_1_is_written_to_all_the_same() -> None:
     memory = np.ones(3, np.float32)
     tensor = type("Tensor", (ByHand,), {"__module__": "torch"})(memory, FLOAT, (3,), version=None)
-    tensor.is_neg, tensor.requires_grad = lambda: False, False
+    tensor.is_neg, tensor.requires_grad, tensor.dtype, tensor.device = lambda: False, False, "float32", "cpu"
     lent = lend(tensor)
     lent.arrays[:] = 7
     assert lent.settle() is tensor

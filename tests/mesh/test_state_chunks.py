@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sparkle_mesh import limits
 from sparkle_mesh.errors import UsageError
 from sparkle_mesh.state_chunks import StateChunks
+from tests.collectives.conftest import Immutable, Lender
 
 
 @pytest.fixture(autouse=True)
@@ -90,3 +91,19 @@ def test_nothing_is_a_state_too() -> None:
 def test_what_is_no_state_is_refused(given_state: Any) -> None:
     with pytest.raises(UsageError):
         StateChunks(given_state)
+
+
+def test_arrays_of_other_libraries_are_written_where_they_lie() -> None:
+    mine = {"w": Lender(np.zeros((3, 4), np.float32).T), "b": np.zeros(2)}
+    theirs = {"w": np.arange(12, dtype=np.float32).reshape(4, 3), "b": np.ones(2)}
+    chunks, others = StateChunks(mine), StateChunks(theirs)
+    assert chunks.layout == others.layout
+    for chunk in range(len(chunks)):
+        chunks.write(chunk, others.read(chunk))
+    np.testing.assert_array_equal(mine["w"].array, theirs["w"])
+    np.testing.assert_array_equal(mine["b"], theirs["b"])
+
+
+def test_arrays_of_other_libraries_that_cannot_be_written_to_are_refused() -> None:
+    with pytest.raises(UsageError, match="the value of 'w' is on a GPU, or cannot be written to"):
+        StateChunks({"b": Lender(np.zeros(1)), "w": Immutable(np.zeros(1))})
