@@ -669,6 +669,8 @@ PROFILE_FILE_MAX_BYTES = 64 * KIB
 KERNEL_TRACES_MAX_COUNT = 64
 # Elements that a loop over a traced array goes through: each is nodes of its own.
 KERNEL_UNROLL_MAX_COUNT = 64
+# Types of operands that are known to be of kernels, so that a call need not look again.
+KERNEL_OPERAND_TYPES_MAX_COUNT = 1024
 # Lists within lists among a kernel's arguments and results.
 KERNEL_STRUCTURE_MAX_DEPTH = 32
 

@@ -10,7 +10,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import update_wrapper
+from functools import lru_cache, update_wrapper
 from inspect import BoundArguments
 from threading import Lock
 from typing import Annotated, Any, Protocol, TypeAlias, TypeVar, get_type_hints, overload
@@ -335,8 +335,7 @@ def _leaf(path: str, value: Any) -> Leaf:
     if not (hasattr(value, "shape") and hasattr(value, "dtype")) and hasattr(value, "__array__"):
         value = np.asarray(value)
     try:
-        found = TensorType(tuple(map(int, value.shape)), as_dtype(value.dtype))
-        check_type(found)
+        return _array_leaf(tuple(value.shape), value.dtype)
     except (AttributeError, TypeError) as error:
         raise KernelError(
             f"{path} is of type {type(value).__name__}, not an array or a number; name it in static=(…) if the kernel "
@@ -344,6 +343,12 @@ def _leaf(path: str, value: Any) -> Leaf:
         ) from error
     except KernelError as error:
         raise KernelError(f"{path}: {error}") from error
+
+
+@lru_cache(limits.KERNEL_OPERAND_TYPES_MAX_COUNT)
+def _array_leaf(shape: tuple[int, ...], dtype: Any) -> Leaf:
+    found = TensorType(tuple(map(int, shape)), as_dtype(dtype))
+    check_type(found)
     return Leaf(found)
 
 
