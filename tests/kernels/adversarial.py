@@ -9,23 +9,13 @@ from sparkle_mesh.kernels.graph import Graph, Node
 
 COUNT = limits.KERNEL_NODES_MAX_COUNT
 OPERANDS = limits.KERNEL_OPERANDS_MAX_COUNT
+OPERANDS_IN_ALL = limits.KERNEL_OPERANDS_IN_ALL_MAX_COUNT
 SHAPE = (4, 4)
 INPUT = Node("input", shape=SHAPE)
 
 
 def _square(operand: int, shape: tuple[int, ...] = SHAPE) -> Node:
     return Node("square", (operand,), shape)
-
-
-def _sum(operand: int) -> Node:
-    return Node("sum", (operand,), (), axes=(0, 1))
-
-
-def _joined(nodes: list[Node]) -> Graph:
-    """Return a graph in which the last nodes that nobody needs yet are joined, all of SHAPE or of none."""
-    needed = {operand for node in nodes for operand in node.operands}
-    loose = [number for number in range(len(nodes)) if number not in needed]
-    return Graph(tuple(nodes), tuple(loose[: limits.KERNEL_OUTPUTS_MAX_COUNT]))
 
 
 def lazy_chain(op: str) -> Graph:
@@ -121,10 +111,10 @@ def reductions_along_a_chain() -> Graph:
 
 
 def concatenations() -> Graph:
-    """As many operands as there can be, of nodes that have as many."""
+    """As many operands in all as there can be, of nodes that have as many."""
     nodes = [Node("input", shape=(0,))]
     while len(nodes) < COUNT:
-        operands = tuple(max(0, len(nodes) - 1 - place) for place in range(OPERANDS))
+        operands = tuple(max(0, len(nodes) - 1 - place) for place in range(OPERANDS_IN_ALL // COUNT))
         nodes.append(Node("concatenate", operands, (0,), axes=(0,)))
     return Graph(tuple(nodes), (COUNT - 1,))
 
@@ -160,19 +150,13 @@ def fan_out() -> Graph:
 
 
 def wide_body() -> Graph:
-    """A step that reads a thousand views, each another."""
-    shape = (COUNT,)
-    nodes = [Node("input", shape=shape)]
-    total = None
+    """A step that reads two thousand views, each another."""
+    nodes = [Node("input", shape=(COUNT,)), Node("slice", (0,), (8,), starts=(0,), steps=(1,))]
     while len(nodes) + 2 <= COUNT:
-        nodes.append(Node("slice", (0,), (8,), starts=(len(nodes) % (COUNT - 8),), steps=(1,)))
-        if total is None:
-            total = 1
-            continue
-        nodes.append(Node("add", (total, len(nodes) - 1), (8,)))
-        total = len(nodes) - 1
-    assert total is not None
-    return Graph(tuple(nodes), (total,))
+        total, place = len(nodes) - 1, len(nodes) % (COUNT - 8)
+        nodes.append(Node("slice", (0,), (8,), starts=(place,), steps=(1,)))
+        nodes.append(Node("add", (total, total + 1), (8,)))
+    return Graph(tuple(nodes), (len(nodes) - 1,))
 
 
 def pyramid() -> Graph:
@@ -180,7 +164,7 @@ def pyramid() -> Graph:
     nodes = [INPUT, _square(0)]
     while len(nodes) + 1 < COUNT:
         nodes.append(Node("add", (len(nodes) - 1, len(nodes) - 2), SHAPE))
-    nodes.append(_sum(len(nodes) - 1))
+    nodes.append(Node("sum", (len(nodes) - 1,), (), axes=(0, 1)))
     return Graph(tuple(nodes), (COUNT - 1,))
 
 

@@ -20,8 +20,8 @@ from tests.kernels.adversarial import GRAPHS
 from tests.kernels.graphs import graphs, inputs_for
 from tests.kernels.test_fusion import run
 
-# What is to take less, on any machine that tests run on; it takes a twentieth of this.
-LIMIT_S = 2.0
+# What takes a tenth of this, where nothing is measured beside; what is quadratic takes more.
+LIMIT_S = 4.0
 
 
 def views(program: Program) -> list[View]:
@@ -40,7 +40,7 @@ def instruction_count(program: Program) -> int:
     return sum(len(step.body.instructions) for step in steps)
 
 
-@pytest.mark.parametrize("name", [name for name in GRAPHS if name != "concatenations"])
+@pytest.mark.parametrize("name", GRAPHS)
 def test_graphs_at_the_bounds_are_fused_soon(name: str) -> None:
     graph = GRAPHS[name]()
     start = time.process_time()

@@ -78,7 +78,7 @@ def assert_runs(graph: Graph) -> None:
     assert peak_bytes(program) <= sum(array.nbytes for array in inputs) + sum(new)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(st.binary(max_size=400))
 def test_garbage(data: bytes) -> None:
     accepted(data)
@@ -119,7 +119,7 @@ def mutated(draw: st.DrawFn) -> bytes:
     return data
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(mutated())
 def test_mutated_bytes(data: bytes) -> None:
     accepted(data)
@@ -177,7 +177,7 @@ def confused(draw: st.DrawFn) -> bytes:
     return msgspec.msgpack.encode(message)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(confused())
 def test_confused_types(data: bytes) -> None:
     accepted(data)
@@ -263,7 +263,7 @@ def _add(draw: st.DrawFn, builder: GraphBuilder, values: list[int]) -> int:
     return builder.add(op.name, *operands, axes=axes)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(wild_graphs())
 def test_wild_graphs(graph: Graph) -> None:
     encoded = encode_graph(graph)
@@ -271,7 +271,7 @@ def test_wild_graphs(graph: Graph) -> None:
     assert graph_digest(graph) == graph_digest(decode_graph(encoded))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(st.one_of(graphs(), wild_graphs()), st.data())
 def test_declared_kernels(graph: Graph, data: st.DataObject) -> None:
     encoded = encode_kernel(declare(graph))
