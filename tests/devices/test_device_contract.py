@@ -397,6 +397,20 @@ def test_larger_matrices_are_multiplied(real_device, dtype):
     np.testing.assert_allclose(content(out, np.empty((65, 33), dtype)), expected, rtol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", ["int32", "float16", "float32", "float64"])
+@pytest.mark.parametrize(
+    "shapes", [((2, 3, 4), (2, 4, 5)), ((2, 1, 3, 4), (5, 4, 2)), ((7, 3, 4), (4, 5)), ((3, 4), (2, 1, 4, 1))]
+)
+def test_batches_of_matrices_are_multiplied(real_device, shapes, dtype):
+    if dtype not in real_device.capabilities.matmul_dtypes:
+        pytest.skip(f"{real_device} does not compute with {dtype}")
+    a, b = ((np.arange(prod(shape)) % 7).astype(dtype).reshape(shape) for shape in shapes)
+    expected = np.matmul(a, b)
+    out = real_device.allocate(expected.nbytes)
+    real_device.matmul(block_of(real_device, a), block_of(real_device, b), out, *shapes, dtype)
+    np.testing.assert_array_equal(content(out, expected), expected)
+
+
 def test_matrices_that_do_not_fit_are_refused(device):
     block, out = device.allocate(16), device.allocate(16)
     for shapes, why in [

@@ -204,3 +204,26 @@ def test_threads_share_it():
     assert device.pool.in_use_bytes == 0
     device.pool.empty()
     assert device.allocated_bytes == 0
+
+
+def test_what_is_too_large_even_when_all_is_given_back():
+    device = NullDevice(memory_bytes=64 * KIB)
+    device.pool.free(device.pool.allocate(KIB))
+    first, second = Copies(device.pool, [2 * KIB]), Copies(device.pool, [KIB])
+    device.pool.add_reclaimer(first)
+    device.pool.add_reclaimer(second)
+    held = device.pool.allocate(16 * KIB)
+    device.pool.free(device.pool.allocate(KIB))
+    with pytest.raises(OutOfMemoryError):
+        device.pool.allocate(60 * KIB)
+    assert (first.asked, second.asked) == ([60 * KIB], [58 * KIB])
+    device.pool.free(device.pool.allocate(KIB))
+    with pytest.raises(OutOfMemoryError, match=f"{16 * KIB} in use here, 0 freed and kept"):
+        device.pool.allocate(60 * KIB)
+    assert not held.freed
+    device.pool.remove_reclaimer(first)
+    third = Copies(device.pool, [KIB])
+    device.pool.add_reclaimer(Copies(device.pool, [32 * KIB]))
+    device.pool.add_reclaimer(third)
+    assert device.pool.allocate(40 * KIB)
+    assert third.asked == []
