@@ -7,6 +7,8 @@ and the result is copied back into it in its own layout. The arrays of a contain
 dtype, so that a model's many small gradients cost as few messages as one large one. Dicts are taken in the order of
 their sorted keys, so the order of insertion does not matter.
 
+Arrays of other libraries become NumPy arrays before they come here: :mod:`.foreign`.
+
 Refused, saying why: Python numbers and NumPy scalars (nothing to write the result into), read-only arrays, arrays
 that share memory with each other or with themselves, masked arrays, other dtypes, nested containers.
 """
@@ -27,6 +29,8 @@ from typing import Any, Final, NamedTuple, cast
 import numpy as np
 
 from sparkle_mesh import limits
+from sparkle_mesh.collectives.dlpack import type_name
+from sparkle_mesh.collectives.foreign import Refused
 from sparkle_mesh.collectives.messages import call_digest
 from sparkle_mesh.collectives.reduction import Array
 from sparkle_mesh.errors import UsageError
@@ -305,6 +309,8 @@ def _first(arrays: Arrays, wanted: Callable[[Array], bool]) -> str:
 
 def _collect(data: object) -> tuple[str, tuple[Array, ...], tuple[str, ...]]:
     """Return the form of ``data``, the arrays, and their keys if it is a dict."""
+    if isinstance(data, Refused):
+        raise data.error
     if isinstance(data, Mapping):
         wrong = next((key for key in data if not isinstance(key, str)), None)
         if wrong is not None:
@@ -335,8 +341,8 @@ def _array(value: object, what: str) -> Array:
     if isinstance(value, Mapping | list | tuple):
         raise UsageError(f"{what} is a {type(value).__name__} inside a container; pass one flat list or dict of arrays")
     raise UsageError(
-        f"{what} is a {type(value).__module__}.{type(value).__qualname__}; pass a NumPy array, or a list or dict of"
-        " them (a CPU tensor's .numpy() shares its memory)"
+        f"{what} is a {type_name(type(value))}; pass a NumPy array, one of another library that has DLPack, or a list"
+        " or dict of them"
     )
 
 

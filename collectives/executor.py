@@ -411,12 +411,16 @@ class Execution:
 class BufferPool:
     """Keeps large buffers for the next operation: touching fresh memory costs more than reducing into it.
 
-    Holds at most ``limits.COLLECTIVE_BUFFERS_POOLED_MAX_COUNT`` buffers of together at most
-    ``limits.COLLECTIVE_BUFFERS_POOLED_MAX_BYTES``, the most recently used ones. ``make`` gives new bytes.
+    Holds at most ``limits.COLLECTIVE_BUFFERS_POOLED_MAX_COUNT`` buffers of together at most ``max_bytes``
+    (``limits.COLLECTIVE_BUFFERS_POOLED_MAX_BYTES`` if None), the most recently used ones. ``make`` gives new bytes.
     """
 
-    def __init__(self, make: Callable[[int], Array] = lambda nbytes: np.empty(nbytes, np.uint8)) -> None:
-        self._make = make
+    def __init__(
+        self,
+        make: Callable[[int], Array] = lambda nbytes: np.empty(nbytes, np.uint8),
+        max_bytes: int | None = None,
+    ) -> None:
+        self._make, self._max_bytes = make, max_bytes
         self._free: list[Array] = []
 
     def take(self, count: int, dtype: np.dtype[Any]) -> Array:
@@ -437,10 +441,8 @@ class BufferPool:
             buffer = buffer.base
         if buffer.nbytes:
             self._free.append(buffer)
-        while (
-            len(self._free) > limits.COLLECTIVE_BUFFERS_POOLED_MAX_COUNT
-            or self.nbytes > limits.COLLECTIVE_BUFFERS_POOLED_MAX_BYTES
-        ):
+        most = limits.COLLECTIVE_BUFFERS_POOLED_MAX_BYTES if self._max_bytes is None else self._max_bytes
+        while len(self._free) > limits.COLLECTIVE_BUFFERS_POOLED_MAX_COUNT or self.nbytes > most:
             self._free.pop(0)
 
     @property

@@ -310,7 +310,7 @@ class CollectiveGroup(GroupViews):
     ) -> T:
         sends = kind == "send"
         ranks = self.shown[1]
-        place = check_other("to" if sends else "source", other, ranks.index(self.members[self.rank]), len(ranks))
+        place = check_other("to" if sends else "source", other, self.shown_rank, len(ranks))
         member = ranks[place]
         # While a view ends it is not known yet which ranks the two have in the next.
         async with self._until_routes_are_known():
@@ -361,6 +361,11 @@ class CollectiveGroup(GroupViews):
                 f"lost {', '.join(lost)} since the last call: there were {before} ranks, and are {self.size}. This "
                 "call is not made; the next one is among those left"
             )
+
+    @property
+    def shown_rank(self) -> int:
+        """This rank, as the caller knows it: in the view of its last call."""
+        return self.shown[1].index(self.members[self.rank])
 
     def _rank_of(self, member: Hashable) -> int:
         """Return the rank of ``member`` now. Raises PeerLostError if it has none."""

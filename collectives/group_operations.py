@@ -392,7 +392,8 @@ class GroupOperations(GroupState):
         return buckets, [self._lane(call, number, bucket) for number, bucket in enumerate(buckets)]
 
     def _lane(self, call: Call, number: int, bucket: Bucket) -> Lane:
-        dtype = work_dtype(bucket.data.dtype)
+        # What is handed on is not added up.
+        dtype = bucket.data.dtype if call.kind == "broadcast" else work_dtype(bucket.data.dtype)
         compression = call.compression if can_be_compressed(bucket.data.dtype) else None
         feedback = None if compression is None else compression.feedback
         lost: Array | None = None

@@ -27,13 +27,13 @@ class AsyncPendingReduction(Generic[D]):
 
     def __init__(self, data: D, description: str, give_up: Callable[[Operation], None]) -> None:
         self.outcome: Outcome | None = None
-        self._data = data
         self._description = description
         self._give_up = give_up
         self._cancelled = False
         self._operation: Operation | None = None
         self._error: BaseException | None = None
         self._told = False
+        self._settle: Callable[[], D] = lambda: data
         self._ended = trio.Event()
 
     def __repr__(self) -> str:
@@ -99,7 +99,11 @@ class AsyncPendingReduction(Generic[D]):
         if self._error is not None:
             self._told = True
             raise self._error
-        return self._data
+        return self._settle()
+
+    def gives(self, settle: Callable[[], D]) -> None:
+        """Let :meth:`result` return what ``settle`` does, where that is not what was reduced."""
+        self._settle = settle
 
     def given_up_by_waiter(self) -> None:
         """Whoever waited was told that the mesh is closed: nobody else need be."""

@@ -10,6 +10,7 @@ import trio
 
 from sparkle_mesh.collectives.compression import Compression
 from sparkle_mesh.collectives.explanation import Explanation
+from sparkle_mesh.collectives.foreign import Lent, lend_for
 from sparkle_mesh.collectives.group import CollectiveGroup
 from sparkle_mesh.collectives.pending import AsyncPendingReduction
 from sparkle_mesh.uneven import AsyncUneven, UnevenSteps
@@ -27,6 +28,10 @@ class AsyncCollectives(ABC):
     @abstractmethod
     def _check_process(self) -> None:
         """Raises ForkedProcessError in another process than that which joined."""
+
+    def _lend(self, kind: str, data: D, root: object = None) -> Lent[D]:
+        """Return NumPy arrays in the form of ``data``, for the collective ``kind``."""
+        return lend_for(kind, data, root=root, rank=None if root is None else self._group.shown_rank)
 
     async def all_reduce(
         self,
@@ -46,9 +51,13 @@ class AsyncCollectives(ABC):
         Parameters
         ----------
         data
-            A NumPy array of any shape, or a list, tuple or dict of arrays; the same shapes, dtypes and keys on every
-            rank. They hold the result when this returns, and are untouched when it raises; only after
-            OutcomeUnknownError it is undefined what arrays of :meth:`allocate` hold.
+            An array of any shape, or a list, tuple or dict of arrays; the same shapes, dtypes and keys on every rank.
+            Arrays are NumPy's, or any that have DLPack: PyTorch's, CuPy's and JAX's, on the CPU or a GPU (whose
+            contents pass through the host, and are copied by CuPy). Different ones may be mixed, and ranks may use
+            different libraries. They hold the result when this returns, and are untouched when it raises; only after
+            OutcomeUnknownError it is undefined what arrays of :meth:`allocate` hold. In the place of arrays that
+            cannot be written to, such as JAX's, new ones of their library and device are returned, in a container of
+            the same form.
         op
             ``"sum"``, ``"mean"`` (not of integers), ``"min"``, ``"max"`` or ``"prod"``. float16 and bfloat16 are added
             up in float32.
@@ -78,8 +87,8 @@ class AsyncCollectives(ABC):
         Raises
         ------
         UsageError
-            If an array cannot be reduced in place (read-only, overlapping, a dtype that is not supported). Ranks where
-            it can be get a CollectiveAbortedError, so that the next call is the same one everywhere.
+            If an array cannot be reduced (NumPy's read-only ones, overlapping, a dtype that is not supported). Ranks
+            where it can be get a CollectiveAbortedError, so that the next call is the same one everywhere.
         MismatchError
             On every rank, if ranks called different collectives or gave other shapes, dtypes or ops.
         PeerLostError
@@ -95,19 +104,13 @@ class AsyncCollectives(ABC):
             If the results differ between ranks, another rank gave up, or the mesh was closed.
         """
         self._check_process()
+        lent = self._lend("all_reduce", data)
+        how: dict[str, Any] = {"algorithm": algorithm, "compression": compression, "tag": tag}
+        terms: dict[str, Any] = {"on_failure": on_failure, "min_contributors": min_contributors}
         if self._uneven is not None and self._uneven.owner is trio.lowlevel.current_task():
-            weight = self._uneven.note(data, op, weight, algorithm=algorithm, compression=compression, tag=tag)
-        return await self._group.all_reduce(
-            data,
-            op,
-            algorithm=algorithm,
-            compression=compression,
-            weight=weight,
-            timeout_s=timeout_s,
-            tag=tag,
-            on_failure=on_failure,
-            min_contributors=min_contributors,
-        )
+            weight = self._uneven.note(lent.arrays, op, weight, **how)
+        await self._group.all_reduce(lent.arrays, op, weight=weight, timeout_s=timeout_s, **how, **terms)
+        return lent.settle()
 
     def all_reduce_async(
         self,
@@ -124,23 +127,21 @@ class AsyncCollectives(ABC):
     ) -> AsyncPendingReduction[D]:
         """Begin an :meth:`all_reduce` and return at once; ``await pending.wait()`` for its result, or its error.
 
-        Parameters are as there. The arrays must be left alone until it has ended. Many may be in flight; calls that are
-        awaited directly may come between, in the same order on every rank for each tag.
+        Parameters are as there. The arrays must be left alone until it has ended; those of GPUs hold the result, and
+        new ones are made, when it is waited for. Many may be in flight; calls that are awaited directly may come
+        between, in the same order on every rank for each tag.
         """
         self._check_process()
+        lent = self._lend("all_reduce", data)
+        how: dict[str, Any] = {"algorithm": algorithm, "compression": compression, "tag": tag}
+        terms: dict[str, Any] = {"on_failure": on_failure, "min_contributors": min_contributors}
         if self._uneven is not None and self._uneven.owner is trio.lowlevel.current_task():
-            weight = self._uneven.note(data, op, weight, algorithm=algorithm, compression=compression, tag=tag)
-        return self._group.all_reduce_async(
-            data,
-            op,
-            algorithm=algorithm,
-            compression=compression,
-            weight=weight,
-            timeout_s=timeout_s,
-            tag=tag,
-            on_failure=on_failure,
-            min_contributors=min_contributors,
+            weight = self._uneven.note(lent.arrays, op, weight, **how)
+        pending: AsyncPendingReduction[D] = self._group.all_reduce_async(
+            lent.arrays, op, weight=weight, timeout_s=timeout_s, **how, **terms
         )
+        pending.gives(lent.settle)
+        return pending
 
     def uneven(self, batches: Iterable[B] | AsyncIterable[B]) -> AsyncIterator[B]:
         """Give ``batches`` to ``async for``, for as long as any rank has some; see :meth:`Mesh.uneven`."""
@@ -156,7 +157,9 @@ class AsyncCollectives(ABC):
     async def broadcast(self, data: D, root: int = 0, *, timeout_s: float | None = None) -> D:
         """Copy ``data`` of rank ``root`` into ``data`` of every rank; returns it. Errors as :meth:`all_reduce`."""
         self._check_process()
-        return await self._group.broadcast(data, root, timeout_s=timeout_s)
+        lent = self._lend("broadcast", data, root)
+        await self._group.broadcast(lent.arrays, root, timeout_s=timeout_s)
+        return lent.settle()
 
     async def reduce(self, data: D, op: str = "sum", root: int = 0, *, timeout_s: float | None = None) -> D:
         """Combine the arrays of all ranks into those of rank ``root``; returns ``data``. Errors as :meth:`all_reduce`.
@@ -164,16 +167,19 @@ class AsyncCollectives(ABC):
         The others' arrays stay as they are, and may be read-only.
         """
         self._check_process()
-        return await self._group.reduce(data, op, root, timeout_s=timeout_s)
+        lent = self._lend("reduce", data, root)
+        await self._group.reduce(lent.arrays, op, root, timeout_s=timeout_s)
+        return lent.settle()
 
     async def reduce_scatter(self, data: Any, op: str = "sum", *, timeout_s: float | None = None) -> Any:
         """Combine the arrays of all ranks, and return this rank's part of the result: a new array for each given.
 
-        Parts are those that :func:`numpy.array_split` makes along the first axis, of equal rows or nearly so. Errors
-        as :meth:`all_reduce`.
+        Parts are those that :func:`numpy.array_split` makes along the first axis, of equal rows or nearly so. New
+        arrays are of the library and on the device of what was given, here and below. Errors as :meth:`all_reduce`.
         """
         self._check_process()
-        return await self._group.reduce_scatter(data, op, timeout_s=timeout_s)
+        lent = self._lend("reduce_scatter", data)
+        return lent.returned(await self._group.reduce_scatter(lent.arrays, op, timeout_s=timeout_s))
 
     async def all_gather(self, data: Any, *, timeout_s: float | None = None) -> Any:
         """Return the arrays of all ranks: for each of shape ``(…)`` a new one of shape ``(size, …)``.
@@ -181,21 +187,24 @@ class AsyncCollectives(ABC):
         Every rank gives the same shapes and dtypes. Errors as :meth:`all_reduce`.
         """
         self._check_process()
-        return await self._group.all_gather(data, timeout_s=timeout_s)
+        lent = self._lend("all_gather", data)
+        return lent.returned(await self._group.all_gather(lent.arrays, timeout_s=timeout_s))
 
     async def gather(self, data: Any, root: int = 0, *, timeout_s: float | None = None) -> Any:
         """Return the arrays of all ranks at rank ``root``, as :meth:`all_gather` does, and None for each elsewhere."""
         self._check_process()
-        return await self._group.gather(data, root, timeout_s=timeout_s)
+        lent = self._lend("gather", data)
+        return lent.returned(await self._group.gather(lent.arrays, root, timeout_s=timeout_s))
 
     async def scatter(self, data: Any, root: int = 0, *, timeout_s: float | None = None) -> Any:
         """Hand out rows of the arrays of rank ``root``, which are of shape ``(size, …)``: row ``r`` to rank ``r``.
 
         Other ranks give arrays of shape ``(…)``, which are filled in place and returned; ``root`` gets views of its own
-        rows. Errors as :meth:`all_reduce`.
+        rows (for arrays of other libraries than NumPy: new arrays). Errors as :meth:`all_reduce`.
         """
         self._check_process()
-        return await self._group.scatter(data, root, timeout_s=timeout_s)
+        lent = self._lend("scatter", data, root)
+        return lent.returned(await self._group.scatter(lent.arrays, root, timeout_s=timeout_s))
 
     async def all_to_all(self, data: Any, *, timeout_s: float | None = None) -> Any:
         """Give row ``r`` of each array of shape ``(size, …)`` to rank ``r``; return new ones: row ``r`` is from ``r``.
@@ -203,7 +212,8 @@ class AsyncCollectives(ABC):
         Errors as :meth:`all_reduce`.
         """
         self._check_process()
-        return await self._group.all_to_all(data, timeout_s=timeout_s)
+        lent = self._lend("all_to_all", data)
+        return lent.returned(await self._group.all_to_all(lent.arrays, timeout_s=timeout_s))
 
     async def send(self, data: D, to: int, *, timeout_s: float | None = None, tag: str | None = None) -> D:
         """Give arrays to rank ``to`` alone, which must :meth:`receive` them; returns ``data`` once it has them.
@@ -229,7 +239,9 @@ class AsyncCollectives(ABC):
             As :meth:`all_reduce`, on these two ranks: nothing was received.
         """
         self._check_process()
-        return await self._group.send(data, to, timeout_s=timeout_s, tag=tag)
+        lent = self._lend("send", data)
+        await self._group.send(lent.arrays, to, timeout_s=timeout_s, tag=tag)
+        return lent.settle()
 
     async def receive(self, data: D, source: int, *, timeout_s: float | None = None, tag: str | None = None) -> D:
         """Fill arrays with what rank ``source`` gives to :meth:`send`, and return them.
@@ -237,7 +249,9 @@ class AsyncCollectives(ABC):
         ``data`` has the shapes, dtypes and keys of what is sent. Parameters and errors are as there.
         """
         self._check_process()
-        return await self._group.receive(data, source, timeout_s=timeout_s, tag=tag)
+        lent = self._lend("receive", data)
+        await self._group.receive(lent.arrays, source, timeout_s=timeout_s, tag=tag)
+        return lent.settle()
 
     async def barrier(self, *, timeout_s: float | None = None) -> None:
         """Wait until every rank has called it. Errors as :meth:`all_reduce`."""

@@ -705,6 +705,14 @@ CPU_SHORT_ROW_MAX_COUNT = 16
 CPU_KEPT_MAX_COUNT = 8 * KIB
 # A reduction is cut into about so many parts, however many threads there are: its bits depend on the cut.
 CPU_REDUCTION_PARTS_COUNT = 64
+# Of reductions that need no buffers.
+CPU_DIRECT_TILE_MAX_COUNT = 512 * KIB
+# So many rows are added up one after the other; NumPy does the same within its pairwise sums.
+CPU_ROWS_IN_TURN_COUNT = 16
+# Rows so long are added up by one call for all of them; for shorter ones one half of them is added to the other.
+CPU_LONG_ROW_MIN_COUNT = 1 * KIB
+# Indices of pieces that are made once and kept with a prepared step.
+CPU_PIECES_KEPT_MAX_COUNT = 4 * KIB
 # Work for less than some tens of microseconds is not worth waking other threads: operations on single elements.
 CPU_SHARED_MIN_COUNT = 256 * KIB
 # How many portions each thread gets on average: those that are slowed down take fewer.
@@ -717,6 +725,15 @@ CPU_HALF_TILE_SIDE_COUNT = 1024
 CPU_SMALL_PRODUCT_MAX_COUNT = 1 << 21
 
 
+
+# --- Arrays of other libraries -------------------------------------------------------------------
+# Types of arrays (torch.Tensor, its subclasses, ...) of which is remembered which libraries they are of.
+FOREIGN_TYPES_CACHED_MAX_COUNT = 64
+# Pinned host memory that is kept for the next call with arrays of GPUs: pinning takes longer than copying. A model's
+# gradients go through one block.
+PINNED_BUFFERS_POOLED_MAX_BYTES = 4096 * MIB
+# Arrays start at multiples of this within it: of a cache line, and of what copies run fastest from.
+PINNED_ALIGNMENT_BYTES = 256
 
 # --- Relations -----------------------------------------------------------------------------------
 assert LINK_HEADER_MAX_BYTES + LINK_INLINE_PAYLOAD_MAX_BYTES < RECORD_MAX_BYTES < 2**24

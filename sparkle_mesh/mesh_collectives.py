@@ -7,12 +7,13 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from threading import get_ident
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import numpy as np
 
 from sparkle_mesh import limits
 from sparkle_mesh.clock import SYSTEM_CLOCK
+from sparkle_mesh.collectives.foreign import Lent, lend_for
 from sparkle_mesh.errors import CollectiveTimeoutError, MeshClosedError, UsageError
 from sparkle_mesh.portal import Portal
 from sparkle_mesh.uneven import NO_BATCH, UnevenSteps
@@ -35,9 +36,9 @@ class PendingReduction(Generic[D]):
     """A reduction in flight; made by :meth:`Mesh.all_reduce_async`. Leave its arrays alone until it has ended."""
 
     def __init__(
-        self, pending: AsyncPendingReduction[D], portal: Portal, ended: Callable[[], None] = lambda: None
+        self, pending: AsyncPendingReduction[Any], lent: Lent[D], portal: Portal, ended: Callable[[], None]
     ) -> None:
-        self._pending, self._portal, self._ended = pending, portal, ended
+        self._pending, self._lent, self._portal, self._ended = pending, lent, portal, ended
 
     def __repr__(self) -> str:
         return repr(self._pending)
@@ -91,7 +92,11 @@ class PendingReduction(Generic[D]):
         left_s = None if deadline is None else max(deadline - SYSTEM_CLOCK.now(), 0.0)
         try:
             # What has ended can be had after the mesh was closed, too.
-            return self._pending.result() if self.done() else self._portal.call(partial(self._pending.wait, left_s))
+            if self.done():
+                self._pending.result()
+            else:
+                self._portal.call(partial(self._pending.wait, left_s))
+            return self._lent.settle()
         except MeshClosedError:
             self._pending.given_up_by_waiter()
             raise
@@ -171,9 +176,9 @@ class Collectives:
 
         ``on_progress`` is called in this thread now and then, with how much is done, from 0 to 1.
         """
-        self._mesh._check_process()
+        lent = self._lend("all_reduce", data)
         if self._uneven is not None and self._uneven.owner == get_ident():
-            weight = self._uneven.note(data, op, weight, algorithm=algorithm, compression=compression, tag=tag)
+            weight = self._uneven.note(lent.arrays, op, weight, algorithm=algorithm, compression=compression, tag=tag)
         options: dict[str, Any] = {
             "algorithm": algorithm,
             "compression": compression,
@@ -184,18 +189,19 @@ class Collectives:
             "min_contributors": min_contributors,
         }
         if on_progress is not None:
-            return self._begin(data, op, **options).wait(on_progress=on_progress)
+            return self._begin(lent, op, **options).wait(on_progress=on_progress)
         as_usual = on_failure == "retry" and min_contributors is None
         if compression is None and weight is None and tag is None and as_usual:
-            quick = self._mesh._group.quick_all_reduce(data, op, algorithm, timeout_s)
+            quick = self._mesh._group.quick_all_reduce(lent.arrays, op, algorithm, timeout_s)
             if quick is not None:
                 self._run_quickly(quick)
-                return data
+                return lent.settle()
 
-        async def all_reduce() -> D:
-            return await self._mesh.all_reduce(data, op, **options)
+        async def all_reduce() -> Any:
+            return await self._mesh.all_reduce(lent.arrays, op, **options)
 
-        return self._call(all_reduce)
+        self._call(all_reduce)
+        return lent.settle()
 
     def all_reduce_async(
         self,
@@ -221,10 +227,11 @@ class Collectives:
         array([1., 1., 1.])
         """
 
+        lent = self._lend("all_reduce", data)
         if self._uneven is not None and self._uneven.owner == get_ident():
-            weight = self._uneven.note(data, op, weight, algorithm=algorithm, compression=compression, tag=tag)
+            weight = self._uneven.note(lent.arrays, op, weight, algorithm=algorithm, compression=compression, tag=tag)
         return self._begin(
-            data,
+            lent,
             op,
             algorithm=algorithm,
             compression=compression,
@@ -235,11 +242,21 @@ class Collectives:
             min_contributors=min_contributors,
         )
 
-    def _begin(self, data: D, op: str, **options: Any) -> PendingReduction[D]:
-        async def begin() -> AsyncPendingReduction[D]:
-            return self._mesh.all_reduce_async(data, op, **options)
+    def _begin(self, lent: Lent[D], op: str, **options: Any) -> PendingReduction[D]:
+        async def begin() -> AsyncPendingReduction[Any]:
+            return self._mesh.all_reduce_async(lent.arrays, op, **options)
 
-        return PendingReduction(self._call(begin), self._portal, self._call_ended)
+        return PendingReduction(self._call(begin), lent, self._portal, self._call_ended)
+
+    def _lend(self, kind: str, data: D, root: object = None) -> Lent[D]:
+        """Return NumPy arrays in the form of ``data``; in this thread, whose streams count on a GPU."""
+        self._mesh._check_process()
+        return lend_for(kind, data, root=root, rank=None if root is None else self._mesh.rank)
+
+    def _call_with(self, kind: str, data: Any, function: Callable[[Any], Awaitable[Any]], root: object = None) -> Any:
+        """Await ``function`` with NumPy arrays in the form of ``data``; return what the caller gets for its result."""
+        lent = self._lend(kind, data, root)
+        return lent.returned(self._call(lambda: function(lent.arrays)))
 
     def explain(self, nbytes: int) -> Explanation:
         """Return how ``all_reduce`` of ``nbytes`` would be done, for printing; see :meth:`AsyncMesh.explain`."""
@@ -248,42 +265,62 @@ class Collectives:
     def broadcast(self, data: D, root: int = 0, *, timeout_s: float | None = None) -> D:
         """Copy ``data`` of rank ``root`` to every rank in place; see :meth:`AsyncMesh.broadcast`."""
 
-        async def broadcast() -> D:
-            return await self._mesh.broadcast(data, root, timeout_s=timeout_s)
+        def broadcast(arrays: Any) -> Awaitable[Any]:
+            return self._mesh.broadcast(arrays, root, timeout_s=timeout_s)
 
-        return self._call(broadcast)
+        return cast(D, self._call_with("broadcast", data, broadcast, root))
 
     def reduce(self, data: D, op: str = "sum", root: int = 0, *, timeout_s: float | None = None) -> D:
         """Combine the arrays of all ranks into those of ``root``; see :meth:`AsyncMesh.reduce`."""
-        return self._call(lambda: self._mesh.reduce(data, op, root, timeout_s=timeout_s))
+
+        def reduce(arrays: Any) -> Awaitable[Any]:
+            return self._mesh.reduce(arrays, op, root, timeout_s=timeout_s)
+
+        return cast(D, self._call_with("reduce", data, reduce, root))
 
     def reduce_scatter(self, data: Any, op: str = "sum", *, timeout_s: float | None = None) -> Any:
         """Return this rank's part of the arrays of all ranks combined; see :meth:`AsyncMesh.reduce_scatter`."""
-        return self._call(lambda: self._mesh.reduce_scatter(data, op, timeout_s=timeout_s))
+
+        def reduce_scatter(arrays: Any) -> Awaitable[Any]:
+            return self._mesh.reduce_scatter(arrays, op, timeout_s=timeout_s)
+
+        return self._call_with("reduce_scatter", data, reduce_scatter)
 
     def all_gather(self, data: Any, *, timeout_s: float | None = None) -> Any:
         """Return the arrays of all ranks; see :meth:`AsyncMesh.all_gather`."""
-        return self._call(lambda: self._mesh.all_gather(data, timeout_s=timeout_s))
+        return self._call_with("all_gather", data, lambda arrays: self._mesh.all_gather(arrays, timeout_s=timeout_s))
 
     def gather(self, data: Any, root: int = 0, *, timeout_s: float | None = None) -> Any:
         """Return the arrays of all ranks at ``root``; see :meth:`AsyncMesh.gather`."""
-        return self._call(lambda: self._mesh.gather(data, root, timeout_s=timeout_s))
+        return self._call_with("gather", data, lambda arrays: self._mesh.gather(arrays, root, timeout_s=timeout_s))
 
     def scatter(self, data: Any, root: int = 0, *, timeout_s: float | None = None) -> Any:
         """Hand out rows of the arrays of ``root``; see :meth:`AsyncMesh.scatter`."""
-        return self._call(lambda: self._mesh.scatter(data, root, timeout_s=timeout_s))
+
+        def scatter(arrays: Any) -> Awaitable[Any]:
+            return self._mesh.scatter(arrays, root, timeout_s=timeout_s)
+
+        return self._call_with("scatter", data, scatter, root)
 
     def all_to_all(self, data: Any, *, timeout_s: float | None = None) -> Any:
         """Give each rank its row of these arrays, and return theirs; see :meth:`AsyncMesh.all_to_all`."""
-        return self._call(lambda: self._mesh.all_to_all(data, timeout_s=timeout_s))
+        return self._call_with("all_to_all", data, lambda arrays: self._mesh.all_to_all(arrays, timeout_s=timeout_s))
 
     def send(self, data: D, to: int, *, timeout_s: float | None = None, tag: str | None = None) -> D:
         """Give arrays to rank ``to``, which must :meth:`receive` them; see :meth:`AsyncMesh.send`."""
-        return self._call(lambda: self._mesh.send(data, to, timeout_s=timeout_s, tag=tag))
+
+        def send(arrays: Any) -> Awaitable[Any]:
+            return self._mesh.send(arrays, to, timeout_s=timeout_s, tag=tag)
+
+        return cast(D, self._call_with("send", data, send))
 
     def receive(self, data: D, source: int, *, timeout_s: float | None = None, tag: str | None = None) -> D:
         """Fill arrays with what rank ``source`` sends; see :meth:`AsyncMesh.receive`."""
-        return self._call(lambda: self._mesh.receive(data, source, timeout_s=timeout_s, tag=tag))
+
+        def receive(arrays: Any) -> Awaitable[Any]:
+            return self._mesh.receive(arrays, source, timeout_s=timeout_s, tag=tag)
+
+        return cast(D, self._call_with("receive", data, receive))
 
     def barrier(self, *, timeout_s: float | None = None) -> None:
         """Wait until every rank has called it; see :meth:`AsyncMesh.barrier`."""

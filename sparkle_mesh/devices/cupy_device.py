@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from sparkle_mesh import limits
+from sparkle_mesh.devices.compiled import CompiledKernel
 from sparkle_mesh.devices.cpu import NUMERIC_DTYPES
 from sparkle_mesh.devices.detect import DeviceInfo
-from sparkle_mesh.devices.device import Backend, Device, DeviceCapabilities, Kernel, Native, Shape
+from sparkle_mesh.devices.device import Backend, Device, DeviceCapabilities, Native, Shape
 from sparkle_mesh.devices.staging import Staging
 from sparkle_mesh.errors import CompileError, DeviceError, UsageError
 
@@ -237,7 +238,7 @@ class CupyDevice(Device):
 
     # --- Work ----------------------------------------------------------------------------------
 
-    def _compile(self, source: str, name: str, options: tuple[str, ...]) -> Kernel:
+    def _compile(self, source: str, name: str, options: tuple[str, ...]) -> CompiledKernel:
         try:
             with cupy.cuda.Device(self.index):
                 module = cupy.RawModule(code=source, options=options)
@@ -257,7 +258,7 @@ class CupyDevice(Device):
             cupy.matmul(left, right, out=product)
 
 
-class _CupyKernel(Kernel):
+class _CupyKernel(CompiledKernel):
     def __init__(self, device: CupyDevice, name: str, function: Any, module: Any) -> None:
         super().__init__(device, name)
         self._gpu = device

@@ -18,13 +18,16 @@ import pyopencl as cl
 
 from sparkle_mesh import limits
 from sparkle_mesh.devices import opencl_source
+from sparkle_mesh.devices.compiled import CompiledKernel
 from sparkle_mesh.devices.detect import DeviceInfo, free_memory_bytes
-from sparkle_mesh.devices.device import Backend, Device, DeviceCapabilities, Kernel, Native, Shape
+from sparkle_mesh.devices.device import Backend, Device, DeviceCapabilities, Native, Shape
 from sparkle_mesh.errors import CompileError, DeviceError, UsageError
 
 # Of PCI, which OpenCL's vendor_id is for GPUs. Whose GPUs another backend serves, by the kind of that.
 _VENDORS = {"cuda": 0x10DE, "rocm": 0x1002}
 _INVALID_BUFFER_SIZE = -61
+_NO_PLATFORM = -1001
+_NO_DEVICE = -1
 
 
 class OpenClBackend(Backend):
@@ -126,7 +129,7 @@ class OpenClDevice(Device):
             cl.enqueue_copy(self._queue, to, native, byte_count=nbytes)
         return True
 
-    def _compile(self, source: str, name: str, options: tuple[str, ...]) -> Kernel:
+    def _compile(self, source: str, name: str, options: tuple[str, ...]) -> CompiledKernel:
         try:
             with warnings.catch_warnings():
                 # Compilers talk; what matters is whether they fail.
@@ -148,7 +151,7 @@ class OpenClDevice(Device):
             kernel.run(size, None, [a, b, out, rows, columns, depth, *map(np.uint64, starts)])
 
 
-class _OpenClKernel(Kernel):
+class _OpenClKernel(CompiledKernel):
     def __init__(self, device: OpenClDevice, name: str, kernel: Any, queue: Any) -> None:
         super().__init__(device, name)
         self._kernel = kernel
@@ -183,7 +186,7 @@ def _platforms() -> list[Any]:
     try:
         return list(cl.get_platforms())
     except cl.Error as error:
-        if getattr(error, "code", None) == cl.status_code.PLATFORM_NOT_FOUND_KHR:
+        if error.code == _NO_PLATFORM:
             return []
         raise DeviceError(f"OpenCL's platforms cannot be listed: {error}") from error
 
@@ -192,7 +195,7 @@ def _devices_of(platform: Any) -> list[Any]:
     try:
         return list(platform.get_devices())
     except cl.Error as error:
-        if getattr(error, "code", None) == cl.status_code.DEVICE_NOT_FOUND:
+        if error.code == _NO_DEVICE:
             return []
         raise DeviceError(f"the devices of OpenCL platform {platform.name} cannot be listed: {error}") from error
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import numpy as np
@@ -19,6 +18,7 @@ from sparkle_mesh.devices import random
 from sparkle_mesh.devices.buffers import Buffer
 from sparkle_mesh.devices.device import Device
 from sparkle_mesh.errors import TraceError, UsageError
+from sparkle_mesh.kernels import namespace
 from sparkle_mesh.kernels.ops import Shape
 
 if TYPE_CHECKING:
@@ -34,6 +34,9 @@ class Home(Protocol):
     @property
     def host(self) -> Device:
         """The device whose memory is the host's."""
+
+    def asarray(self, values: Any, dtype: npt.DTypeLike | None = None) -> Array:
+        """Return an array with the elements of ``values``."""
 
     def method(self, name: str, static: tuple[object, ...], keywords: tuple[tuple[str, object], ...]) -> Kernel:
         """Return a kernel that calls that method of its first operand, with the others, then what is ``static``."""
@@ -254,10 +257,8 @@ class Array:
         assert found is not None
         return found
 
-    def __array_namespace__(self, /, *, api_version: str | None = None) -> ModuleType:
-        from sparkle_mesh.kernels import namespace
-
-        return namespace
+    def __array_namespace__(self, /, *, api_version: str | None = None) -> Namespace:
+        return Namespace(self._home)
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **keywords: Any) -> Any:
         out = keywords.get("out", ())
@@ -360,6 +361,35 @@ class Array:
         def __neg__(self) -> Array: ...
         def transpose(self, *axes: Any) -> Array: ...
         def swapaxes(self, axis1: int, axis2: int) -> Array: ...
+
+
+class Namespace:
+    """The Array API of arrays: that of kernels (:mod:`.namespace`), each function run at once."""
+
+    # Not functions of arrays.
+    _AS_THEY_ARE = frozenset({"isdtype", "result_type", "can_cast", "finfo", "iinfo"})
+
+    def __init__(self, home: Home) -> None:
+        self._home = home
+
+    def asarray(self, values: Any, /, *, dtype: npt.DTypeLike | None = None) -> Array:
+        """Return an array with the elements of ``values``."""
+        return self._home.asarray(values, dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(namespace, name)
+        if not callable(function) or isinstance(function, type) or name in self._AS_THEY_ARE:
+            return function
+
+        def run(*arguments: Any, **keywords: Any) -> Any:
+            operands: list[object] = []
+            frozen = _frozen((arguments, sorted(keywords.items())), operands)
+            return self._home.run(self._home.method("__array_function__", (function, frozen), ()), *operands)
+
+        return run
+
+    def __dir__(self) -> list[str]:
+        return dir(namespace)
 
 
 @dataclass(frozen=True, slots=True)

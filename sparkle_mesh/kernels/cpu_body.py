@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from sparkle_mesh import limits
-from sparkle_mesh.kernels.cpu_tiles import Access, Array, Blocks, Key, shape_of
+from sparkle_mesh.kernels.cpu_tiles import Access, Array, Blocks, Piece
 from sparkle_mesh.kernels.ops import OPS, Shape, element_strides
 from sparkle_mesh.kernels.program import Body, Instruction, collapse
 
@@ -137,14 +137,14 @@ class Frame:
         self._counted: dict[int, slice] = {}
         self._packed: dict[int, list[slice]] = {}
 
-    def run(self, key: Key) -> Any:
-        """Compute the piece at ``key``; return the value that the body was compiled for, if any."""
+    def run(self, piece: Piece) -> Any:
+        """Compute ``piece``; return the value that the body was compiled for, if any."""
         places, body = self.places, self._body
-        shape = shape_of(key)
+        key, shape = piece
         if shape != self._shape:
             self._lay_out(shape)
         for place, base in self._bases:
-            places[place] = base[key]
+            places[place] = base[key] if shape != body.lengths else base
         for counting in body.counts:
             self._count(counting, key[counting.axis])
         for packing in body.packs:

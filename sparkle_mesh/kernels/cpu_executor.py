@@ -25,7 +25,7 @@ from sparkle_mesh.kernels.cpu_steps import (
     Workplace,
     prepare_elementwise,
 )
-from sparkle_mesh.kernels.cpu_threads import WorkerThreads
+from sparkle_mesh.kernels.cpu_threads import WorkerThreads, silently
 from sparkle_mesh.kernels.cpu_tiles import Array
 from sparkle_mesh.kernels.program import (
     ElementwiseStep,
@@ -113,14 +113,8 @@ class PreparedProgram:
         memory: dict[int, Array] = {}
         place = Workplace(self._workers, self._pool, should_stop)
         try:
-            for step, written, freed in zip(self._steps, self._written, self.program.frees, strict=True):
-                for number in written:
-                    tensor = self.program.blocks[number]
-                    memory[number] = self._pool.take(tensor.nbytes)
-                    own[number] = memory[number][: tensor.nbytes].view(self._dtypes[number])
-                step.run(own, place)
-                for number in freed:
-                    self._pool.give_back(memory.pop(number))
+            with silently():
+                self._run_steps(own, memory, place)
         except ValueError as error:
             if isinstance(error, KernelError):
                 raise
@@ -128,6 +122,16 @@ class PreparedProgram:
         finally:
             for kept in memory.values():
                 self._pool.give_back(kept)
+
+    def _run_steps(self, blocks: list[Array | None], memory: dict[int, Array], place: Workplace) -> None:
+        for step, written, freed in zip(self._steps, self._written, self.program.frees, strict=True):
+            for number in written:
+                tensor = self.program.blocks[number]
+                memory[number] = self._pool.take(tensor.nbytes)
+                blocks[number] = memory[number][: tensor.nbytes].view(self._dtypes[number])
+            step.run(blocks, place)
+            for number in freed:
+                self._pool.give_back(memory.pop(number))
 
     def _check(self, blocks: Sequence[Array | None]) -> None:
         if len(blocks) != len(self.program.blocks):

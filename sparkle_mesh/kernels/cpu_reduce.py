@@ -52,10 +52,19 @@ class PreparedReduction:
         # The result is where it is gone through with the rest; nothing is written to it piece by piece.
         self._body = compile_body(body, [], slot, beside=[result])
         self._result = self._body.beside[0]
-        self._fold = _Fold(ufunc, dtype, tuple(not stride for stride in self._result.strides))
         lengths = self._body.lengths
-        is_kept = [not reduced for reduced in self._fold.reduced]
+        is_kept = [bool(stride) for stride in self._result.strides]
         tile = reduction_tile_of(lengths, is_kept, self._body.tile_max_count())
+        in_turn = _axes_of_long_rows(tile, is_kept)
+        halved = [
+            axis
+            for axis, keep in enumerate(is_kept[:-1])
+            if not keep and axis not in in_turn and tile[axis] > 1 and is_kept[-1]
+        ]
+        if not self._body.buffers and not halved:
+            tile = reduction_tile_of(lengths, is_kept, limits.CPU_DIRECT_TILE_MAX_COUNT)
+        self._fold = _Fold(ufunc, dtype, tuple(not keep for keep in is_kept), in_turn)
+        self._spare_bytes = prod(tile) * np.dtype(dtype).itemsize if halved else 0
         self._tiles = Tiles(lengths, tile)
         grid = self._tiles.grid
         self._kept_grid = tuple(n if keep else 1 for n, keep in zip(grid, is_kept, strict=True))
@@ -79,26 +88,25 @@ class PreparedReduction:
         result = self._result.array(blocks, kept)
         direct = groups == 1 and step.dtype == fold.dtype
         parts = result[np.newaxis] if direct else np.empty((groups, *kept), fold.dtype)
-        with np.errstate(all="ignore"):
-            uniform = uniform_values(body, blocks)
+        uniform = uniform_values(body, blocks)
+        scratch_bytes = body.scratch_bytes(prod(tiles.tile))
 
         def work(portions: Portions) -> None:
-            count = prod(tiles.tile)
-            spare = place.pool.take(count * np.dtype(fold.dtype).itemsize)
+            spare, scratch = place.pool.take(self._spare_bytes), place.pool.take(scratch_bytes)
             try:
-                with place.frame(body, blocks, uniform, count) as frame:
-                    for number in portions:
-                        kept_number, group = divmod(number, groups)
-                        key, total = self._fold_group(kept_number, group, frame, spare, portions)
-                        parts[group][key] = total
+                frame = Frame(body, blocks, uniform, scratch)
+                for number in portions:
+                    kept_number, group = divmod(number, groups)
+                    key, total = self._fold_group(kept_number, group, frame, spare, portions)
+                    parts[group][key] = total
             finally:
                 place.pool.give_back(spare)
+                place.pool.give_back(scratch)
 
         count = prod(self._kept_grid) * groups
         place.workers.share(count, work, alone=self._alone, should_stop=place.should_stop)
         if not direct:
-            with np.errstate(all="ignore"):
-                np.copyto(result, fold.halve(parts, 0, parts)[0], casting="unsafe")
+            np.copyto(result, fold.halve(parts, 0, parts)[0], casting="unsafe")
 
     def _fold_group(
         self, kept_number: int, group: int, frame: Frame, spare: Array, portions: Portions
@@ -107,33 +115,25 @@ class PreparedReduction:
         tiles, fold = self._tiles, self._fold
         kept_place = place_in(self._kept_grid, kept_number)
         pieces = prod(self._reduced_grid)
-        # A tree: what each level holds waits for another of its size.
-        levels: list[tuple[int, Array]] = []
+        tree = Tree(fold)
         for piece in range(group * pieces // self._groups, (group + 1) * pieces // self._groups):
             portions.check()
             place = [a + b for a, b in zip(kept_place, place_in(self._reduced_grid, piece), strict=True)]
-            total = fold.piece(frame.run(tiles.key(place)), spare, is_free=self._body.value_is_free)
-            level = 0
-            while levels and levels[-1][0] == level:
-                total = fold.combine(levels.pop()[1], total)
-                level += 1
-            levels.append((level, total))
-        _, total = levels.pop()
-        while levels:
-            total = fold.combine(levels.pop()[1], total)
+            tree.add(fold.piece(frame.run(tiles.at(place)), spare, is_free=self._body.value_is_free))
         key = tuple(
-            slice(0, 1) if gone else part for part, gone in zip(tiles.key(kept_place), fold.reduced, strict=True)
+            slice(0, 1) if gone else part for part, gone in zip(tiles.at(kept_place).key, fold.reduced, strict=True)
         )
-        return key, total
+        return key, tree.total()
 
 
 @dataclass(frozen=True, slots=True)
 class _Fold:
-    """How pieces are folded: to one element along those axes that are ``reduced``."""
+    """How pieces are folded: to one element along axes that are ``reduced``; row by row along those ``in_turn``."""
 
     ufunc: np.ufunc
     dtype: str
     reduced: tuple[bool, ...]
+    in_turn: frozenset[int]
 
     def piece(self, value: Array, spare: Array, *, is_free: bool) -> Array:
         """Return ``value`` folded, in memory of its own.
@@ -141,7 +141,7 @@ class _Fold:
         Parameters
         ----------
         spare
-            Memory for a piece.
+            Memory for a piece, if axes before a last one that is kept are reduced, and not in turn.
         is_free
             Whether ``value`` may be written over.
         """
@@ -159,10 +159,20 @@ class _Fold:
             is_free = True
         for axis in range(last - 1, -1, -1):
             if self.reduced[axis] and value.shape[axis] > 1:
-                target = value if is_free else self._half_of(value, axis, spare)
-                value = self.halve(value, axis, target)
+                if axis in self.in_turn:
+                    value = self._add_up_in_turn(value, axis)
+                else:
+                    value = self.halve(value, axis, value if is_free else self._half_of(value, axis, spare))
                 is_free = True
         return value.copy()
+
+    def _add_up_in_turn(self, value: Array, axis: int) -> Array:
+        """Return ``value`` with one element along ``axis``: few rows in turn, and what these come to as a tree."""
+        tree = Tree(self)
+        for start in range(0, value.shape[axis], limits.CPU_ROWS_IN_TURN_COUNT):
+            rows = (slice(None),) * axis + (slice(start, start + limits.CPU_ROWS_IN_TURN_COUNT),)
+            tree.add(self.ufunc.reduce(value[rows], axis=axis, dtype=self.dtype, keepdims=True))
+        return tree.total()
 
     def _half_of(self, value: Array, axis: int, spare: Array) -> Array:
         shape = list(value.shape)
@@ -186,6 +196,37 @@ class _Fold:
     def combine(self, one: Array, other: Array, *, fresh: bool = False) -> Array:
         """Return both combined: in ``one``, unless it must be ``fresh``."""
         return np.asarray(self.ufunc(one, other, out=None if fresh else one))
+
+
+def _axes_of_long_rows(tile: Shape, is_kept: Sequence[bool]) -> frozenset[int]:
+    """Return the reduced axes whose rows are long, when the last axis has been reduced if it is to be."""
+    if not is_kept[-1]:
+        tile = (*tile[:-1], 1)
+    axes = [axis for axis, keep in enumerate(is_kept[:-1]) if not keep]
+    return frozenset(axis for axis in axes if prod(tile[axis + 1 :]) >= limits.CPU_LONG_ROW_MIN_COUNT)
+
+
+class Tree:
+    """Combines arrays pairwise as they come: what each level holds waits for another of its size."""
+
+    def __init__(self, fold: _Fold) -> None:
+        self._fold = fold
+        self._levels: list[tuple[int, Array]] = []
+
+    def add(self, total: Array) -> None:
+        """Take ``total``, which is the tree's from now on."""
+        level = 0
+        while self._levels and self._levels[-1][0] == level:
+            total = self._fold.combine(self._levels.pop()[1], total)
+            level += 1
+        self._levels.append((level, total))
+
+    def total(self) -> Array:
+        """Return what all come to, one at least."""
+        _, total = self._levels.pop()
+        while self._levels:
+            total = self._fold.combine(self._levels.pop()[1], total)
+        return total
 
 
 def _in_order_of_memory(body: Body, result_strides: tuple[int, ...]) -> tuple[Body, tuple[int, ...]]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Protocol
@@ -11,10 +10,10 @@ from typing import Protocol
 import numpy as np
 
 from sparkle_mesh import limits
-from sparkle_mesh.kernels.cpu_body import CompiledBody, Frame, Uniform, compile_body, uniform_values
+from sparkle_mesh.kernels.cpu_body import Frame, compile_body, uniform_values
 from sparkle_mesh.kernels.cpu_memory import BlockPool
 from sparkle_mesh.kernels.cpu_threads import Portions, WorkerThreads
-from sparkle_mesh.kernels.cpu_tiles import Access, Array, Blocks, Tiles, place_in, tile_of
+from sparkle_mesh.kernels.cpu_tiles import Access, Array, Blocks, Tiles, tile_of
 from sparkle_mesh.kernels.ops import element_strides
 from sparkle_mesh.kernels.program import Body, ElementwiseStep, Instruction, MatmulStep, View, WriteStep
 
@@ -26,15 +25,6 @@ class Workplace:
     workers: WorkerThreads
     pool: BlockPool
     should_stop: Callable[[], object] | None = None
-
-    @contextmanager
-    def frame(self, body: CompiledBody, blocks: Blocks, uniform: Uniform, count: int) -> Iterator[Frame]:
-        """Give one thread what it needs to work through pieces of ``count`` elements."""
-        scratch = self.pool.take(body.scratch_bytes(count))
-        try:
-            yield Frame(body, blocks, uniform, scratch)
-        finally:
-            self.pool.give_back(scratch)
 
 
 class PreparedStep(Protocol):
@@ -68,24 +58,27 @@ class PreparedElementwise:
             count = min(count, max(limits.CPU_TILE_MIN_COUNT, -(-size // threads)))
         strides = [access.strides for _, access in (*self._body.reads, *self._body.targets)]
         self._tiles = Tiles(lengths, tile_of(lengths, strides, count))
-        self._portion = (
-            1 if self._alone else max(1, self._tiles.count // (threads * limits.CPU_PORTIONS_PER_THREAD_COUNT))
-        )
+        self._scratch_bytes = self._body.scratch_bytes(prod(self._tiles.tile))
+        portions = threads * limits.CPU_PORTIONS_PER_THREAD_COUNT
+        self._portion = 1 if self._alone else max(1, self._tiles.count // portions)
 
     def run(self, blocks: Blocks, place: Workplace) -> None:
         """See :class:`PreparedStep`."""
         if self._is_empty:
             return
         body, tiles, portion = self._body, self._tiles, self._portion
-        with np.errstate(all="ignore"):
-            uniform = uniform_values(body, blocks)
-        grid, count = tiles.grid, tiles.count
+        uniform = uniform_values(body, blocks)
+        count = tiles.count
 
         def work(portions: Portions) -> None:
-            with place.frame(body, blocks, uniform, prod(tiles.tile)) as frame:
+            scratch = place.pool.take(self._scratch_bytes)
+            try:
+                frame = Frame(body, blocks, uniform, scratch)
                 for number in portions:
                     for piece in range(number * portion, min((number + 1) * portion, count)):
-                        frame.run(tiles.key(place_in(grid, piece)))
+                        frame.run(tiles.piece(piece))
+            finally:
+                place.pool.give_back(scratch)
 
         place.workers.share(-(-count // portion), work, alone=self._alone, should_stop=place.should_stop)
 
@@ -170,7 +163,7 @@ class PreparedMatmul:
 
         def work(portions: Portions) -> None:
             for number in portions:
-                batch, rows, columns = tiles.key(place_in(tiles.grid, number))
+                batch, rows, columns = tiles.piece(number).key
                 total = np.zeros(result[batch, rows, columns].shape, np.float32)
                 for start in range(0, step.inner, sides[1]):
                     portions.check()

@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from weakref import WeakSet
 
 import numpy as np
@@ -78,6 +79,8 @@ class WorkerThreads:
     ) -> None:
         """Do a task of ``count`` pieces: ``work`` is called in several threads, and takes numbers of pieces.
 
+        NumPy's warnings are silent in the helpers; see :func:`silently` for the caller.
+
         Parameters
         ----------
         alone
@@ -93,7 +96,10 @@ class WorkerThreads:
             Whatever ``work`` raised first, in any thread; no thread works on the task any more.
         """
         portions = Portions(count, should_stop)
-        helpers = 0 if alone else min(self.count, count) - 1
+        if alone or self.count == 1 or count <= 1:
+            work(portions)
+            return
+        helpers = min(self.count, count) - 1
         futures = [future for _ in range(helpers) if (future := self._submit(work, portions)) is not None]
         try:
             _work_quietly(work, portions)
@@ -132,11 +138,15 @@ class WorkerThreads:
 def _work_quietly(work: Callable[[Portions], None], portions: Portions) -> None:
     """Run ``work``; what it raises is the task's failure, if it is the first."""
     try:
-        # NumPy keeps these settings per thread.
-        with np.errstate(all="ignore"):
+        with silently():
             work(portions)
     except BaseException as error:
         portions.fail(error)
+
+
+def silently() -> AbstractContextManager[object]:
+    """Let NumPy not warn of overflows and the like, in this thread: it keeps these settings for each by itself."""
+    return np.errstate(all="ignore")
 
 
 def _forget_threads() -> None:

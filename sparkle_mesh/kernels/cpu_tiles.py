@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,8 @@ Array: TypeAlias = npt.NDArray[Any]
 #: A block for each number in ``Program.blocks``; None for those that do not exist (yet, or any more).
 Blocks: TypeAlias = Sequence[Array | None]
 Key: TypeAlias = tuple[slice, ...]
+# Of grids with so few pieces, all are made beforehand.
+_PIECES_KEPT = limits.CPU_PIECES_KEPT_MAX_COUNT
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,34 +34,51 @@ class Access:
         """Return the block's elements as an array of ``shape``; NumPy checks that they are within the block."""
         block = blocks[self.block]
         assert block is not None, f"block {self.block} does not exist at this step"
+        if self.strides == (1,) and shape == block.shape:
+            return block
         size = block.itemsize
         strides = tuple(stride * size for stride in self.strides)
         return np.ndarray(shape, block.dtype, block, self.offset * size, strides)
 
 
-@dataclass(frozen=True, slots=True)
+class Piece(NamedTuple):
+    """A part of an array: its index, and its shape."""
+
+    key: Key
+    shape: Shape
+
+
 class Tiles:
-    """A grid of pieces: of ``tile`` elements along each axis of ``lengths``, fewer at the ends."""
+    """A grid of pieces: of ``tile`` elements along each axis of ``lengths``, fewer at the ends.
 
-    lengths: Shape
-    tile: Shape
+    Attributes
+    ----------
+    grid
+        How many pieces there are along each axis.
+    count
+        How many there are.
+    """
 
-    @property
-    def grid(self) -> Shape:
-        """How many pieces there are along each axis."""
-        return tuple(-(-length // size) for length, size in zip(self.lengths, self.tile, strict=True))
+    def __init__(self, lengths: Shape, tile: Shape) -> None:
+        self.lengths, self.tile = lengths, tile
+        self.grid = tuple(-(-length // size) for length, size in zip(lengths, tile, strict=True))
+        self.count = prod(self.grid)
+        self._kept = [self._piece(number) for number in range(self.count if self.count <= _PIECES_KEPT else 0)]
 
-    @property
-    def count(self) -> int:
-        """How many pieces there are."""
-        return prod(self.grid)
+    def piece(self, number: int) -> Piece:
+        """Return piece ``number``, counted in C order."""
+        return self._kept[number] if self._kept else self._piece(number)
 
-    def key(self, place: Sequence[int]) -> Key:
-        """Return the index of the piece at ``place`` in the grid."""
-        return tuple(
+    def _piece(self, number: int) -> Piece:
+        return self.at(place_in(self.grid, number))
+
+    def at(self, place: Sequence[int]) -> Piece:
+        """Return the piece at ``place`` in the grid."""
+        key = tuple(
             slice(number * size, min((number + 1) * size, length))
             for number, size, length in zip(place, self.tile, self.lengths, strict=True)
         )
+        return Piece(key, tuple(part.stop - part.start for part in key))
 
 
 def place_in(grid: Shape, number: int) -> list[int]:
@@ -69,11 +88,6 @@ def place_in(grid: Shape, number: int) -> list[int]:
         number, here = divmod(number, length)
         place.append(here)
     return place[::-1]
-
-
-def shape_of(key: Key) -> Shape:
-    """Return the shape of the piece at ``key``."""
-    return tuple(part.stop - part.start for part in key)
 
 
 def tile_of(lengths: Shape, strides: Sequence[tuple[int, ...]], count: int) -> Shape:

@@ -24,7 +24,7 @@ def full(shape: Any, fill_value: object, *, dtype: npt.DTypeLike | None = None) 
     return broadcast_to(value if dtype is None else astype(value, dtype), shape)
 
 
-def _filled(shape: Any, value: int, dtype: npt.DTypeLike) -> Tracer:
+def _filled(shape: Any, value: int, dtype: npt.DTypeLike | None) -> Tracer:
     trace = current_trace()
     name = "float64" if dtype is None else as_dtype(dtype)
     return broadcast_to(trace.value(trace.builder.constant(value, name)), shape)

@@ -312,7 +312,7 @@ def mean(x: object, axis: Any = None, dtype: npt.DTypeLike | None = None, *, kee
         fail(f"a mean in {result} is not part of kernels; use a floating dtype")
     x = astype(x, "float32" if result == "float16" and dtype is None else result)
     count = product(x.shape[one] for one in _chosen(axis, x.ndim))
-    return astype(elementwise("divide", sum(x, axis, keepdims=keepdims), count), result)
+    return astype(_divided(sum(x, axis, keepdims=keepdims), count), result)
 
 
 def var(x: object, axis: Any = None, *, ddof: float = 0, keepdims: bool = False) -> Tracer:
@@ -320,11 +320,16 @@ def var(x: object, axis: Any = None, *, ddof: float = 0, keepdims: bool = False)
     x = as_tracer(x)
     result = x.dtype.name if x.dtype.kind == "f" else "float64"
     count = product(x.shape[one] for one in _chosen(axis, x.ndim))
-    wide = astype(x, "float32" if result == "float16" else result)
-    center = elementwise("divide", sum(wide, axis, keepdims=True), count)
-    apart = elementwise("subtract", x, center)
-    total = sum(elementwise("multiply", apart, apart), axis, keepdims=keepdims)
-    return astype(elementwise("divide", total, builtins.max(count - ddof, 0)), result)
+    center = _divided(sum(astype(x, result), axis, keepdims=True), count)
+    total = sum(elementwise("square", elementwise("subtract", x, center)), axis, keepdims=keepdims)
+    return _divided(total, builtins.max(count - ddof, 0))
+
+
+def _divided(total: Tracer, count: float) -> Tracer:
+    """Return ``total / count`` in the dtype of ``total``; float16 has no counts above 65504."""
+    dtype = total.dtype
+    wide = astype(total, "float32") if dtype == np.float16 else total
+    return astype(elementwise("divide", wide, count), dtype)
 
 
 def std(x: object, axis: Any = None, *, ddof: float = 0, keepdims: bool = False) -> Tracer:
@@ -338,9 +343,13 @@ def std(x: object, axis: Any = None, *, ddof: float = 0, keepdims: bool = False)
 def clip(x: object, min: object = None, max: object = None) -> Tracer:
     """Return the elements within ``min`` and ``max``."""
     x = as_tracer(x)
-    if min is not None:
+    bounds = np.iinfo(x.dtype) if x.dtype.kind in "iu" else None
+    # A plain number beyond the dtype bounds nothing.
+    if min is not None and not (bounds and type(min) is int and min < bounds.min):
         x = elementwise("maximum", x, min)
-    return x if max is None else elementwise("minimum", x, max)
+    if max is not None and not (bounds and type(max) is int and max > bounds.max):
+        x = elementwise("minimum", x, max)
+    return x
 
 
 def round(x: object, decimals: int = 0) -> Tracer:

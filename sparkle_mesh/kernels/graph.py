@@ -237,28 +237,33 @@ class GraphBuilder:
         """Apply a ufunc as NumPy would: operands are broadcast and converted; plain numbers are weak."""
         if OPS[op].arity != len(operands):
             raise KernelError(f"{op} takes {OPS[op].arity} operands, not {len(operands)}")
-        numbers = [*self._typed(operands[:1]), *self._typed(operands[1:])] if op == "where" else self._typed(operands)
-        dtypes = tuple(self.type_of(number).dtype for number in numbers)
+        dtypes = (*self._dtypes(operands[:1]), *self._dtypes(operands[1:])) if op == "where" else self._dtypes(operands)
         if op == "where":
             common = np.result_type(*dtypes[1:]).name
             wanted: tuple[str, ...] = ("bool", common, common)
         else:
             *most, _ = loop_dtypes(op, dtypes)
             wanted = tuple(most)
+        numbers = [
+            one if isinstance(one, int) else self._weak(one.value, dtype)
+            for one, dtype in zip(operands, wanted, strict=True)
+        ]
         shape = self._common_shape(op, numbers)
         pairs = zip(numbers, wanted, strict=True)
         return self.add(op, *(self.broadcast(self.cast(number, dtype), shape) for number, dtype in pairs))
 
-    def _typed(self, operands: Sequence[int | WeakScalar]) -> list[int]:
-        """Return the numbers of ``operands``, with nodes for those that are plain numbers."""
+    def _dtypes(self, operands: Sequence[int | WeakScalar]) -> tuple[str, ...]:
+        """Return the dtypes of ``operands``, plain numbers beside the others."""
         strong = [self.type_of(one).dtype for one in operands if isinstance(one, int)]
-        return [one if isinstance(one, int) else self._weak(one.value, strong) for one in operands]
+        return tuple(
+            self.type_of(one).dtype if isinstance(one, int) else weak_dtype(type(one.value).__name__, strong)
+            for one in operands
+        )
 
-    def _weak(self, value: Scalar, others: Sequence[str]) -> int:
-        dtype = weak_dtype(type(value).__name__, others)
-        if isinstance(value, int) and not scalar_fits(value, dtype) and dtype not in ("bool", *FLOATS):
+    def _weak(self, value: Scalar, dtype: str) -> int:
+        if isinstance(value, int) and dtype not in ("bool", *FLOATS) and not scalar_fits(int(value), dtype):
             raise KernelError(f"{value} is out of bounds for {dtype}")
-        return self.constant(value, dtype)
+        return self.constant(int(value) if dtype not in ("bool", *FLOATS) else value, dtype)
 
     def _common_shape(self, op: str, numbers: Sequence[int]) -> Shape:
         shapes = [self.type_of(number).shape for number in numbers]

@@ -79,6 +79,7 @@ from sparkle_mesh.kernels.functions import (
 )
 from sparkle_mesh.kernels.functions import concatenate as concat
 from sparkle_mesh.kernels.functions import transpose as permute_dims
+from sparkle_mesh.kernels.ops import OPS
 from sparkle_mesh.kernels.values import Value, elementwise, fail
 
 if TYPE_CHECKING:
@@ -171,87 +172,20 @@ _RENAMED = {
     "bitwise_right_shift": "right_shift",
     "pow": "power",
 }
-_NAMED = [
-    "add",
-    "bitwise_and",
-    "bitwise_or",
-    "bitwise_xor",
-    "ceil",
-    "copysign",
-    "cos",
-    "cosh",
-    "divide",
-    "equal",
-    "exp",
-    "expm1",
-    "floor",
-    "floor_divide",
-    "greater",
-    "greater_equal",
-    "hypot",
-    "isfinite",
-    "isinf",
-    "isnan",
-    "less",
-    "less_equal",
-    "log",
-    "log10",
-    "log1p",
-    "log2",
-    "logical_and",
-    "logical_not",
-    "logical_or",
-    "logical_xor",
-    "maximum",
-    "minimum",
-    "multiply",
-    "negative",
-    "not_equal",
-    "reciprocal",
-    "remainder",
-    "sign",
-    "signbit",
-    "sin",
-    "sinh",
-    "sqrt",
-    "square",
-    "subtract",
-    "tan",
-    "tanh",
-    "trunc",
-    "where",
-]
-_REFUSED = frozenset(
-    [
-        "argmax",
-        "argmin",
-        "argsort",
-        "sort",
-        "searchsorted",
-        "nonzero",
-        "count_nonzero",
-        "take",
-        "take_along_axis",
-        "unique_all",
-        "unique_counts",
-        "unique_inverse",
-        "unique_values",
-        "cumulative_sum",
-        "cumulative_prod",
-        "meshgrid",
-        "tensordot",
-        "nextafter",
-        "imag",
-        "from_dlpack",
-        "empty",
-        "empty_like",
-        "complex64",
-        "complex128",
-        "linalg",
-        "fft",
-        "isin",
-    ]
-)
+_REFUSED = {
+    "argmax",
+    "argmin",
+    "argsort",
+    "sort",
+    "searchsorted",
+    "nonzero",
+    "count_nonzero",
+    "take",
+    "take_along_axis",
+}
+_REFUSED |= {"unique_all", "unique_counts", "unique_inverse", "unique_values", "isin", "cumulative_sum"}
+_REFUSED |= {"cumulative_prod", "meshgrid", "tensordot", "nextafter", "imag", "from_dlpack", "empty", "empty_like"}
+_REFUSED |= {"complex64", "complex128", "linalg", "fft"}
 _KINDS = {"bool": "b", "signed integer": "i", "unsigned integer": "u", "integral": "iu", "real floating": "f"}
 _KINDS |= {"complex floating": "", "numeric": "iuf"}
 
@@ -265,7 +199,11 @@ def _named(op: str) -> Callable[..., Tracer]:
     return function
 
 
-_ELEMENTWISE = {name: _named(op) for name, op in [*zip(_NAMED, _NAMED, strict=True), *_RENAMED.items()]}
+# NumPy's own names are here as well; those that differ mislead nobody.
+_ELEMENTWISE = {
+    name: _named(name) for name, op in OPS.items() if op.kind == "elementwise" and (op.ufunc or name == "where")
+}
+_ELEMENTWISE |= {name: _named(op) for name, op in _RENAMED.items()}
 conj = real = positive
 
 

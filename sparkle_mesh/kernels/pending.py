@@ -11,7 +11,7 @@ from itertools import count
 from typing import Any
 
 from sparkle_mesh import limits
-from sparkle_mesh.errors import ClosedError, DeadlineError, KernelStoppedError
+from sparkle_mesh.errors import ClosedError, DeadlineError, KernelStoppedError, UsageError
 from sparkle_mesh.kernels.runners import Stop
 
 
@@ -73,7 +73,7 @@ class Submissions:
     """
 
     def __init__(self, threads: int) -> None:
-        self._max_count = threads
+        self.threads = threads
         self._condition = threading.Condition()
         self._waiting: list[tuple[int, int, PendingRun]] = []
         self._numbers = count()
@@ -88,9 +88,9 @@ class Submissions:
             if self._is_closed:
                 raise ClosedError("this context is closed; nothing more is run")
             if len(self._waiting) >= limits.SUBMITTED_MAX_COUNT:
-                raise ClosedError(f"{len(self._waiting)} kernels wait already; wait for some of them first")
+                raise UsageError(f"{len(self._waiting)} kernels wait already; wait for some of them first")
             heapq.heappush(self._waiting, (-priority, next(self._numbers), pending))
-            if not self._idle_count and len(self._threads) < self._max_count:
+            if not self._idle_count and len(self._threads) < self.threads:
                 thread = threading.Thread(target=self._run, name="sparkle-submitted", daemon=True)
                 self._threads.append(thread)
                 thread.start()

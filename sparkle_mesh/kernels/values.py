@@ -17,14 +17,22 @@ import numpy as np
 
 from sparkle_mesh.errors import KernelError, TraceError
 from sparkle_mesh.kernels.graph import GraphBuilder, WeakScalar, weak_dtype
-from sparkle_mesh.kernels.ops import Shape, TensorType, as_dtype, python_scalar
+from sparkle_mesh.kernels.ops import FLOATS, Shape, TensorType, as_dtype, python_scalar, scalar_fits
 
 if TYPE_CHECKING:
     from sparkle_mesh.kernels.tracer import Tracer
 
 # Operations whose result with Python's numbers is a bool, or stays one.
-_LOGICAL = frozenset({"equal", "not_equal", "less", "less_equal", "greater", "greater_equal"})
-_LOGICAL |= {"logical_not", "logical_and", "logical_or", "logical_xor", "bitwise_and", "bitwise_or", "bitwise_xor"}
+_COMPARISONS = frozenset({"equal", "not_equal", "less", "less_equal", "greater", "greater_equal"})
+_LOGICAL = _COMPARISONS | {
+    "logical_not",
+    "logical_and",
+    "logical_or",
+    "logical_xor",
+    "bitwise_and",
+    "bitwise_or",
+    "bitwise_xor",
+}
 
 
 class Trace:
@@ -161,18 +169,21 @@ def as_operand(trace: Trace, value: object) -> int | WeakScalar:
     """Return ``value`` as an operand of a builder's: a node's number, or a plain number."""
     if isinstance(value, Value):
         return value._number
-    if isinstance(value, (bool, int, float)) and not isinstance(value, np.generic):
-        return WeakScalar(value)
+    if isinstance(value, (int, float)) and not isinstance(value, np.generic):
+        # Members of enumerations are numbers, too.
+        kind = bool if isinstance(value, bool) else int if isinstance(value, int) else float
+        return WeakScalar(kind(value))
     if isinstance(value, (np.generic, np.ndarray)):
-        if value.shape:
+        array = np.asarray(value)
+        if array.shape:
             fail(
-                f"a NumPy array of shape {value.shape} is not part of a kernel; pass it as an argument, or make it "
+                f"a NumPy array of shape {array.shape} is not part of a kernel; pass it as an argument, or make it "
                 f"within with the functions of x.__array_namespace__() (zeros, ones, full, arange, eye)"
             )
-        number = python_scalar(value[()])
+        number = python_scalar(array[()])
         if number is None:
-            fail(f"{value!r} is {value.dtype}, which kernels do not compute with; convert it to a float or integer")
-        return trace.builder.constant(number, as_dtype(value.dtype))
+            fail(f"{value!r} is {array.dtype}, which kernels do not compute with; convert it to a float or integer")
+        return trace.builder.constant(number, as_dtype(array.dtype))
     if isinstance(value, complex):
         fail(f"{value!r} is complex; kernels compute with real numbers: trace real and imaginary parts apart")
     fail(f"{type(value).__name__} is not an operand of kernels; pass arrays as arguments, and numbers as they are")
@@ -222,7 +233,21 @@ def elementwise(op: str, *values: object) -> Tracer:
         operands = [*typed_operands(trace, [condition]), *typed_operands(trace, rest)]
     else:
         operands = typed_operands(trace, values)
+    if op in _COMPARISONS:
+        operands = _with_room(trace, operands)
     return trace.value(trace.builder.elementwise(op, *operands))
+
+
+def _with_room(trace: Trace, operands: list[int | WeakScalar]) -> list[int | WeakScalar]:
+    """Return the operands of a comparison so that a plain integer beyond the other's dtype is compared nevertheless."""
+    builder = trace.builder
+    for place, one in enumerate(operands):
+        other = operands[1 - place]
+        if isinstance(one, WeakScalar) and isinstance(other, int) and isinstance(one.value, int):
+            dtype = builder.type_of(other).dtype
+            if dtype not in ("bool", *FLOATS) and not scalar_fits(int(one.value), dtype) and dtype != "uint64":
+                operands[1 - place] = builder.cast(other, "int64")
+    return operands
 
 
 def operate(op: str, *values: object) -> Tracer:

@@ -11,10 +11,12 @@ import pytest
 import trio
 
 from sparkle_mesh import limits
+from sparkle_mesh.async_collectives import AsyncCollectives
 from sparkle_mesh.clock import SYSTEM_ENTROPY
 from sparkle_mesh.collectives.group import CollectiveGroup
 from sparkle_mesh.collectives.shared_plan import plan_chunks, work_bytes
 from sparkle_mesh.errors import LinkClosedError, UsageError
+from sparkle_mesh.transport.buffers import byte_views
 from sparkle_mesh.transport.link import Buffer, Link, LinkStats
 from sparkle_mesh.transport.memory import memory_link_pair
 from sparkle_mesh.transport.shared_memory import SharedMemory
@@ -60,7 +62,7 @@ class PairLink(Link):
 
     async def send(self, header: bytes, buffers: Sequence[Buffer] = ()) -> None:
         async with self._lock:
-            payload = b"".join(bytes(memoryview(buffer).cast("B")) for buffer in buffers)
+            payload = b"".join(bytes(view) for view in byte_views(buffers)[0])
             if self.spy is not None:
                 self.spy(bytes(header))
             if self.tamper is not None:
@@ -86,7 +88,7 @@ class PairLink(Link):
 
     async def receive_into(self, buffers: Sequence[Buffer]) -> None:
         await trio.lowlevel.checkpoint()
-        views = [memoryview(buffer).cast("B") for buffer in buffers]
+        views, _ = byte_views(buffers, writable=True)
         if sum(len(view) for view in views) > len(self._payload):
             raise UsageError("more than what is left")
         for view in views:
@@ -281,3 +283,81 @@ def small(monkeypatch: pytest.MonkeyPatch, fresh_plans: None) -> None:
 def host() -> Callable[..., AbstractAsyncContextManager[Host]]:
     """Return a function that opens so many ranks, which share memory."""
     return open_host
+
+
+# --- Arrays of other libraries ----------------------------------------------------------------------
+
+
+class Lender:
+    """An array of some other library, which has DLPack and little else.
+
+    Parameters
+    ----------
+    array
+        Where its numbers are.
+    version
+        1 for DLPack 1.0, which says whether memory may be written to; 0 for what came before, which does not.
+    """
+
+    def __init__(self, array: Any, version: int = 1) -> None:
+        self.array, self.version = array, version
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (1, 0)
+
+    def __dlpack__(self, *, stream: Any = None, **options: Any) -> Any:
+        if self.version == 0:
+            if options:
+                raise TypeError(f"unexpected arguments {list(options)}")
+            return self.array.__dlpack__()
+        return self.array.__dlpack__(max_version=options.get("max_version"))
+
+
+class Immutable(Lender):
+    """One of a library whose arrays cannot be written to, with the Array API."""
+
+    device = "here"
+
+    def __dlpack__(self, *, stream: Any = None, **options: Any) -> Any:
+        readable = self.array.view()
+        readable.flags.writeable = False
+        return readable.__dlpack__(max_version=options.get("max_version"))
+
+    def __array_namespace__(self) -> type[Immutable]:
+        return Immutable
+
+    @classmethod
+    def asarray(cls, array: Any, *, device: Any = None) -> Immutable:
+        assert device == "here"
+        return cls(np.array(array))
+
+
+class Rank(AsyncCollectives):
+    """The collectives of a group, as callers have them."""
+
+    def __init__(self, group: CollectiveGroup) -> None:
+        self._group = group
+
+    def _check_process(self) -> None:
+        pass
+
+
+@pytest.fixture
+def lender() -> type[Lender]:
+    return Lender
+
+
+@pytest.fixture
+def immutable() -> type[Immutable]:
+    return Immutable
+
+
+@pytest.fixture
+def on_ranks(make_world: type[World]) -> Callable[..., Awaitable[list[Any]]]:
+    """Call ``call(rank, collectives)`` on all of so many ranks; return what each returned or raised."""
+
+    async def run(call: Callable[[int, Rank], Awaitable[Any]], size: int = 3) -> list[Any]:
+        async with make_world(size).running() as world:
+            return await world.each(lambda rank, group: call(rank, Rank(group)))
+
+    return run

@@ -249,6 +249,10 @@ async def check_the_others(groups: list[CollectiveGroup], dtype: str, shape: tup
     for gathered in await each(groups, lambda r, g: g.all_gather(arrays[r])):
         np.testing.assert_array_equal(gathered, stacked)
 
+    given = [array.copy() for array in arrays]
+    await each(groups, lambda r, g: g.broadcast(given[r], root))
+    assert all(array.tobytes() == arrays[root].tobytes() for array in given)
+
     many = await each(groups, lambda r, g: g.gather({"a": arrays[r], "b": arrays[r][::2]}, root))
     np.testing.assert_array_equal(many[root]["a"], stacked)
     np.testing.assert_array_equal(many[root]["b"], stacked[:, ::2])
@@ -274,3 +278,15 @@ async def test_nan_of_either_sign_and_zeros_end_as_the_same_bits_everywhere() ->
                 await each(groups, lambda r, g, d=given, a=algorithm, o=op: g.all_reduce(d[r], o, algorithm=a))
                 assert len({array.tobytes() for array in given}) == 1, (algorithm, op)
                 check(given[0], arrays, op)
+
+
+@pytest.mark.parametrize("dtype", ["f2", ml_dtypes.bfloat16])
+async def test_halves_are_handed_on_as_they_are(dtype: Any) -> None:
+    async with ranks("tcp", 3) as groups:
+        for count in (0, 1, 50_001):
+            arrays = [numbers(np.dtype(dtype), (count,), rank) for rank in range(3)]
+            lists = [[array.copy(), array[::2].copy()] for array in arrays]
+            await each(groups, lambda r, g, d=lists: g.broadcast(d[r], 1))
+            for whole, half in lists:
+                assert whole.tobytes() == arrays[1].tobytes()
+                assert half.tobytes() == arrays[1][::2].tobytes()

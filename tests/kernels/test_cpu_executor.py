@@ -22,7 +22,7 @@ Array = np.ndarray[Any, Any]
 POISON = 0xA5
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def executors() -> Iterator[list[CpuExecutor]]:
     made = [CpuExecutor(1), CpuExecutor(3)]
     yield made
@@ -30,7 +30,7 @@ def executors() -> Iterator[list[CpuExecutor]]:
         executor.close()
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def _small_pieces() -> Iterator[None]:
     """Cut everything into pieces of few elements, and share whatever can be shared."""
     with pytest.MonkeyPatch.context() as patch:
@@ -40,6 +40,9 @@ def _small_pieces() -> Iterator[None]:
         patch.setattr(limits, "CPU_SHORT_ROW_MAX_COUNT", 3)
         patch.setattr(limits, "CPU_KEPT_MAX_COUNT", 3)
         patch.setattr(limits, "CPU_REDUCTION_PARTS_COUNT", 5)
+        patch.setattr(limits, "CPU_DIRECT_TILE_MAX_COUNT", 11)
+        patch.setattr(limits, "CPU_ROWS_IN_TURN_COUNT", 2)
+        patch.setattr(limits, "CPU_LONG_ROW_MIN_COUNT", 3)
         patch.setattr(limits, "CPU_SHARED_MIN_COUNT", 0)
         patch.setattr(limits, "CPU_PORTIONS_PER_THREAD_COUNT", 2)
         patch.setattr(limits, "CPU_HALF_TILE_SIDE_COUNT", 3)
@@ -75,16 +78,19 @@ def is_exact(graph: Graph) -> bool:
     return not any(node.op in ("sum", "prod", "matmul") for node in graph.nodes)
 
 
-@settings(max_examples=800, deadline=None)
-@given(graphs(), st.integers(0, 5))
-def test_it_computes_what_graphs_mean(executors: list[CpuExecutor], graph: Graph, seed: int) -> None:
-    inputs = inputs_for(graph, seed)
-    wanted = evaluate(graph, inputs)
-    one, three = (run(executor, graph, inputs) for executor in executors)
-    for alone, shared, other in zip(one, three, wanted, strict=True):
-        assert alone.dtype == other.dtype
-        np.testing.assert_array_equal(alone, shared)
-        if is_exact(graph):
-            np.testing.assert_array_equal(alone, other)
-        else:
-            np.testing.assert_allclose(alone, other, rtol=1e-5, atol=1e-6)
+def test_it_computes_what_graphs_mean(executors: list[CpuExecutor]) -> None:
+    @settings(max_examples=800, deadline=None)
+    @given(graphs(), st.integers(0, 5))
+    def holds(graph: Graph, seed: int) -> None:
+        inputs = inputs_for(graph, seed)
+        wanted = evaluate(graph, inputs)
+        one, three = (run(executor, graph, inputs) for executor in executors)
+        for alone, shared, other in zip(one, three, wanted, strict=True):
+            assert alone.dtype == other.dtype
+            np.testing.assert_array_equal(alone, shared)
+            if is_exact(graph):
+                np.testing.assert_array_equal(alone, other)
+            else:
+                np.testing.assert_allclose(alone, other, rtol=1e-5, atol=1e-6)
+
+    holds()

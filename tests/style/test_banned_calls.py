@@ -50,6 +50,7 @@ GUARDS: dict[tuple[str, str], str] = {
     ("sparkle_mesh.fabric.guards", "translated"): "py-libp2p's exceptions have no common base; raises ours from them",
     ("sparkle_mesh.discovery.port_mapping", "map_by_upnp"): "miniupnpc raises the bare class; raises ours from it",
     ("sparkle_mesh.collectives.pending", "run"): "kept for whoever waits for the reduction; logged if nobody does",
+    ("sparkle_mesh.kernels.pending", "_run"): "kept for whoever waits for the kernel",
     ("sparkle_mesh.portal", "task"): "hands on to the thread that waits for the call",
     ("sparkle_mesh.portal", "_run"): "hands on to the threads that wait; a thread has nobody else to tell",
 }

@@ -101,7 +101,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 ONLY_IN: dict[str, tuple[str, ...]] = {
     "libp2p": ("sparkle_mesh.fabric", "sparkle_mesh.transport.libp2p_stream"),
     "torch": (),
-    "cupy": ("sparkle_mesh.devices.cupy_device",),
+    "cupy": ("sparkle_mesh.devices.cupy_device", "sparkle_mesh.collectives.cupy_arrays"),
     "pyopencl": ("sparkle_mesh.devices.opencl_device",),
     "jax": (),
     "sklearn": (),

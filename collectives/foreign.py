@@ -1,0 +1,272 @@
+"""What callers may pass instead of NumPy arrays: arrays of any library that has DLPack, as NumPy arrays for one call.
+
+:func:`lend` gives NumPy arrays in the form of what it was given, for collectives to read and to write; when the call
+has succeeded, :meth:`Lent.settle` gives the caller its own arrays back, with the result in them. When it has failed
+there is nothing to do: they are as they were.
+
+- Memory of the processor that can be written to (tensors of PyTorch) is used where it lies.
+- Arrays that cannot be written to (of JAX, for example, wherever they are) are copied, and the caller gets new ones of
+  the same library, on the same device: made by ``asarray`` of the Array API, which they have.
+- Arrays of GPUs pass through pinned memory of the host: :mod:`.cupy_arrays`. They are read in the order of the calling
+  thread's streams, and written before :meth:`Lent.settle` returns: call both in the thread of the caller.
+
+What a collective makes anew is made like what it was given, of the same library and on the same device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+
+import numpy as np
+
+from sparkle_mesh.collectives.dlpack import (
+    GPU_DEVICES,
+    REFUSALS,
+    device_of,
+    host_view,
+    is_always_writable,
+    is_foreign,
+    libraries,
+    type_name,
+)
+from sparkle_mesh.collectives.reduction import Array
+from sparkle_mesh.errors import UsageError
+
+if TYPE_CHECKING:
+    from sparkle_mesh.collectives.cupy_arrays import OnGpus
+
+D = TypeVar("D")
+# In these all ranks but one get what that one gives.
+_GIVEN_BY_ROOT = ("broadcast", "scatter", "receive")
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """In the place of arrays that cannot be lent: a call that is given it fails with ``error``."""
+
+    error: UsageError
+
+
+class Lent(Generic[D]):
+    """The arrays of one call; see :func:`lend`.
+
+    Attributes
+    ----------
+    arrays
+        What was given, with NumPy arrays for those of other libraries.
+    """
+
+    def __init__(self, data: D) -> None:
+        self.arrays: Any = data
+        self._data = data
+        # All that follows is for arrays of other libraries.
+        self._lock: Lock | None = None
+        self._values: list[Any] = []
+        self._foreign: list[int] = []
+        self._replaced: dict[int, Array] = {}
+        self._gpus: OnGpus | None = None
+        self._written = False
+
+    def settle(self) -> D:
+        """Return what the call returns whose result is in :attr:`arrays`: the caller's own, which hold it now.
+
+        Where arrays cannot be written to, it is a container of the same form with new ones in their places. It may be
+        called again, and from any thread.
+        """
+        if self._lock is None:
+            return self._data
+        with self._lock:
+            gpus, self._gpus = self._gpus, None
+            if gpus is not None:
+                if self._written:
+                    gpus.write_back()
+                gpus.give_back()
+            if self._written and self._replaced:
+                for place, host in self._replaced.items():
+                    self._values[place] = _remade(self._values[place], host)
+                self._replaced = {}
+                self._data = cast(D, _in_form(self._data, self._values))
+            return self._data
+
+    def returned(self, result: Any) -> Any:
+        """Return what the caller gets for what the collective returned: ``arrays``, or new ones in their form."""
+        if result is self.arrays:
+            return self.settle()
+        if self._lock is None:
+            return result
+        # They may be parts of what is given back then.
+        made = self._in_their_libraries(result)
+        self.settle()
+        return made
+
+    def _in_their_libraries(self, result: Any) -> Any:
+        if isinstance(result, dict):
+            places = {name: place for place, name in enumerate(cast(Mapping[str, Any], self._data))}
+            return {name: self._like(places[name], array) for name, array in result.items()}
+        if isinstance(result, list):
+            return [self._like(place, array) for place, array in enumerate(result)]
+        return self._like(0, result)
+
+    def _like(self, place: int, array: Array | None) -> Any:
+        return array if array is None or place not in self._foreign else _made_like(self._values[place], array)
+
+    def _take(self, *, read: bool, written: bool) -> None:
+        """Let every array of another library lend its memory. Raises UsageError."""
+        self._lock, self._written = Lock(), written
+        hosts: list[Any] = []
+        labels = _labels(self._data)
+        on_gpus: list[tuple[int, object, str]] = []
+        for place, value in enumerate(self._values):
+            if not is_foreign(type(value)):
+                hosts.append(value)
+                continue
+            self._foreign.append(place)
+            what = labels(place)
+            value = _without_gradient(value, what)
+            host = _on_host(value, what)
+            if host is None:
+                on_gpus.append((place, value, what))
+            elif written and not host.flags.writeable:
+                _check_can_be_remade(value, what)
+                self._replaced[place] = host = host.copy()
+            hosts.append(host)
+        if on_gpus:
+            from sparkle_mesh.collectives.cupy_arrays import OnGpus
+
+            self._gpus = OnGpus([(value, what) for _, value, what in on_gpus], read=read, written=written)
+            for (place, _, _), host in zip(on_gpus, self._gpus.hosts, strict=True):
+                hosts[place] = host
+        self.arrays = _in_form(self._data, hosts)
+
+
+def lend(data: D, *, read: bool = True, written: bool = True) -> Lent[D]:
+    """Return NumPy arrays for all arrays of ``data``, which may be anything: what is no array stays as it is.
+
+    Parameters
+    ----------
+    data
+        An array, or a list, tuple or dict of arrays.
+    read
+        Whether their contents count: what is only written to is not fetched from a GPU.
+    written
+        Whether results are written into them.
+
+    Raises
+    ------
+    UsageError
+        If an array of another library cannot be lent; it says why, and what to do.
+    """
+    lent = Lent(data)
+    values = _values(data)
+    if not any(map(is_foreign, set(map(type, values)))):
+        return lent
+    lent._values = values
+    lent._take(read=read, written=written)
+    return lent
+
+
+def lend_for(kind: str, data: D, *, root: object = None, rank: int | None = None) -> Lent[D]:
+    """Return what :func:`lend` does for a collective, of the ``root`` of which this ``rank`` may be.
+
+    What cannot be lent becomes :class:`Refused`: the call raises why, in its turn, because the others make theirs.
+    """
+    at_root = isinstance(root, int | np.integer) and root == rank
+    read = kind not in _GIVEN_BY_ROOT or at_root
+    written = kind == "all_reduce" or (at_root if kind == "reduce" else kind in _GIVEN_BY_ROOT and not at_root)
+    try:
+        return lend(data, read=read, written=written)
+    except UsageError as error:
+        lent = Lent(data)
+        lent.arrays = Refused(error)
+        return lent
+
+
+def _values(data: object) -> list[Any]:
+    if isinstance(data, Mapping):
+        return list(data.values())
+    return list(data) if isinstance(data, list | tuple) else [data]
+
+
+def _in_form(data: object, values: list[Any]) -> object:
+    """Return ``values`` in the form of ``data``."""
+    if isinstance(data, Mapping):
+        return dict(zip(data, values, strict=True))
+    if isinstance(data, list | tuple):
+        return values if isinstance(data, list) else tuple(values)
+    return values[0]
+
+
+def _labels(data: object) -> Callable[[int], str]:
+    """Return what gives the name of an array, for people, by its place."""
+    if isinstance(data, Mapping):
+        names = list(data)
+        return lambda place: f"the value of {names[place]!r}"
+    return (lambda place: f"item {place}") if isinstance(data, list | tuple) else (lambda place: "the data")
+
+
+def _without_gradient(value: Any, what: str) -> Any:
+    """Return a tensor of PyTorch as one that can be lent: parameters are taken as the numbers that they hold."""
+    if "torch" not in libraries(value):
+        return value
+    if value.is_neg():
+        raise UsageError(f"{what} is a tensor whose memory holds its negative; pass its resolve_neg()")
+    if not value.requires_grad:
+        return value
+    if not value.is_leaf:
+        raise UsageError(
+            f"{what} is a tensor within a graph of gradients, which do not pass through a collective; pass its detach()"
+        )
+    return value.detach()
+
+
+def _on_host(value: Any, what: str) -> Array | None:
+    """Return the memory of an array; a copy, if it gives only that; None if it is a GPU's, and CuPy can copy it."""
+    kinds = libraries(value)
+    if "cupy" in kinds:
+        return None
+    try:
+        return host_view(value, what)
+    except UsageError:
+        device = device_of(value)
+        if hasattr(value, "__array_namespace__") and not is_always_writable(value):
+            # JAX has devices of its own, and gives copies of what they hold.
+            try:
+                array = np.asarray(value)
+            except REFUSALS:
+                array = None
+            if array is not None:
+                array.flags.writeable = False
+                return array
+        if device is not None and device[0] in GPU_DEVICES:
+            return None
+        raise
+
+
+def _check_can_be_remade(value: Any, what: str) -> None:
+    if not hasattr(value, "__array_namespace__"):
+        raise UsageError(
+            f"{what}, a {type_name(type(value))}, is read-only, or does not say that it is not (DLPack before 1.0), and"
+            " the result is written into it; pass a NumPy array"
+        )
+
+
+def _remade(value: Any, result: Array) -> object:
+    return value.__array_namespace__().asarray(result, device=value.device)
+
+
+def _made_like(value: Any, result: Array) -> object:
+    """Return ``result`` as an array of the library of ``value``, on its device; as it is if that cannot be told."""
+    if "cupy" in libraries(value):
+        from sparkle_mesh.collectives.cupy_arrays import make_like
+
+        return make_like(value, result)
+    if hasattr(value, "__array_namespace__"):
+        return _remade(value, result)
+    if "torch" in libraries(value):
+        lent = lend(value.new_empty(result.shape), read=False)
+        lent.arrays[...] = result
+        return lent.settle()
+    return result
