@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 # Operations whose result with Python's numbers is a bool, or stays one.
 _COMPARISONS = frozenset({"equal", "not_equal", "less", "less_equal", "greater", "greater_equal"})
+# Those with a result of bool that plain integers of any size take part in.
+_ROOMY = _COMPARISONS | {"logical_and", "logical_or", "logical_xor"}
 _LOGICAL = _COMPARISONS | {
     "logical_not",
     "logical_and",
@@ -233,13 +235,13 @@ def elementwise(op: str, *values: object) -> Tracer:
         operands = [*typed_operands(trace, [condition]), *typed_operands(trace, rest)]
     else:
         operands = typed_operands(trace, values)
-    if op in _COMPARISONS:
+    if op in _ROOMY:
         operands = _with_room(trace, operands)
     return trace.value(trace.builder.elementwise(op, *operands))
 
 
 def _with_room(trace: Trace, operands: list[int | WeakScalar]) -> list[int | WeakScalar]:
-    """Return the operands of a comparison so that a plain integer beyond the other's dtype is compared nevertheless."""
+    """Return operands so that a plain integer beyond the other's dtype is compared with it nevertheless."""
     builder = trace.builder
     for place, one in enumerate(operands):
         other = operands[1 - place]
