@@ -208,7 +208,7 @@ class Context:
         self,
         kernel: Any,
         *operands: Any,
-        device: str | Device = "auto",
+        device: str | Device | Sequence[str | Device] = "auto",
         priority: int = 0,
         should_stop: Stop = lambda: False,
         **keywords: Any,
@@ -222,7 +222,9 @@ class Context:
         kernel
             One made by ``sparkle.kernel``, or a function that could be.
         device
-            Where; ``"auto"`` is wherever it is expected to be fastest, on several devices together perhaps.
+            Where; ``"auto"`` is wherever it is expected to be fastest, on several devices together perhaps. Several, as
+            ``["cpu", "cuda:0"]`` or ``context.devices``, share it whether that pays or not; if it cannot be done in
+            parts, the fastest of them does it.
         priority
             Of those that wait for a device the highest comes first.
         should_stop
@@ -241,7 +243,12 @@ class Context:
         return call.rebuild(self._runtime.run(call.graph, call.operands, order))
 
     def submit(
-        self, kernel: Any, *operands: Any, device: str | Device = "auto", priority: int = 0, **keywords: Any
+        self,
+        kernel: Any,
+        *operands: Any,
+        device: str | Device | Sequence[str | Device] = "auto",
+        priority: int = 0,
+        **keywords: Any,
     ) -> PendingRun:
         """Run a kernel in the background, the most urgent first; see :meth:`run`."""
         self._check_open()
@@ -254,8 +261,18 @@ class Context:
 
         return self._submissions.submit(work, priority)
 
-    def _order(self, name: str, device: str | Device, priority: int, should_stop: Stop) -> Order:
-        return Order(name, None if device == "auto" else self.device(device), priority, should_stop)
+    def _order(
+        self, name: str, device: str | Device | Sequence[str | Device], priority: int, should_stop: Stop
+    ) -> Order:
+        if isinstance(device, (list, tuple)):
+            several = tuple(dict.fromkeys(map(self.device, device)))
+            if not several:
+                raise UsageError(f"device is {device!r}; name at least one, or leave it to 'auto'")
+            if len(several) > 1:
+                return Order(name, None, priority, should_stop, several)
+            device = several[0]
+        found = None if device == "auto" else self.device(device)  # type: ignore[arg-type]
+        return Order(name, found, priority, should_stop)
 
     def estimate_performance(self, kernel: Any, *operands: Any, device: str | Device, **keywords: Any) -> Estimate:
         """Return what a kernel is expected to take on a device, step by step; nothing is run."""
