@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import operator
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +29,7 @@ from sparkle_mesh.kernels.estimate import Estimate, Speed
 from sparkle_mesh.kernels.events import Profile
 from sparkle_mesh.kernels.explanation import Explanation
 from sparkle_mesh.kernels.graph import Graph
-from sparkle_mesh.kernels.ops import Shape, as_dtype
+from sparkle_mesh.kernels.ops import Shape, TensorType, as_dtype, check_type
 from sparkle_mesh.kernels.pending import PendingRun, Submissions
 from sparkle_mesh.kernels.runners import Stop
 from sparkle_mesh.kernels.runtime import Order, Runtime
@@ -56,7 +58,7 @@ class Context:
 
     def __init__(
         self,
-        devices: Sequence[str | Device] | None = None,
+        devices: str | Device | Sequence[str | Device] | None = None,
         *,
         data_dir: Path | str | None = None,
         threads: int | None = None,
@@ -73,12 +75,12 @@ class Context:
         self._methods = lru_cache(limits.ARRAY_METHODS_MAX_COUNT)(_method_kernel)
         self._is_closed = False
 
-    def _choose(self, devices: Sequence[str | Device] | None) -> tuple[Device, ...]:
+    def _choose(self, devices: str | Device | Sequence[str | Device] | None) -> tuple[Device, ...]:
         host = self._registry.device("cpu")
         if devices is None:
             return host, *(device for device in self._registry.devices() if device not in (host,))
         found = [host]
-        for name in devices:
+        for name in [devices] if isinstance(devices, (str, Device)) else devices:
             is_kind = isinstance(name, str) and ":" not in name
             some = self._registry.devices(name) if is_kind and isinstance(name, str) else ()
             found += some or (self._registry.device(name),)
@@ -115,6 +117,7 @@ class Context:
         DeviceError
             If the device fails while it is measured.
         """
+        self._check_open()
         found = self.device(device)
         with self._profiling:
             if found not in self._known_profiles:
@@ -153,7 +156,8 @@ class Context:
             If size, dtype or device are none.
         """
         self._check_open()
-        return Buffer(size, dtype, self._memory_for(size, dtype, device))
+        count = _length(size, f"size is {size!r}; give a number of elements (array() takes a shape)")
+        return Buffer(count, dtype, self._memory_for(count, dtype, device))
 
     def _memory_for(self, size: int, dtype: npt.DTypeLike, device: str | Device) -> Device:
         if device != "auto":
@@ -165,10 +169,12 @@ class Context:
         roomy = [one for one in usable if one.free_memory_bytes() + one.pool.kept_bytes >= nbytes]
         return max(roomy or usable, key=lambda one: (self._speed(one).memory_bytes_per_s, -usable.index(one)))
 
-    def array(self, shape: int | Shape, dtype: npt.DTypeLike = "float32", device: str | Device = "auto") -> Array:
+    def array(
+        self, shape: int | Sequence[int], dtype: npt.DTypeLike = "float32", device: str | Device = "auto"
+    ) -> Array:
         """Return an array of zeros; see :meth:`asarray` for one of given elements, and :meth:`allocate` for errors."""
         self._check_open()
-        lengths = (shape,) if isinstance(shape, int) else tuple(shape)
+        lengths = _as_shape(shape)
         size = math.prod(lengths)
         where = self._memory_for(size, as_dtype(dtype), device)
         buffer = Buffer(size, as_dtype(dtype), where)
@@ -185,12 +191,15 @@ class Context:
             found = values if dtype is None or np.dtype(dtype) == values.dtype else values.astype(np.dtype(dtype))
             return found if device == "auto" else found.to_device(self.device(device))
         source = np.asarray(values, dtype)
+        # In the machine's order of bytes.
+        source = source.astype(as_dtype(source.dtype), copy=False)
         where = self.host if device == "auto" else self.device(device)
-        return Array(self, source.shape, Buffer(source.size, as_dtype(source.dtype), where).copy_from(source))
+        return Array(self, source.shape, Buffer(source.size, source.dtype, where).copy_from(source))
 
     def gemm(self, a: Any, b: Any, *, device: str | Device = "auto") -> Array:
         """Return the matrix product ``a @ b``, as ``numpy.matmul`` defines it."""
-        found: Array = self.run(_GEMM, a, b, device=device)
+        factors = (one if isinstance(one, Array) else np.asarray(one) for one in (a, b))
+        found: Array = self.run(_GEMM, *factors, device=device)
         return found
 
     # --- Kernels ----------------------------------------------------------------------------------
@@ -199,7 +208,7 @@ class Context:
         self,
         kernel: Any,
         *operands: Any,
-        device: str | Device = "auto",
+        device: str | Device | Sequence[str | Device] = "auto",
         priority: int = 0,
         should_stop: Stop = lambda: False,
         **keywords: Any,
@@ -213,7 +222,9 @@ class Context:
         kernel
             One made by ``sparkle.kernel``, or a function that could be.
         device
-            Where; ``"auto"`` is wherever it is expected to be fastest, on several devices together perhaps.
+            Where; ``"auto"`` is wherever it is expected to be fastest, on several devices together perhaps. Several, as
+            ``["cpu", "cuda:0"]`` or ``context.devices``, share it whether that pays or not; if it cannot be done in
+            parts, the fastest of them does it.
         priority
             Of those that wait for a device the highest comes first.
         should_stop
@@ -232,21 +243,40 @@ class Context:
         return call.rebuild(self._runtime.run(call.graph, call.operands, order))
 
     def submit(
-        self, kernel: Any, *operands: Any, device: str | Device = "auto", priority: int = 0, **keywords: Any
+        self,
+        kernel: Any,
+        *operands: Any,
+        device: str | Device | Sequence[str | Device] = "auto",
+        priority: int = 0,
+        **keywords: Any,
     ) -> PendingRun:
         """Run a kernel in the background, the most urgent first; see :meth:`run`."""
         self._check_open()
+        # What is wrong with the call is told now, and not to who asks for the result.
+        as_kernel(kernel).prepare(*operands, **keywords)
+        self._order(as_kernel(kernel).name, device, priority, lambda: False)
 
         def work(should_stop: Stop) -> Any:
             return self.run(kernel, *operands, device=device, priority=priority, should_stop=should_stop, **keywords)
 
         return self._submissions.submit(work, priority)
 
-    def _order(self, name: str, device: str | Device, priority: int, should_stop: Stop) -> Order:
-        return Order(name, None if device == "auto" else self.device(device), priority, should_stop)
+    def _order(
+        self, name: str, device: str | Device | Sequence[str | Device], priority: int, should_stop: Stop
+    ) -> Order:
+        if isinstance(device, (list, tuple)):
+            several = tuple(dict.fromkeys(map(self.device, device)))
+            if not several:
+                raise UsageError(f"device is {device!r}; name at least one, or leave it to 'auto'")
+            if len(several) > 1:
+                return Order(name, None, priority, should_stop, several)
+            device = several[0]
+        found = None if device == "auto" else self.device(device)  # type: ignore[arg-type]
+        return Order(name, found, priority, should_stop)
 
     def estimate_performance(self, kernel: Any, *operands: Any, device: str | Device, **keywords: Any) -> Estimate:
         """Return what a kernel is expected to take on a device, step by step; nothing is run."""
+        self._check_open()
         call = as_kernel(kernel).prepare(*operands, **keywords)
         found = self.device(device)
         choices = self._runtime.choices(call.graph, call.operands)
@@ -257,6 +287,7 @@ class Context:
 
     def explain(self, kernel: Any, *operands: Any, **keywords: Any) -> Explanation:
         """Return where a kernel would run, and why: print it. Nothing is run, but devices are measured if need be."""
+        self._check_open()
         name = as_kernel(kernel).name
         call = as_kernel(kernel).prepare(*operands, **keywords)
         return Explanation(name, call.graph, tuple(self._runtime.choices(call.graph, call.operands)))
@@ -267,6 +298,7 @@ class Context:
 
         Every kernel is waited for meanwhile, so that its time is its own.
         """
+        self._check_open()
         with self._runtime.recorder.profile() as found:
             yield found
 
@@ -311,37 +343,75 @@ class Context:
         return f"<Context of {', '.join(map(str, self.devices))}>"
 
 
-def _method_kernel(name: str, static: tuple[object, ...], keywords: tuple[tuple[str, object], ...]) -> Kernel:
-    """Return a kernel for one method of arrays, or one of NumPy's functions."""
+@dataclass(frozen=True)
+class _Method:
+    """One method of arrays, or one of NumPy's functions, to be traced.
 
-    def call(*operands: Any) -> Any:
-        if name == "__array_ufunc__":
-            (ufunc,) = static
-            return ufunc(*operands, **dict(keywords))  # type: ignore[operator]
-        if name == "__array_function__":
-            function, frozen = static
+    No function: what goes wrong in it is told of the line that called for it, and not of one in here.
+    """
+
+    name: str
+    static: tuple[object, ...]
+    keywords: tuple[tuple[str, object], ...]
+
+    def __call__(self, *operands: Any) -> Any:
+        if self.name == "__array_ufunc__":
+            (ufunc,) = self.static
+            return ufunc(*operands, **dict(self.keywords))  # type: ignore[operator]
+        if self.name == "__array_function__":
+            function, frozen = self.static
             arguments, named = Frozen.thaw(frozen, operands)
             return function(*arguments, **dict(named))  # type: ignore[operator]
-        thawed = [Frozen.thaw(value, ()) if not isinstance(value, tuple) else _thawed(value) for value in static]
-        return getattr(operands[0], name)(*operands[1:], *thawed, **dict(keywords))
+        thawed = [Frozen.thaw(value, ()) if not isinstance(value, tuple) else _thawed(value) for value in self.static]
+        return getattr(operands[0], self.name)(*operands[1:], *thawed, **dict(self.keywords))
 
-    return Kernel(call, name=str(getattr(static[0], "__name__", name)) if name.startswith("__array_") else name)
+
+def _method_kernel(name: str, static: tuple[object, ...], keywords: tuple[tuple[str, object], ...]) -> Kernel:
+    """Return a kernel for one method of arrays, or one of NumPy's functions."""
+    shown = getattr(static[0], "__name__", name) if name.startswith("__array_") else name.strip("_")
+    return Kernel(_Method(name, static, keywords), name=str(shown))
+
+
+def _length(value: Any, what: str) -> int:
+    """Return ``value`` as a number of elements; raises UsageError(``what``) if it is none."""
+    try:
+        found = -1 if isinstance(value, (bool, np.bool_)) else operator.index(value)
+    except TypeError as error:
+        raise UsageError(what) from error
+    if found < 0:
+        raise UsageError(what)
+    return found
+
+
+def _as_shape(shape: Any) -> Shape:
+    what = f"shape is {shape!r}; give a whole number, or a sequence of them, each 0 or more"
+    if isinstance(shape, (str, bytes)) or not hasattr(shape, "__iter__"):
+        return (_length(shape, what),)
+    found = tuple(_length(length, what) for length in shape)
+    check_type(TensorType((1,) * len(found), "bool"))
+    return found
 
 
 def _thawed(parts: tuple[object, ...]) -> tuple[object, ...]:
     return tuple(Frozen.thaw(part, ()) for part in parts)
 
 
-_GEMM = Kernel(lambda a, b: a @ b, name="gemm")
+_GEMM = Kernel(operator.matmul, name="gemm")
 
 _current_lock = threading.Lock()
-_current: Context | None = None
+# Contexts of init that are open, in the order in which they were made: kernels run on the last.
+_current: list[Context] = []
 
 
 def init(
-    devices: Sequence[str | Device] | None = None, *, data_dir: Path | str | None = None, threads: int | None = None
+    devices: str | Device | Sequence[str | Device] | None = None,
+    *,
+    data_dir: Path | str | None = None,
+    threads: int | None = None,
 ) -> Context:
-    """Return a context of this machine's devices; kernels that are called by themselves run on it from now on.
+    """Return a context of this machine's devices; kernels that are called by themselves run on it until it is closed.
+
+    Of several that are open they run on the one that was made last.
 
     Parameters
     ----------
@@ -357,17 +427,15 @@ def init(
     UsageError
         If there is no such device.
     """
-    global _current
     context = Context(devices, data_dir=data_dir, threads=threads)
     with _current_lock:
-        _current = context
+        _current.append(context)
         set_execute(context.execute)
     return context
 
 
 def _no_longer_current(context: Context) -> None:
-    global _current
     with _current_lock:
-        if _current is context:
-            _current = None
-            set_execute(execute_by_numpy)
+        if context in _current:
+            _current.remove(context)
+            set_execute(_current[-1].execute if _current else execute_by_numpy)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -48,9 +48,9 @@ class Home(Protocol):
 class Array:
     """An array of a context; made by :meth:`.context.Context.array` and by what computes with others.
 
-    Operators, methods and indexing are NumPy's, but for assignment to elements; so are the functions of
-    ``numpy`` that kernels know; others are given NumPy's arrays. The Array API's functions are in
-    ``array.__array_namespace__()``.
+    Operators, methods and indexing are NumPy's, but for assignment to elements; so are the functions of ``numpy`` that
+    kernels know; others are given NumPy's arrays. The Array API's functions are in ``array.__array_namespace__()``.
+    ``print(array)`` shows the elements, its ``repr`` tells where they are.
     """
 
     __hash__ = None  # type: ignore[assignment]
@@ -122,6 +122,13 @@ class Array:
     def __repr__(self) -> str:
         lengths = ", ".join(map(str, self._shape))
         return f"<Array {self._dtype}[{lengths}] on {', '.join(self.devices)}>"
+
+    def __str__(self) -> str:
+        return str(self.__array__())
+
+    def __format__(self, how: str) -> str:
+        # One element as the number that it is: f"{loss:.4f}".
+        return format(self.__array__()[()], how) if how else str(self)
 
     # --- Where it is ------------------------------------------------------------------------------
 
@@ -202,6 +209,20 @@ class Array:
     def to_numpy(self) -> npt.NDArray[Any]:
         """Return the elements in a NumPy array of their own."""
         return np.array(self.__array__())
+
+    def copy(self) -> Array:
+        """Return an array of the same elements, on the same device, that is written to on its own."""
+        with self._lock:
+            newest = next(iter(self._copies.values()))
+            return Array(self._home, self._shape, Buffer(self.size, self._dtype, newest.device).copy_from(newest))
+
+    __copy__ = copy
+
+    def __deepcopy__(self, memo: object) -> Array:
+        return self.copy()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an Array belongs to a context, and is not pickled; pickle array.to_numpy()")
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
         # Without a copy it is for reading: what is written there others would not see.
@@ -290,6 +311,12 @@ class Array:
 
     def __index__(self) -> int:
         return int(self.__array__().__index__())
+
+    def __round__(self, digits: int = 0) -> Any:
+        return round(self.item(), digits) if digits else round(self.item())
+
+    def __contains__(self, value: object) -> bool:
+        return value in self.__array__()
 
     def __iter__(self) -> Iterator[Array]:
         return iter([self[place] for place in range(len(self))])
@@ -423,6 +450,7 @@ def _frozen_index(part: object) -> object:
 
 
 _BINARY = ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift"]
+_BINARY.append("divmod")
 _COMPARISONS = ("__lt__", "__le__", "__gt__", "__ge__", "__eq__", "__ne__")
 _UNARY = ("__neg__", "__pos__", "__abs__", "__invert__")
 #: Methods whose arguments are no arrays.
@@ -430,6 +458,11 @@ _METHODS = (
     *("astype", "reshape", "ravel", "flatten", "transpose", "swapaxes", "squeeze", "round"),
     *("sum", "prod", "max", "min", "mean", "var", "std", "any", "all"),
 )
+
+
+def _hashable(argument: object) -> object:
+    """Return an argument of a method as the key of a table: axes and shapes may be told in lists."""
+    return tuple(argument) if isinstance(argument, list) else argument
 
 
 def _operator(name: str) -> Callable[..., Any]:
@@ -444,8 +477,8 @@ def _operator(name: str) -> Callable[..., Any]:
 
 def _method(name: str) -> Callable[..., Any]:
     def method(self: Array, *arguments: object, **keywords: object) -> Any:
-        frozen = tuple(tuple(one) if isinstance(one, list) else one for one in arguments)
-        return self._call(name, self, static=frozen, keywords=keywords)
+        frozen = tuple(map(_hashable, arguments))
+        return self._call(name, self, static=frozen, keywords={key: _hashable(one) for key, one in keywords.items()})
 
     method.__name__ = name
     method.__doc__ = f"Return what ``numpy.ndarray.{name}`` does, as a new array."

@@ -8,7 +8,7 @@ from sparkle_mesh.kernels.graph import Graph
 from sparkle_mesh.kernels.placement import Choice
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Explanation:
     """The ways to run a kernel and what each is expected to take; ``str()`` of it is a table.
 
@@ -41,6 +41,8 @@ class Explanation:
                 for step in self.chosen.estimate.steps
             ]
         return "\n".join(lines)
+
+    __repr__ = __str__
 
 
 def _reason(choice: Choice) -> str:

@@ -81,6 +81,7 @@ class Placement:
         *,
         missing_bytes: Callable[[Device], int],
         input_missing: Callable[[Device, int], bool],
+        sharing: Sequence[Device] = (),
     ) -> list[Choice]:
         """Return the ways to run ``graph``, that which is expected to be the fastest first.
 
@@ -92,10 +93,15 @@ class Placement:
             What of its operands a device lacks.
         input_missing
             Whether a device lacks one of them.
+        sharing
+            If any: the only devices that count, and that all of them share it comes first, whether it pays or not.
         """
         program = fuse(graph)
-        usable = [device for device in self._devices if self._computes(device, graph)]
+        usable = [one for one in self._devices if one in (sharing or self._devices) and self._computes(one, graph)]
         found = [self._whole(graph, program, device, missing_bytes(device)) for device in usable]
+        if sharing:
+            told = None if split is None else self._shared(split, program, usable, input_missing, is_told=True)
+            return [*([told] if told is not None else []), *sorted(found, key=lambda choice: choice.seconds)]
         best_s = min((choice.seconds for choice in found), default=0.0)
         if split is not None and len(usable) > 1 and best_s >= limits.SHARED_WORK_MIN_S:
             shared = self._shared(split, program, usable, input_missing)
@@ -119,11 +125,22 @@ class Placement:
         return Choice((device,), found.seconds, found)
 
     def _shared(
-        self, split: Split, program: Program, devices: Sequence[Device], input_missing: Callable[[Device, int], bool]
+        self,
+        split: Split,
+        program: Program,
+        devices: Sequence[Device],
+        input_missing: Callable[[Device, int], bool],
+        *,
+        is_told: bool = False,
     ) -> Choice | None:
-        """Return the work shared by all ``devices`` that would help; None if fewer than two would."""
+        """Return the work shared by all ``devices`` that would help; None if fewer than two would.
+
+        If it ``is_told`` what sharing costs does not count: all take part that would do a grain of it.
+        """
+        if not devices:
+            return None
         lines = [self._line(split, device, input_missing) for device in devices]
-        rates, overheads = [rate for rate, _ in lines], [overhead for _, overhead in lines]
+        rates, overheads = [rate for rate, _ in lines], [0.0 if is_told else overhead for _, overhead in lines]
         counts = first_parts(split.length, rates, overheads, grain_of(split.length))
         parts = tuple(
             Part(device, rate, overhead, count)

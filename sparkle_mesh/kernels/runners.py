@@ -117,6 +117,11 @@ class Runner:
                 self._prepared.popitem(last=False)
         return program, prepared
 
+    def is_prepared(self, graph: Graph) -> bool:
+        """Whether ``graph`` is ready to run: what it takes is not yet that of making it ready, as compiling."""
+        with self._lock:
+            return graph in self._prepared
+
     def _make(self, program: Program) -> Prepared:
         if isinstance(self.device, RunsPrograms):
             return self.device.prepare_program(program)

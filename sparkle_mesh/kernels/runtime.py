@@ -45,12 +45,15 @@ class Order:
         Of those that wait for a device the highest is first.
     should_stop
         Asked now and then.
+    sharing
+        Several devices that share it, if it can be done in parts; where it cannot, the fastest of them does it.
     """
 
     name: str = "kernel"
     device: Device | None = None
     priority: int = 0
     should_stop: Stop = lambda: False
+    sharing: tuple[Device, ...] = ()
 
 
 class Runtime:
@@ -92,8 +95,14 @@ class Runtime:
 
     # --- Choosing ---------------------------------------------------------------------------------
 
-    def choices(self, graph: Graph, operands: Sequence[Any]) -> list[Choice]:
-        """Return the ways to run ``graph`` with ``operands``, the best first."""
+    def choices(self, graph: Graph, operands: Sequence[Any], sharing: Sequence[Device] = ()) -> list[Choice]:
+        """Return the ways to run ``graph`` with ``operands``, the best first.
+
+        Parameters
+        ----------
+        sharing
+            If any: the only devices that count; that they share it comes first, if that can be.
+        """
 
         def missing(device: Device, number: int) -> bool:
             return not _is_on(operands[number], device)
@@ -101,10 +110,13 @@ class Runtime:
         def missing_bytes(device: Device) -> int:
             return sum(one.nbytes for number, one in enumerate(graph.inputs) if missing(device, number))
 
-        found = self.placement.choices(graph, self._split(graph), missing_bytes=missing_bytes, input_missing=missing)
+        found = self.placement.choices(
+            graph, self._split(graph), missing_bytes=missing_bytes, input_missing=missing, sharing=sharing
+        )
         if not found:
             dtypes = ", ".join(sorted({node.dtype for node in graph.nodes}))
-            raise UsageError(f"no device computes with all of {dtypes}; there are {', '.join(map(str, self.runners))}")
+            known = ", ".join(map(str, sharing or self.runners))
+            raise UsageError(f"no device computes with all of {dtypes} among {known}")
         return found
 
     def _split(self, graph: Graph) -> Split | None:
@@ -144,7 +156,7 @@ class Runtime:
             return self._run_whole(graph, operands, order, order.device)
         if len(self.runners) == 1:
             return self._run_whole(graph, operands, order, self.host)
-        best = self.choices(graph, operands)[0]
+        best = self.choices(graph, operands, order.sharing)[0]
         if best.parts:
             return self.run_shared(graph, operands, order, best)
         return self._run_whole(graph, operands, order, best.devices[0])
@@ -174,11 +186,12 @@ class Runtime:
         if not self._is_to_be_timed(graph, device):
             yield
             return
+        is_first = not self.runners[device].is_prepared(graph)
         device.synchronize()
         started = self._clock.now()
         yield
         device.synchronize()
-        self._took(graph, order.name, "kernel", device, started)
+        self._took(graph, order.name, "kernel", device, started, is_first=is_first)
 
     def _is_to_be_timed(self, graph: Graph, device: Device) -> bool:
         if self.recorder.is_wanted:
@@ -194,13 +207,15 @@ class Runtime:
         # Of the first run some time goes into making it ready.
         return 1 < count <= limits.TIMED_RUNS_COUNT + 1 or count % limits.TIMED_RUNS_PERIOD_COUNT == 0
 
-    def _took(self, graph: Graph, name: str, category: str, device: Device, started: float) -> float:
+    def _took(self, graph: Graph, name: str, category: str, device: Device, started: float, *, is_first: bool) -> float:
         seconds = self._clock.now() - started
         program, _ = self.runners[device].prepare(graph)
         plain = estimate(program, self._speed(device))
         moved = sum(step.moved_bytes for step in plain.steps)
         expected = plain.compute_s * self.corrections.correction(str(device), form(graph), moved)
-        self.corrections.measured(str(device), form(graph), moved, plain.compute_s, seconds)
+        # Of the first run some time went into making it ready: the next ones will not take that.
+        if not is_first:
+            self.corrections.measured(str(device), form(graph), moved, plain.compute_s, seconds)
         if self.recorder.is_wanted:
             details: dict[str, float | int | str]
             details = {"expected_us": expected * 1e6, "bytes": moved, "flops": sum(one.flops for one in plain.steps)}
@@ -255,11 +270,12 @@ class Runtime:
                 ]
             else:
                 outputs = list(runner.allocate(graph))
+            is_first = not runner.is_prepared(graph)
             device.synchronize()
             started = self._clock.now()
             runner.run(graph, inputs, outputs, order.should_stop)
             device.synchronize()
-            self._took(graph, order.name, "part", device, started)
+            self._took(graph, order.name, "part", device, started, is_first=is_first)
             for target, output in zip(targets, outputs, strict=True):
                 if isinstance(output, Buffer):
                     output.copy_to(target.reshape(-1) if target.flags.c_contiguous else target)
