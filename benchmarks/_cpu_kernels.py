@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,7 @@ def copy_speed(threads: int, elements: int) -> float:
     with ThreadPoolExecutor(threads) as pool:
 
         def copy() -> None:
-            wait([pool.submit(np.copyto, target[a:b], source[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)])
+            wait([pool.submit(np.copyto, target[a:b], source[a:b]) for a, b in pairwise(cuts)])
 
         return 2 * source.nbytes / min(_seconds(copy) for _ in range(15))
 
@@ -262,7 +263,7 @@ def _add_numba(simple: Case, tanh: Case, distance: Case, x: Array, y: Array, out
         total = np.float32(0)
         for i in numba.prange(x.size):
             total += (x[i] - y[i]) ** 2
-        return total
+        return float(total)
 
     simple.peers["numba"] = ("fresh", lambda: simple_into(x, y, np.empty_like(x)))
     simple.peers["numba, given"] = ("given", lambda: simple_into(x, y, out))

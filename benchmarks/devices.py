@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from _cpu_kernels import cpu_rows
+from _gpu_kernels import gpu_rows, has_gpu
 from _figures import format_seconds, format_size, make_table
 
 ELEMENTS, QUICK_ELEMENTS = 1 << 24, 1 << 20
@@ -43,6 +44,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     elements = options.elements or (QUICK_ELEMENTS if options.quick else ELEMENTS)
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "cuda": lambda: gpu_rows(rounds=rounds, quick=options.quick),
         "cpu": lambda: cpu_rows(elements=elements, rounds=rounds, threads=options.threads, quick=options.quick),
     }
     return [row for device in options.devices for row in parts[device]()]
@@ -70,7 +72,8 @@ def describe(row: dict[str, Any]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--devices", choices=("cpu",), nargs="+", default=["cpu"], help="default: all")
+    every = ["cpu", "cuda"] if has_gpu() else ["cpu"]
+    parser.add_argument("--devices", choices=("cpu", "cuda"), nargs="+", default=every, help="default: all")
     parser.add_argument("--elements", type=int, help=f"float32 numbers of each array (default: {ELEMENTS})")
     parser.add_argument("--rounds", type=int, help=f"in which all contenders take turns (default: {ROUNDS})")
     parser.add_argument("--threads", type=int, help="ours on processors (default: one for each core)")

@@ -628,7 +628,6 @@ KERNEL_MOVED_MAX_BYTES = 1 << 44
 KERNEL_MEMORY_MAX_BYTES = 64 * 1024 * MIB
 
 
-
 # --- Devices and their memory ----------------------------------------------------------------------
 # Of blocks in the CPU's memory: a cache line, and the widest vector register.
 MEMORY_ALIGNMENT_BYTES = 64
@@ -674,6 +673,9 @@ KERNEL_OPERAND_TYPES_MAX_COUNT = 1024
 # Lists within lists among a kernel's arguments and results.
 KERNEL_STRUCTURE_MAX_DEPTH = 32
 
+
+# Products of matrices of certain shapes that are known to be right.
+CHECKED_PRODUCTS_MAX_COUNT = 1024
 
 # --- Generated kernels ----------------------------------------------------------------------------
 # Work items of a group: many enough to fill a processor of any GPU, few enough for the registers of each.
@@ -726,7 +728,6 @@ CPU_POOL_MAX_BYTES = 256 * MIB
 CPU_HALF_TILE_SIDE_COUNT = 1024
 # Products of matrices below that many multiplications are done by one thread each, if there are several.
 CPU_SMALL_PRODUCT_MAX_COUNT = 1 << 21
-
 
 
 # --- Arrays of other libraries -------------------------------------------------------------------

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from typing import Any, TypeAlias
 
@@ -42,6 +43,19 @@ class CompiledKernel(ABC):
         DeviceError
             If the device refused it. A fault while it runs shows up at a later call.
         """
+        run = self.bound(global_size, local_size)
+        run([self._checked(position, argument) for position, argument in enumerate(arguments)])
+
+    def bound(self, global_size: Shape, local_size: Shape | None) -> Callable[[list[Any]], None]:
+        """Return what queues a run of that size: for launches that are made again and again.
+
+        It takes the arguments as the backend's library knows them, unchecked: ``memory.native``, NumPy scalars.
+
+        Raises
+        ------
+        UsageError
+            If these are no sizes.
+        """
         sizes = _sizes("global_size", global_size)
         groups = None if local_size is None else _sizes("local_size", local_size)
         if groups is not None:
@@ -51,9 +65,9 @@ class CompiledKernel(ABC):
             if not 0 < prod(groups) <= most:
                 raise UsageError(f"local_size is {groups}; {self.device} takes groups of 1 to {most} work items")
             sizes = tuple(-(-size // group) * group for size, group in zip(sizes, groups, strict=True))
-        checked = [self._checked(position, argument) for position, argument in enumerate(arguments)]
-        if prod(sizes):
-            self._launch(sizes, groups, checked)
+        if not prod(sizes):
+            return _nothing
+        return partial(self._launch, sizes, groups)
 
     def _checked(self, position: int, argument: Argument) -> Native:
         if isinstance(argument, Memory):
@@ -68,6 +82,10 @@ class CompiledKernel(ABC):
     @abstractmethod
     def _launch(self, global_size: tuple[int, ...], local_size: tuple[int, ...] | None, arguments: list[Any]) -> None:
         """Queue it; sizes are not 0, ``global_size`` is a multiple of ``local_size``."""
+
+
+def _nothing(arguments: list[Any]) -> None:
+    """Run over no work items."""
 
 
 def _sizes(what: str, sizes: Shape) -> tuple[int, ...]:

@@ -15,7 +15,6 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
@@ -25,6 +24,7 @@ from sparkle_mesh import limits
 from sparkle_mesh.clock import SYSTEM_CLOCK, Clock
 from sparkle_mesh.devices.detect import DeviceInfo
 from sparkle_mesh.devices.pool import MemoryPool, whole_bytes
+from sparkle_mesh.devices.products import checked_product
 from sparkle_mesh.errors import DeviceError, ReleasedError, UsageError
 
 if TYPE_CHECKING:
@@ -351,35 +351,22 @@ class Device(ABC):
         UsageError
             If the shapes do not fit each other, the dtype, or the blocks.
         """
-        kind = np.dtype(dtype)
-        if kind.name not in self.capabilities.matmul_dtypes:
-            known = ", ".join(sorted(self.capabilities.matmul_dtypes)) or "none"
-            raise UsageError(f"{self} multiplies no matrices of {kind}; those that it does: {known}")
-        rows, columns = tuple(map(int, shape_a)), tuple(map(int, shape_b))
-        if len(rows) < 2 or len(columns) < 2 or rows[-1] != columns[-2]:
-            raise UsageError(f"shapes {rows} and {columns} do not multiply: (..., m, k) and (..., k, n) do")
-        try:
-            batch = np.broadcast_shapes(rows[:-2], columns[:-2])
-        except ValueError as error:
-            raise UsageError(f"shapes {rows} and {columns} do not multiply: {error}") from error
-        shape = (*batch, rows[-2], columns[-1])
         if out is a or out is b:
             raise UsageError("out is one of the factors; give it a block of its own")
-        natives = [
-            self._range(memory, 0, prod(dims) * kind.itemsize)
-            for memory, dims in ((a, rows), (b, columns), (out, shape))
-        ]
-        if len(shape) > 2 and prod(columns[:-2]) == 1:
-            # One right factor for all: one product of two dimensions, which libraries do best.
-            rows, columns = (prod(rows[:-1]), rows[-1]), columns[-2:]
-            shape = (rows[0], columns[1])
-        if prod(shape) and not rows[-1]:
-            self._clear(natives[2], prod(shape) * kind.itemsize)
-        elif prod(shape):
-            if any(transposed):
-                self._matmul_transposed(natives[0], natives[1], natives[2], rows, columns, shape, kind, transposed)
-            else:
-                self._matmul(natives[0], natives[1], natives[2], rows, columns, shape, kind)
+        known = self.capabilities.matmul_dtypes
+        product = checked_product(str(self), known, tuple(shape_a), tuple(shape_b), np.dtype(dtype))
+        ranges = zip((a, b, out), product.nbytes, strict=True)
+        left, right, result = (self._range(memory, 0, nbytes) for memory, nbytes in ranges)
+        if product.is_empty:
+            return
+        if product.is_zero:
+            self._clear(result, product.nbytes[2])
+            return
+        rows, columns, shape = product.shape_a, product.shape_b, product.shape
+        if any(transposed):
+            self._matmul_transposed(left, right, result, rows, columns, shape, product.dtype, transposed)
+        else:
+            self._matmul(left, right, result, rows, columns, shape, product.dtype)
 
     def measure(self, work: Callable[[], object]) -> float:
         """Return the seconds that the device takes for what ``work`` queues, by its own clock where it has one.

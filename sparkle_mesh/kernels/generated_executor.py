@@ -6,15 +6,15 @@ All is queued: whoever reads results waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from sparkle_mesh import limits
-from sparkle_mesh.devices.compiled import Argument, CompiledKernel
+from sparkle_mesh.devices.compiled import Argument
 from sparkle_mesh.devices.device import Device, Memory
 from sparkle_mesh.errors import KernelError
 from sparkle_mesh.kernels import codegen, codegen_elementwise, codegen_matmul, codegen_reduce
@@ -38,15 +38,14 @@ class _Action(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Launch:
-    kernel: CompiledKernel
-    global_size: tuple[int, ...]
-    local_size: tuple[int, ...]
+    device: Device
+    launch: Callable[[list[Any]], None]
     blocks: tuple[int, ...]
     numbers: tuple[Argument, ...]
 
     def run(self, memories: Sequence[Memory | None]) -> None:
-        arguments: list[Argument] = [_present(memories[block]) for block in self.blocks]
-        self.kernel.launch(self.global_size, self.local_size, [*arguments, *self.numbers])
+        native_of = self.device.native_of
+        self.launch([*(native_of(_present(memories[block])) for block in self.blocks), *self.numbers])
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +248,8 @@ class _Preparation:
     ) -> _Launch:
         kernel = self._device.compile(source.text, source.name, self._options)
         local_size = (threads, *([1] * (len(groups) - 1)))
-        return _Launch(kernel, (groups[0] * threads, *groups[1:]), local_size, blocks, numbers)
+        launch = kernel.bound((groups[0] * threads, *groups[1:]), local_size)
+        return _Launch(self._device, launch, blocks, numbers)
 
     def _reduction(self, step: ReduceStep) -> list[_Action]:
         result = self._program.blocks[step.result]
