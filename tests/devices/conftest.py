@@ -1,12 +1,13 @@
 """Devices to test on, and stand-ins for what is not there.
 
 ``device`` is each of the backends' in turn: the CPU, PoCL's through OpenCL, the null device, a real GPU through CuPy if
-there is one, and a pretended one below the same code. NVIDIA's management library is stood in for by compiled C, so
-that the real ctypes calls are tested.
+there is one, a pretended one below the same code, and the example of a backend that others bring. NVIDIA's management
+library is stood in for by compiled C, so that the real ctypes calls are tested.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import shutil
 import subprocess
@@ -23,7 +24,10 @@ from sparkle_mesh.devices.device import Device
 from sparkle_mesh.devices.null import NullDevice
 from sparkle_mesh.devices.registry import Registry, is_installed
 
-KINDS = ("cpu", "opencl", "null", "cuda", "stand-in")
+KINDS = ("cpu", "opencl", "null", "cuda", "stand-in", "mirror")
+# They run no kernels that are compiled.
+WITHOUT_COMPILER = ("cpu", "mirror")
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "backend_example" / "sparkle_mirror"
 
 
 @cache
@@ -66,12 +70,25 @@ def stand_in_devices() -> tuple[Device, ...]:
     return devices
 
 
+@cache
+def mirrors() -> tuple[Device, ...]:
+    """Return the devices of the backend that is an example for others."""
+    sys.path.insert(0, str(EXAMPLE.parent))
+    try:
+        devices: tuple[Device, ...] = importlib.import_module("sparkle_mirror").MirrorBackend().devices()
+    finally:
+        sys.path.remove(str(EXAMPLE.parent))
+    return devices
+
+
 def find_device(kind: str) -> Device:
     """Return a device to test on; skips the test where there is none."""
     if kind == "null":
         return NullDevice()
     if kind == "stand-in":
         return stand_in_devices()[0]
+    if kind == "mirror":
+        return mirrors()[0]
     if kind == "cuda" and not is_installed("cupy"):
         pytest.skip("needs an NVIDIA GPU and CuPy: CuPy is not installed")
     if kind == "opencl" and not is_installed("pyopencl"):
@@ -101,13 +118,13 @@ def real_device(request: pytest.FixtureRequest) -> Iterator[Device]:
     chosen.pool.empty()
 
 
-@pytest.fixture(params=[kind for kind in KINDS if kind != "cpu"])
+@pytest.fixture(params=[kind for kind in KINDS if kind not in WITHOUT_COMPILER])
 def compiling_device(request: pytest.FixtureRequest) -> Device:
     """Return each kind of device that takes kernels in turn."""
     return find_device(request.param)
 
 
-@pytest.fixture(params=[kind for kind in KINDS if kind not in ("cpu", "null")])
+@pytest.fixture(params=[kind for kind in KINDS if kind not in (*WITHOUT_COMPILER, "null")])
 def real_compiling_device(request: pytest.FixtureRequest) -> Device:
     """Return each kind of device that runs kernels in turn."""
     return find_device(request.param)
