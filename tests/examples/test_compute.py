@@ -49,3 +49,21 @@ def test_devices_share_a_kernel(processes):
     shares = [int(share) for share in re.findall(r"did (\d+)%", ended.out)]
     assert 99 <= sum(shares) <= 101
     assert len(shares) == 2 or not is_installed("pyopencl")
+
+
+@pytest.mark.parametrize(
+    ("page", "says"),
+    [
+        ("docs/compute.md", r"(?s)Device cpu:0.*<Array float64\[1024, 1024\] on .*kernel scaled: .*\nwhat "),
+        ("README.md", r"(?s)kernel distances: float32\[200000, 16\].*\n1\.6\d+\n$"),
+        ("examples/backend_example/README.md", "no device 'mirror:1' here"),
+    ],
+)
+def test_the_introductions_run(processes, root, tmp_path, page, says):
+    blocks = re.findall(r"^```python\n(.*?)^```$", (root / page).read_text(), re.MULTILINE | re.DOTALL)
+    script = tmp_path / "introduction.py"
+    script.write_text(next(block for block in blocks if "sparkle.init(" in block))
+    ended = processes.run(script)
+    # The last one needs its package.
+    assert ended.code == ("mirror" in says), ended.err
+    assert re.search(says, ended.out + ended.err), ended.out + ended.err

@@ -82,7 +82,8 @@ def test_commands_know_the_options_that_are_shown(processes, blocks):
                     options = re.findall(r"(?<!\S)(--[\w-]+)", match[3])
                     shown.setdefault(match[1] or match[2], set()).update(options)
     node = {"sparkle-node", "sparkle-node new-key", "sparkle-node invite"}
-    assert set(shown) == {"examples/train_digits.py", "benchmarks/all_reduce.py", *node}
+    programs = {"examples/train_digits.py", "examples/digits_kernels.py", "benchmarks/all_reduce.py"}
+    assert set(shown) == {*programs, *node}
     for command, options in shown.items():
         program, *subcommand = command.split()
         ended = processes.run(
