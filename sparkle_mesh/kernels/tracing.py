@@ -128,7 +128,7 @@ class Kernel:
     Raises
     ------
     KernelError
-        If ``static`` names what the function does not take.
+        If ``static`` names what the function does not take, or the function is a ufunc.
     """
 
     def __init__(
@@ -139,6 +139,8 @@ class Kernel:
         static: Sequence[str] = (),
         _derive: tuple[Callable[[Traced], Traced], ...] = (),
     ) -> None:
+        if isinstance(function, np.ufunc):
+            raise KernelError(f"numpy.{function.__name__} is no function of Python; write lambda x: … around it")
         update_wrapper(self, function)
         self.function = function
         self.name = name or str(getattr(function, "__name__", type(function).__name__))
@@ -332,6 +334,8 @@ def _leaf(path: str, value: Any) -> Leaf:
     if isinstance(value, TensorType):
         check_type(value)
         return Leaf(value)
+    if isinstance(value, np.ma.MaskedArray):
+        raise KernelError(f"{path} is a masked array, whose mask kernels would not see; pass data and mask apart")
     if not (hasattr(value, "shape") and hasattr(value, "dtype")) and hasattr(value, "__array__"):
         value = np.asarray(value)
     try:

@@ -260,6 +260,7 @@ def test_array_likes_are_arrays():
         ((2j,), "x is of type complex"),
         ((np.ones((1,) * 9),), "x: .*more than 8 dimensions"),
         ((f32(2),), "x is a type"),
+        ((np.ma.array([1.0, 2.0], mask=[True, False]),), "x is a masked array"),
     ],
 )
 def test_what_is_no_argument(arguments, message):
@@ -279,6 +280,8 @@ def test_wrong_calls_name_the_kernel():
         kernel(lambda x: x, name="twice")()
     with pytest.raises(KernelError, match="no argument 'axes'"):
         kernel(lambda x: x, static=("axes",))
+    with pytest.raises(KernelError, match=r"numpy\.tanh is no function of Python"):
+        kernel(np.tanh)
 
 
 def test_kernels_without_arguments():
