@@ -1,7 +1,7 @@
 """Kernels on a CUDA GPU, through CuPy: beside hand-written kernels, CuPy's own fusion, CUB and cuBLAS.
 
-Times are of the GPU's clock, over launches that follow each other without a gap; what launches cost the host is measured
-apart.
+Times are of the GPU's clock, over launches that follow each other without a gap; what launches cost the host is
+measured apart.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from _cpu_kernels import cpu_rows
-from _gpu_kernels import gpu_rows, has_gpu
 from _figures import format_seconds, format_size, make_table
+from _gpu_kernels import gpu_rows, has_gpu
 
 ELEMENTS, QUICK_ELEMENTS = 1 << 24, 1 << 20
 ROUNDS, QUICK_ROUNDS = 15, 3

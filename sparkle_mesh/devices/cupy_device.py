@@ -264,9 +264,17 @@ class CupyDevice(Device):
         dtype: np.dtype[Any],
         transposed: tuple[bool, bool],
     ) -> None:
+        if len(shape) == 2:
+            with self.activated():
+                left, right = (
+                    _matrices(a.data, shape_a, dtype, transposed[0]),
+                    _matrices(b.data, shape_b, dtype, transposed[1]),
+                )
+                cupy.matmul(left, right, out=_matrices(out.data, shape, dtype, False))
+            return
         shapes = [tuple(dims) for dims in (shape_a, shape_b, shape)]
         offsets: list[tuple[int, ...]] = [(0, 0, 0)]
-        if dtype == np.float16 and len(shape) > 2:
+        if dtype == np.float16:
             # CuPy would convert the whole batch to float32 and back.
             offsets = [tuple(at * dtype.itemsize for at in starts) for starts in batch_starts(*shapes)]
             shapes = [dims[-2:] for dims in shapes]

@@ -23,8 +23,9 @@ import numpy.typing as npt
 from sparkle_mesh import limits
 from sparkle_mesh.clock import SYSTEM_CLOCK, Clock
 from sparkle_mesh.devices.detect import DeviceInfo
+from sparkle_mesh.devices.host_bytes import host_bytes
 from sparkle_mesh.devices.pool import MemoryPool, whole_bytes
-from sparkle_mesh.devices.products import checked_product
+from sparkle_mesh.devices.products import Product, checked_product
 from sparkle_mesh.errors import DeviceError, ReleasedError, UsageError
 
 if TYPE_CHECKING:
@@ -353,20 +354,35 @@ class Device(ABC):
         """
         if out is a or out is b:
             raise UsageError("out is one of the factors; give it a block of its own")
-        known = self.capabilities.matmul_dtypes
-        product = checked_product(str(self), known, tuple(shape_a), tuple(shape_b), np.dtype(dtype))
+        product = self._product(shape_a, shape_b, dtype)
         ranges = zip((a, b, out), product.nbytes, strict=True)
-        left, right, result = (self._range(memory, 0, nbytes) for memory, nbytes in ranges)
+        natives = [self._range(memory, 0, nbytes) for memory, nbytes in ranges]
+        self._bound_product(product, transposed)(natives[0], natives[1], natives[2])
+
+    def bound_matmul(
+        self, shape_a: Shape, shape_b: Shape, dtype: npt.DTypeLike, *, transposed: tuple[bool, bool] = (False, False)
+    ) -> Callable[[Native, Native, Native], None]:
+        """Return what queues such a product, as :meth:`matmul`: for products that are made again and again.
+
+        It takes blocks as the backend's library knows them (``memory.native``), unchecked.
+        """
+        return self._bound_product(self._product(shape_a, shape_b, dtype), transposed)
+
+    def _product(self, shape_a: Shape, shape_b: Shape, dtype: npt.DTypeLike) -> Product:
+        known = self.capabilities.matmul_dtypes
+        return checked_product(str(self), known, tuple(shape_a), tuple(shape_b), np.dtype(dtype))
+
+    def _bound_product(
+        self, product: Product, transposed: tuple[bool, bool]
+    ) -> Callable[[Native, Native, Native], None]:
         if product.is_empty:
-            return
+            return lambda a, b, out: None
         if product.is_zero:
-            self._clear(result, product.nbytes[2])
-            return
-        rows, columns, shape = product.shape_a, product.shape_b, product.shape
+            return lambda a, b, out: self._clear(out, product.nbytes[2])
+        shapes = product.shape_a, product.shape_b, product.shape
         if any(transposed):
-            self._matmul_transposed(left, right, result, rows, columns, shape, product.dtype, transposed)
-        else:
-            self._matmul(left, right, result, rows, columns, shape, product.dtype)
+            return lambda a, b, out: self._matmul_transposed(a, b, out, *shapes, product.dtype, transposed)
+        return lambda a, b, out: self._matmul(a, b, out, *shapes, product.dtype)
 
     def measure(self, work: Callable[[], object]) -> float:
         """Return the seconds that the device takes for what ``work`` queues, by its own clock where it has one.
@@ -479,21 +495,3 @@ class Backend(ABC):
         DeviceError
             If the driver is there, and broken.
         """
-
-
-def host_bytes(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """Return the bytes of a C-contiguous array as one dimension, without a copy.
-
-    Raises
-    ------
-    UsageError
-        If it is none, or holds Python objects.
-    """
-    if not isinstance(array, np.ndarray) or array.dtype.hasobject:
-        kind = getattr(array, "dtype", type(array).__name__)
-        raise UsageError(f"cannot copy {kind}; pass a NumPy array of numbers")
-    if not array.flags.c_contiguous:
-        raise UsageError(f"the array of shape {array.shape} is not C-contiguous; pass numpy.ascontiguousarray(array)")
-    if array.nbytes == 0:
-        return np.empty(0, dtype=np.uint8)
-    return array.reshape(-1).view(np.ndarray).view(np.uint8)

@@ -61,14 +61,11 @@ class _Clear:
 @dataclass(frozen=True, slots=True)
 class _LibraryProduct:
     device: Device
-    step: MatmulStep
+    multiply: Callable[[Any, Any, Any], None]
+    blocks: tuple[int, int, int]
 
     def run(self, memories: Sequence[Memory | None]) -> None:
-        step = self.step
-        a, b, out = (_present(memories[block]) for block in (step.a, step.b, step.result))
-        shape_a, shape_b = (*step.batch, step.rows, step.inner), (*step.batch, step.inner, step.columns)
-        transposed = (step.transpose_a, step.transpose_b)
-        self.device.matmul(a, b, out, shape_a, shape_b, step.dtype, transposed=transposed)
+        self.multiply(*(self.device.native_of(_present(memories[block])) for block in self.blocks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +279,10 @@ class _Preparation:
         # OpenCL brings no library.
         can = self._device.capabilities
         if can.language == "cuda" and can.matmul_transposes and step.dtype in can.matmul_dtypes:
-            return [_LibraryProduct(self._device, step)]
+            shape_a, shape_b = (*step.batch, step.rows, step.inner), (*step.batch, step.inner, step.columns)
+            transposed = (step.transpose_a, step.transpose_b)
+            multiply = self._device.bound_matmul(shape_a, shape_b, step.dtype, transposed=transposed)
+            return [_LibraryProduct(self._device, multiply, (step.a, step.b, step.result))]
         kernel = codegen_matmul.matmul(self._language, step, self._threads)
         numbers = _numbers(kernel.arguments, kernel.is_wide)
         blocks = (step.a, step.b, step.result)

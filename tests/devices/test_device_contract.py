@@ -15,7 +15,8 @@ from hypothesis.extra import numpy as hnp
 from sparkle_mesh import limits
 from sparkle_mesh.devices import transfers
 from sparkle_mesh.devices.cpu import CpuDevice
-from sparkle_mesh.devices.device import Device, host_bytes
+from sparkle_mesh.devices.device import Device
+from sparkle_mesh.devices.host_bytes import host_bytes
 from sparkle_mesh.devices.null import NullDevice
 from sparkle_mesh.errors import CompileError, DeviceError, OutOfMemoryError, ReleasedError, SparkleError, UsageError
 
