@@ -73,6 +73,11 @@ def check(tree: Path) -> int:
             code, output = run_mypy(tree, scripts, search_path=folder)
             printed += output.splitlines()
             failed |= code
+    for project in sorted((tree / "examples").glob("*/pyproject.toml")):
+        packages = [f"--package={found.parent.name}" for found in project.parent.glob("*/__init__.py")]
+        code, output = run_mypy(tree, packages, search_path=str(project.parent.relative_to(tree)))
+        printed += output.splitlines()
+        failed |= code
     # What is wrong in the library is told again for each folder that imports it.
     for line in dict.fromkeys(printed):
         print(line)

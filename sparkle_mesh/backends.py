@@ -22,13 +22,14 @@ from sparkle_mesh.kernels.program import (
     View,
     WriteStep,
 )
-from sparkle_mesh.kernels.runners import Prepared, RunsPrograms, Stop
+from sparkle_mesh.kernels.runners import Data, Prepared, RunsPrograms, Stop
 
 __all__ = [
     "Backend",
     "Body",
     "Buffer",
     "CompiledKernel",
+    "Data",
     "Device",
     "DeviceCapabilities",
     "DeviceInfo",

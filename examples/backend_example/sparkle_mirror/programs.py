@@ -11,6 +11,7 @@ from numpy.lib.stride_tricks import as_strided
 from sparkle_mesh.backends import (
     Body,
     Buffer,
+    Data,
     ElementwiseStep,
     Instruction,
     MatmulStep,
@@ -36,7 +37,7 @@ class MirrorProgram:
         self._device = device
         self._program = program
 
-    def run(self, inputs: Sequence[Buffer], outputs: Sequence[Buffer], should_stop: Stop) -> None:
+    def run(self, inputs: Sequence[Data], outputs: Sequence[Data], should_stop: Stop) -> None:
         """Fill ``outputs``: buffers on this device, as ``inputs`` are. Work could also be queued, and done later."""
         program = self._program
         # All blocks as dense arrays: those that are handed over, and what is only needed in between.
@@ -54,7 +55,9 @@ class MirrorProgram:
             for number in frees:
                 blocks.pop(number, None)
 
-    def _array(self, buffer: Buffer) -> np.ndarray:
+    def _array(self, buffer: Data) -> np.ndarray:
+        # NumPy's arrays are handed to the CPU alone.
+        assert isinstance(buffer, Buffer)
         # What lies in a block begins at its start; the block may be larger.
         return self._device.driver.block(buffer.memory.native)[: buffer.nbytes].view(buffer.dtype)
 
