@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from sparkle_mesh.kernels.accounting import peak_bytes
 from sparkle_mesh.kernels.fusion import fuse
 from sparkle_mesh.kernels.graph import Graph, Node
 from sparkle_mesh.kernels.ops import OPS
@@ -89,17 +90,6 @@ def analyze_workload(kernel: Graph | Kernel, *arguments: Any, **keywords: Any) -
         peak_bytes=peak_bytes(program),
         steps=len(program.steps),
     )
-
-
-def peak_bytes(program: Program) -> int:
-    """Return the most memory that the blocks of ``program`` take at one time, if each is freed as early as it says."""
-    taken = sum(block.nbytes for block in program.blocks[: program.input_count])
-    most = taken
-    for step, freed in zip(program.steps, program.frees, strict=True):
-        taken += sum(program.blocks[block].nbytes for block in blocks_written(step))
-        most = max(most, taken)
-        taken -= sum(program.blocks[block].nbytes for block in freed)
-    return most
 
 
 # --- Of graphs --------------------------------------------------------------------------------

@@ -63,7 +63,8 @@ def test_arrays_of_any_strides_are_copied(real_device, array, axes):
 def test_buffers_are_copied_from_any_device_to_any(real_device, gpus):
     array = np.random.default_rng(1).random(limits.HOST_STEP_BYTES // 8 + 1000)
     source = Buffer(array.size, "f8", real_device).copy_from(array)
-    for target_device in (real_device, CpuDevice(), *gpus):
+    # Those that are made up know nothing of real ones of their kind.
+    for target_device in (real_device, CpuDevice(), *(gpus if real_device.kind != "cuda" else ())):
         target = Buffer(array.size, "f8", target_device).copy_from(source)
         np.testing.assert_array_equal(read(target), array)
         target.release()

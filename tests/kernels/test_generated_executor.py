@@ -97,7 +97,15 @@ def defined(name: str, operands: list[Array]) -> Array:
     if name == "reciprocal" and operands[0].dtype.name not in FLOATS:
         # It divides by zero, and converts the infinite result to an integer, which C leaves open.
         return operands[0] != 0
+    if name == "hypot":
+        # The squares of the largest overflow in some libraries and not in others.
+        return np.maximum(*map(np.abs, operands)) < np.sqrt(np.finfo(operands[0].dtype).max)
     return np.ones(operands[0].size, bool)
+
+
+def flushed(values: Array) -> Array:
+    """Return zeros in the place of subnormal numbers, as CuPy has CUDA compute with float32."""
+    return np.where(np.abs(values) < np.finfo(values.dtype).tiny, np.zeros_like(values), values)
 
 
 @pytest.mark.parametrize("portion", PORTIONS, ids=lambda portion: f"{portion[0][0]}-{portion[-1][0]}")
@@ -119,7 +127,10 @@ def test_each_operation_computes_what_numpy_does(device: Device, portion: list[t
         with np.errstate(all="ignore"):
             wanted = ufunc(*(operand[keep] for operand in operands))
         relative, absolute = TOLERANCES.get(wanted.dtype.name, (0, 0)) if name not in EXACT else (0, 0)
-        np.testing.assert_allclose(found[keep], wanted, relative, absolute, err_msg=f"{name} of {dtypes}")
+        got = found[keep]
+        if device.kind in ("cuda", "rocm") and wanted.dtype.name in ("float32", "float64"):
+            got, wanted = flushed(got), flushed(wanted)
+        np.testing.assert_allclose(got, wanted, relative, absolute, err_msg=f"{name} of {dtypes}")
 
 
 def test_zeros_keep_their_signs(device: Device) -> None:

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from sparkle_mesh.kernels.accounting import peak_bytes
 from sparkle_mesh.kernels.fusion import fuse
 from sparkle_mesh.kernels.graph import Graph, GraphBuilder, WeakScalar
 from sparkle_mesh.kernels.ops import OPS, TensorType
 from sparkle_mesh.kernels.tracing import kernel
-from sparkle_mesh.kernels.workload import analyze_workload, peak_bytes
+from sparkle_mesh.kernels.workload import analyze_workload
 from tests.kernels.graphs import graphs
 
 
