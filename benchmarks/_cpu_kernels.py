@@ -248,17 +248,17 @@ def _add_numba(simple: Case, tanh: Case, distance: Case, x: Array, y: Array, out
         return
     two = np.float32(2)
 
-    @numba.njit(parallel=True)
+    @numba.njit(parallel=True)  # type: ignore[untyped-decorator, unused-ignore]
     def simple_into(x: Array, y: Array, out: Array) -> None:
         for i in numba.prange(x.size):
             out[i] = two * x[i] + y[i]
 
-    @numba.njit(parallel=True)
+    @numba.njit(parallel=True)  # type: ignore[untyped-decorator, unused-ignore]
     def tanh_into(x: Array, y: Array, out: Array) -> None:
         for i in numba.prange(x.size):
             out[i] = np.tanh(two * x[i] + y[i] * y[i]) * x[i]
 
-    @numba.njit(parallel=True)
+    @numba.njit(parallel=True)  # type: ignore[untyped-decorator, unused-ignore]
     def distance_of(x: Array, y: Array) -> float:
         total = np.float32(0)
         for i in numba.prange(x.size):
