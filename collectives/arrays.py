@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from ctypes import addressof, c_char
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, repeat
+from itertools import accumulate, pairwise, repeat
 from math import prod
 from operator import attrgetter, setitem
 from typing import Any, Final, NamedTuple, cast
@@ -298,7 +298,9 @@ def check_arrays(data: object, check: Callable[[np.dtype[Any], str], None], *, w
     # Arrays that each own their memory share none, if they are not the same.
     owning = all(flag & _OWNDATA for flag in flags) and len(set(map(id, values))) == count
     if written and count > 1 and not owning:
-        _refuse_shared_memory(arrays.named)
+        bounds = sorted(map(_byte_bounds, filter(_size_of, values)))
+        if any(high > low for (_, high), (low, _) in pairwise(bounds)):
+            _refuse_shared_memory(arrays.named)
     return arrays
 
 
