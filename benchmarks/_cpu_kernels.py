@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,7 @@ def copy_speed(threads: int, elements: int) -> float:
     with ThreadPoolExecutor(threads) as pool:
 
         def copy() -> None:
-            wait([pool.submit(np.copyto, target[a:b], source[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)])
+            wait([pool.submit(np.copyto, target[a:b], source[a:b]) for a, b in pairwise(cuts)])
 
         return 2 * source.nbytes / min(_seconds(copy) for _ in range(15))
 
@@ -245,20 +246,21 @@ def _add_numba(simple: Case, tanh: Case, distance: Case, x: Array, y: Array, out
     except ImportError:
         print("numba is not installed, and not measured: pip install -e '.[bench]'", file=sys.stderr)
         return
+    in_all_cores: Callable[[Callable[..., Any]], Callable[..., Any]] = numba.njit(parallel=True)
     two = np.float32(2)
 
-    @numba.njit(parallel=True)
+    @in_all_cores
     def simple_into(x: Array, y: Array, out: Array) -> None:
         for i in numba.prange(x.size):
             out[i] = two * x[i] + y[i]
 
-    @numba.njit(parallel=True)
+    @in_all_cores
     def tanh_into(x: Array, y: Array, out: Array) -> None:
         for i in numba.prange(x.size):
             out[i] = np.tanh(two * x[i] + y[i] * y[i]) * x[i]
 
-    @numba.njit(parallel=True)
-    def distance_of(x: Array, y: Array) -> float:
+    @in_all_cores
+    def distance_of(x: Array, y: Array) -> Any:
         total = np.float32(0)
         for i in numba.prange(x.size):
             total += (x[i] - y[i]) ** 2
