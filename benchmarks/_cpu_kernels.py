@@ -246,24 +246,25 @@ def _add_numba(simple: Case, tanh: Case, distance: Case, x: Array, y: Array, out
     except ImportError:
         print("numba is not installed, and not measured: pip install -e '.[bench]'", file=sys.stderr)
         return
+    in_all_cores: Callable[[Callable[..., Any]], Callable[..., Any]] = numba.njit(parallel=True)
     two = np.float32(2)
 
-    @numba.njit(parallel=True)  # type: ignore[untyped-decorator, unused-ignore]
+    @in_all_cores
     def simple_into(x: Array, y: Array, out: Array) -> None:
         for i in numba.prange(x.size):
             out[i] = two * x[i] + y[i]
 
-    @numba.njit(parallel=True)  # type: ignore[untyped-decorator, unused-ignore]
+    @in_all_cores
     def tanh_into(x: Array, y: Array, out: Array) -> None:
         for i in numba.prange(x.size):
             out[i] = np.tanh(two * x[i] + y[i] * y[i]) * x[i]
 
-    @numba.njit(parallel=True)  # type: ignore[untyped-decorator, unused-ignore]
-    def distance_of(x: Array, y: Array) -> float:
+    @in_all_cores
+    def distance_of(x: Array, y: Array) -> Any:
         total = np.float32(0)
         for i in numba.prange(x.size):
             total += (x[i] - y[i]) ** 2
-        return float(total)
+        return total
 
     simple.peers["numba"] = ("fresh", lambda: simple_into(x, y, np.empty_like(x)))
     simple.peers["numba, given"] = ("given", lambda: simple_into(x, y, out))
