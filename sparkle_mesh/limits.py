@@ -698,7 +698,7 @@ CPU_THREADS_MAX_COUNT = 256
 # What the values between two operations take, all together, in one thread: a core's own cache (L2), about.
 CPU_SCRATCH_BYTES = 1 * MIB
 # Calls into NumPy take about a microsecond, and threads wait for each other around them: longer pieces hide both.
-CPU_TILE_MAX_COUNT = 128 * KIB
+CPU_TILE_MAX_COUNT = 256 * KIB
 # Kernels of very many values would leave pieces too short to be worth a call.
 CPU_TILE_MIN_COUNT = 4 * KIB
 # Of pieces that are read across their rows: lines of memory that are fetched are used whole.
