@@ -6,6 +6,7 @@ import gc
 import os
 import re
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,13 @@ KEPT_CHILDREN = ("multiprocessing.resource_tracker", "multiprocessing.forkserver
 
 # Nothing that a test starts looks for peers beyond this machine, unless the test says which.
 os.environ["SPARKLE_BOOTSTRAP"] = "none"
+
+# PoCL keeps what it compiled from run to run; processes that test at the same time each in their own folder.
+os.environ.setdefault(
+    "POCL_CACHE_DIR",
+    str(Path(tempfile.gettempdir()) / f"sparkle-tests-pocl-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"),
+)
+Path(os.environ["POCL_CACHE_DIR"]).mkdir(exist_ok=True)
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # Started in the background by a shell. Tests send this signal, to this process and to children that inherit.

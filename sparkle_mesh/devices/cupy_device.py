@@ -7,7 +7,7 @@ for streams that ask not to be). Blocks come from the driver itself, not from Cu
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,9 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from sparkle_mesh import limits
+from sparkle_mesh.devices.batches import batch_starts
+from sparkle_mesh.devices.compiled import CompiledKernel
 from sparkle_mesh.devices.cpu import NUMERIC_DTYPES
 from sparkle_mesh.devices.detect import DeviceInfo
-from sparkle_mesh.devices.device import Backend, Device, DeviceCapabilities, Kernel, Native, Shape
+from sparkle_mesh.devices.device import Backend, Device, DeviceCapabilities, Native, Shape
 from sparkle_mesh.devices.staging import Staging
 from sparkle_mesh.errors import CompileError, DeviceError, UsageError
 
@@ -79,7 +81,6 @@ class CupyDevice(Device):
         capabilities = DeviceCapabilities(
             dtypes=NUMERIC_DTYPES,
             matmul_dtypes=NUMERIC_DTYPES - {"bool"},
-            matmul_transposes=True,
             language="cuda",
             unified=bool(properties.get("integrated", 0)),
             local_size_max=properties["maxThreadsPerBlock"],
@@ -238,7 +239,7 @@ class CupyDevice(Device):
 
     # --- Work ----------------------------------------------------------------------------------
 
-    def _compile(self, source: str, name: str, options: tuple[str, ...]) -> Kernel:
+    def _compile(self, source: str, name: str, options: tuple[str, ...]) -> CompiledKernel:
         try:
             with cupy.cuda.Device(self.index):
                 module = cupy.RawModule(code=source, options=options)
@@ -250,40 +251,36 @@ class CupyDevice(Device):
     def _matmul(
         self, a: Native, b: Native, out: Native, shape_a: Shape, shape_b: Shape, shape: Shape, dtype: np.dtype[Any]
     ) -> None:
-        self._matmul_transposed(a, b, out, shape_a, shape_b, shape, dtype, (False, False))
+        self._matmul_transposed((a, b, out), (shape_a, shape_b, shape), dtype, (False, False))
 
     def _matmul_transposed(
-        self,
-        a: Native,
-        b: Native,
-        out: Native,
-        shape_a: Shape,
-        shape_b: Shape,
-        shape: Shape,
-        dtype: np.dtype[Any],
-        transposed: tuple[bool, bool],
+        self, natives: Sequence[Native], shapes: Sequence[Shape], dtype: np.dtype[Any], transposed: tuple[bool, bool]
     ) -> None:
+        shapes = [tuple(dims) for dims in shapes]
+        offsets: list[tuple[int, ...]] = [(0, 0, 0)]
+        if dtype == np.float16 and len(shapes[2]) > 2:
+            # CuPy would convert the whole batch to float32 and back.
+            offsets = [tuple(at * dtype.itemsize for at in starts) for starts in batch_starts(*shapes)]
+            shapes = [dims[-2:] for dims in shapes]
+        exchanged = (*transposed, False)
         with self.activated():
-            left, right, product = (
-                _matrices(native, dims, dtype, exchanged)
-                for native, dims, exchanged in (
-                    (a, shape_a, transposed[0]),
-                    (b, shape_b, transposed[1]),
-                    (out, shape, False),
+            for starts in offsets:
+                left, right, product = (
+                    _matrices(native.data + at, dims, dtype, exchanged=flag)
+                    for native, dims, at, flag in zip(natives, shapes, starts, exchanged, strict=True)
                 )
-            )
-            cupy.matmul(left, right, out=product)
+                cupy.matmul(left, right, out=product)
 
 
-def _matrices(native: Native, shape: Shape, dtype: np.dtype[Any], exchanged: bool) -> Any:
-    """Return an array of ``shape`` over a block, in which the last two axes may be exchanged."""
+def _matrices(pointer: Any, shape: Shape, dtype: np.dtype[Any], *, exchanged: bool) -> Any:
+    """Return an array of ``shape`` over memory, in which its last two axes may lie exchanged."""
     if not exchanged:
-        return cupy.ndarray(tuple(shape), dtype=dtype, memptr=native.data)
+        return cupy.ndarray(tuple(shape), dtype=dtype, memptr=pointer)
     *batch, rows, columns = shape
-    return cupy.ndarray((*batch, columns, rows), dtype=dtype, memptr=native.data).swapaxes(-1, -2)
+    return cupy.ndarray((*batch, columns, rows), dtype=dtype, memptr=pointer).swapaxes(-1, -2)
 
 
-class _CupyKernel(Kernel):
+class _CupyKernel(CompiledKernel):
     def __init__(self, device: CupyDevice, name: str, function: Any, module: Any) -> None:
         super().__init__(device, name)
         self._gpu = device

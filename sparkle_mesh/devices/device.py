@@ -16,7 +16,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -27,9 +27,11 @@ from sparkle_mesh.devices.detect import DeviceInfo
 from sparkle_mesh.devices.pool import MemoryPool, whole_bytes
 from sparkle_mesh.errors import DeviceError, ReleasedError, UsageError
 
+if TYPE_CHECKING:
+    from sparkle_mesh.devices.compiled import CompiledKernel
+
 #: What a backend's library hands out for a block: a NumPy or CuPy array of bytes, an OpenCL buffer.
 Native: TypeAlias = Any
-Argument: TypeAlias = "Memory | np.generic[Any]"
 Shape: TypeAlias = Sequence[int]
 
 
@@ -43,8 +45,6 @@ class DeviceCapabilities:
         Names of the NumPy dtypes that it computes with.
     matmul_dtypes
         Names of those that :meth:`Device.matmul` multiplies.
-    matmul_transposes
-        Whether it takes factors whose last two axes are exchanged in memory.
     language
         What :meth:`Device.compile` takes: ``"cuda"`` (CUDA C++, HIP on ROCm), ``"opencl"`` (OpenCL C), or ``""`` where
         nothing is compiled.
@@ -60,7 +60,6 @@ class DeviceCapabilities:
 
     dtypes: frozenset[str]
     matmul_dtypes: frozenset[str] = frozenset()
-    matmul_transposes: bool = False
     language: Literal["", "cuda", "opencl"] = ""
     memory_is_host: bool = False
     unified: bool = False
@@ -114,61 +113,6 @@ class Memory:
         return f"<Memory of {self.nbytes} bytes on {self.device}{', freed' if self.freed else ''}>"
 
 
-class Kernel(ABC):
-    """A compiled kernel of one device."""
-
-    def __init__(self, device: Device, name: str) -> None:
-        self.device = device
-        self.name = name
-
-    def launch(self, global_size: Shape, local_size: Shape | None, arguments: Sequence[Argument]) -> None:
-        """Queue one run, and return at once.
-
-        Parameters
-        ----------
-        global_size
-            Work items (threads) in each of 1 to 3 dimensions. It is rounded up to whole groups: a kernel checks its
-            bounds. Nothing runs if one of them is 0.
-        local_size
-            Work items of a group (block) in each dimension; None leaves it to the device.
-        arguments
-            In the order of the kernel's parameters: blocks of this device's memory, and NumPy scalars.
-
-        Raises
-        ------
-        UsageError
-            If sizes or arguments are not of this kind.
-        DeviceError
-            If the device refused it. A fault while it runs shows up at a later call.
-        """
-        sizes = _sizes("global_size", global_size)
-        groups = None if local_size is None else _sizes("local_size", local_size)
-        if groups is not None:
-            if len(groups) != len(sizes):
-                raise UsageError(f"local_size is {groups}, and global_size {sizes}; give both as many dimensions")
-            most = self.device.capabilities.local_size_max
-            if not 0 < prod(groups) <= most:
-                raise UsageError(f"local_size is {groups}; {self.device} takes groups of 1 to {most} work items")
-            sizes = tuple(-(-size // group) * group for size, group in zip(sizes, groups, strict=True))
-        checked = [self._checked(position, argument) for position, argument in enumerate(arguments)]
-        if prod(sizes):
-            self._launch(sizes, groups, checked)
-
-    def _checked(self, position: int, argument: Argument) -> Native:
-        if isinstance(argument, Memory):
-            return self.device.native_of(argument)
-        if isinstance(argument, np.generic) and not argument.dtype.hasobject:
-            return argument
-        raise UsageError(
-            f"argument {position} of kernel {self.name} is {type(argument).__name__}; pass a block of memory, or a"
-            " NumPy scalar of the parameter's type, as numpy.int32(7)"
-        )
-
-    @abstractmethod
-    def _launch(self, global_size: tuple[int, ...], local_size: tuple[int, ...] | None, arguments: list[Any]) -> None:
-        """Queue it; sizes are not 0, ``global_size`` is a multiple of ``local_size``."""
-
-
 class Device(ABC):
     """One compute device; safe to use from any thread.
 
@@ -191,7 +135,7 @@ class Device(ABC):
         self._changes: deque[int] = deque()
         self._changes_lock = threading.Lock()
         self._compile_lock = threading.Lock()
-        self._kernels: OrderedDict[tuple[str, str, tuple[str, ...]], Kernel] = OrderedDict()
+        self._kernels: OrderedDict[tuple[str, str, tuple[str, ...]], CompiledKernel] = OrderedDict()
         self._allocated_bytes = 0
 
     @property
@@ -356,7 +300,7 @@ class Device(ABC):
 
     # --- Work ----------------------------------------------------------------------------------
 
-    def compile(self, source: str, name: str, options: Sequence[str] = ()) -> Kernel:
+    def compile(self, source: str, name: str, options: Sequence[str] = ()) -> CompiledKernel:
         """Return kernel ``name`` of ``source``, compiled once per source, name and options.
 
         Raises
@@ -373,7 +317,7 @@ class Device(ABC):
             kernel = self._kernels.get(key)
             if kernel is None:
                 kernel = self._kernels[key] = self._compile(*key)
-                if len(self._kernels) > limits.COMPILED_KERNELS_MAX_COUNT:
+                while len(self._kernels) > limits.COMPILED_KERNELS_MAX_COUNT:
                     self._kernels.popitem(last=False)
             self._kernels.move_to_end(key)
         return kernel
@@ -397,7 +341,7 @@ class Device(ABC):
             ``(..., m, k)`` and ``(..., k, n)``, of two dimensions or more; leading ones broadcast. ``out`` is
             ``(..., m, n)`` and shares no memory with the others.
         transposed
-            Whether a, and b, lie in memory with their last two axes exchanged; needs ``matmul_transposes``.
+            Whether a, and b, lie in memory with their last two axes exchanged (cuda and rocm).
 
         Raises
         ------
@@ -422,13 +366,16 @@ class Device(ABC):
             self._range(memory, 0, prod(dims) * kind.itemsize)
             for memory, dims in ((a, rows), (b, columns), (out, shape))
         ]
+        if len(shape) > 2 and prod(columns[:-2]) == 1:
+            # One right factor for all: one product of two dimensions, which libraries do best.
+            rows, columns = (prod(rows[:-1]), rows[-1]), columns[-2:]
+            shape = (rows[0], columns[1])
         if prod(shape) and not rows[-1]:
             self._clear(natives[2], prod(shape) * kind.itemsize)
+        elif prod(shape) and any(transposed):
+            self._matmul_transposed(natives, (rows, columns, shape), kind, transposed)
         elif prod(shape):
-            if any(transposed):
-                self._matmul_transposed(natives[0], natives[1], natives[2], rows, columns, shape, kind, transposed)
-            else:
-                self._matmul(natives[0], natives[1], natives[2], rows, columns, shape, kind)
+            self._matmul(natives[0], natives[1], natives[2], rows, columns, shape, kind)
 
     def measure(self, work: Callable[[], object]) -> float:
         """Return the seconds that the device takes for what ``work`` queues, by its own clock where it has one.
@@ -480,7 +427,7 @@ class Device(ABC):
     def _view(self, native: Native, dtype: np.dtype[Any], count: int, owner: object) -> Any:
         raise UsageError(f"{self} has no arrays that share its memory; copy to the host first")
 
-    def _compile(self, source: str, name: str, options: tuple[str, ...]) -> Kernel:
+    def _compile(self, source: str, name: str, options: tuple[str, ...]) -> CompiledKernel:
         raise DeviceError(f"the backend of {self} says that it compiles {self.capabilities.language}, and does not")
 
     def _matmul(
@@ -489,15 +436,7 @@ class Device(ABC):
         raise DeviceError(f"the backend of {self} says that it multiplies {dtype}, and does not")
 
     def _matmul_transposed(
-        self,
-        a: Native,
-        b: Native,
-        out: Native,
-        shape_a: Shape,
-        shape_b: Shape,
-        shape: Shape,
-        dtype: np.dtype[Any],
-        transposed: tuple[bool, bool],
+        self, natives: Sequence[Native], shapes: Sequence[Shape], dtype: np.dtype[Any], transposed: tuple[bool, bool]
     ) -> None:
         raise UsageError(f"{self} multiplies no matrices that lie transposed; copy them to their own order first")
 
@@ -559,10 +498,3 @@ def host_bytes(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     if array.nbytes == 0:
         return np.empty(0, dtype=np.uint8)
     return array.reshape(-1).view(np.ndarray).view(np.uint8)
-
-
-def _sizes(what: str, sizes: Shape) -> tuple[int, ...]:
-    found = tuple(sizes)
-    if not 1 <= len(found) <= 3 or any(isinstance(n, bool) or int(n) != n or n < 0 for n in found):
-        raise UsageError(f"{what} is {sizes!r}; give 1 to 3 whole numbers, 0 or more")
-    return tuple(map(int, found))

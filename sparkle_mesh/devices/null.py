@@ -10,9 +10,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from sparkle_mesh.devices.compiled import CompiledKernel
 from sparkle_mesh.devices.cpu import NUMERIC_DTYPES
 from sparkle_mesh.devices.detect import DeviceInfo
-from sparkle_mesh.devices.device import Backend, Device, DeviceCapabilities, Kernel, Native, Shape
+from sparkle_mesh.devices.device import Backend, Device, DeviceCapabilities, Native, Shape
 
 
 class NullDevice(Device):
@@ -75,7 +76,7 @@ class NullDevice(Device):
         self._note("copy", nbytes)
         return True
 
-    def _compile(self, source: str, name: str, options: tuple[str, ...]) -> Kernel:
+    def _compile(self, source: str, name: str, options: tuple[str, ...]) -> CompiledKernel:
         self._note("compile")
         return _NullKernel(self, name)
 
@@ -108,7 +109,7 @@ class NullBackend(Backend):
         return self._devices
 
 
-class _NullKernel(Kernel):
+class _NullKernel(CompiledKernel):
     def _launch(self, global_size: tuple[int, ...], local_size: tuple[int, ...] | None, arguments: list[Any]) -> None:
         assert isinstance(self.device, NullDevice)
         self.device._note("launch")

@@ -18,13 +18,17 @@ import pyopencl as cl
 
 from sparkle_mesh import limits
 from sparkle_mesh.devices import opencl_source
+from sparkle_mesh.devices.batches import batch_starts
+from sparkle_mesh.devices.compiled import CompiledKernel
 from sparkle_mesh.devices.detect import DeviceInfo, free_memory_bytes
-from sparkle_mesh.devices.device import Backend, Device, DeviceCapabilities, Kernel, Native, Shape
+from sparkle_mesh.devices.device import Backend, Device, DeviceCapabilities, Native, Shape
 from sparkle_mesh.errors import CompileError, DeviceError, UsageError
 
 # Of PCI, which OpenCL's vendor_id is for GPUs. Whose GPUs another backend serves, by the kind of that.
 _VENDORS = {"cuda": 0x10DE, "rocm": 0x1002}
 _INVALID_BUFFER_SIZE = -61
+_NO_PLATFORM = -1001
+_NO_DEVICE = -1
 
 
 class OpenClBackend(Backend):
@@ -126,7 +130,7 @@ class OpenClDevice(Device):
             cl.enqueue_copy(self._queue, to, native, byte_count=nbytes)
         return True
 
-    def _compile(self, source: str, name: str, options: tuple[str, ...]) -> Kernel:
+    def _compile(self, source: str, name: str, options: tuple[str, ...]) -> CompiledKernel:
         try:
             with warnings.catch_warnings():
                 # Compilers talk; what matters is whether they fail.
@@ -144,11 +148,11 @@ class OpenClDevice(Device):
         assert isinstance(kernel, _OpenClKernel)
         rows, depth, columns = (np.uint64(size) for size in (*shape_a[-2:], shape_b[-1]))
         size = opencl_source.matmul_size(dtype.name, int(rows), int(columns))
-        for starts in opencl_source.batch_starts(shape_a, shape_b, shape):
+        for starts in batch_starts(shape_a, shape_b, shape):
             kernel.run(size, None, [a, b, out, rows, columns, depth, *map(np.uint64, starts)])
 
 
-class _OpenClKernel(Kernel):
+class _OpenClKernel(CompiledKernel):
     def __init__(self, device: OpenClDevice, name: str, kernel: Any, queue: Any) -> None:
         super().__init__(device, name)
         self._kernel = kernel
@@ -169,6 +173,8 @@ class _OpenClKernel(Kernel):
                 value = np.uint8(argument) if isinstance(argument, np.bool_) else argument
                 self._kernel.set_arg(position, value)
             cl.enqueue_nd_range_kernel(self._queue, self._kernel, global_size, local_size)
+            # Drivers may hold it back for a fuller queue.
+            self._queue.flush()
 
 
 @contextmanager
@@ -183,7 +189,7 @@ def _platforms() -> list[Any]:
     try:
         return list(cl.get_platforms())
     except cl.Error as error:
-        if getattr(error, "code", None) == cl.status_code.PLATFORM_NOT_FOUND_KHR:
+        if error.code == _NO_PLATFORM:
             return []
         raise DeviceError(f"OpenCL's platforms cannot be listed: {error}") from error
 
@@ -192,7 +198,7 @@ def _devices_of(platform: Any) -> list[Any]:
     try:
         return list(platform.get_devices())
     except cl.Error as error:
-        if getattr(error, "code", None) == cl.status_code.DEVICE_NOT_FOUND:
+        if error.code == _NO_DEVICE:
             return []
         raise DeviceError(f"the devices of OpenCL platform {platform.name} cannot be listed: {error}") from error
 

@@ -6,9 +6,6 @@ edges read clamped places, and write only what exists.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from math import prod
-
 import numpy as np
 
 #: OpenCL C's names of NumPy's integers.
@@ -91,13 +88,3 @@ def matmul_size(dtype: str, rows: int, columns: int) -> tuple[int, int]:
 
 def _columns(dtype: str) -> int:
     return min(_VECTOR_BYTES // np.dtype(dtype).itemsize, 8)
-
-
-def batch_starts(shape_a: Sequence[int], shape_b: Sequence[int], shape: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Yield where the matrices of each product begin in a, b and out, in elements; batches broadcast."""
-    batch = tuple(shape[:-2])
-    starts = [
-        np.broadcast_to((np.arange(prod(dims[:-2])) * prod(dims[-2:])).reshape(dims[:-2]), batch).reshape(-1)
-        for dims in (tuple(shape_a), tuple(shape_b), tuple(shape))
-    ]
-    yield from zip(*(column.tolist() for column in starts), strict=True)

@@ -13,13 +13,13 @@ from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from sparkle_mesh import limits, wire
 from sparkle_mesh.clock import SYSTEM_CLOCK, SYSTEM_ENTROPY, Clock, Entropy
 from sparkle_mesh.devices import transfers
 from sparkle_mesh.devices.detect import DeviceInfo, GflopsByDtype
 from sparkle_mesh.devices.device import Device, Memory
-from sparkle_mesh.devices.random import fill_random
 from sparkle_mesh.errors import OutOfMemoryError, ProtocolError, VersionError
 from sparkle_mesh.files import make_private_folder, read_bounded, write_private
 
@@ -80,7 +80,7 @@ class ProfileStore:
         self._entropy = entropy
 
     def profile(self, device: Device) -> DeviceProfile:
-        """Return the device's profile: the one that is kept, or else one measured now, which is kept then.
+        """Return the device's profile: the one that is kept, or else one measured now, which is kept if it is whole.
 
         Measuring takes about ``limits.PROFILE_BUDGET_S`` at most, with the device to itself.
 
@@ -93,7 +93,11 @@ class ProfileStore:
         if kept is not None:
             return kept
         profile = measure_profile(device, clock=self._clock)
-        self.save(profile)
+        rates = (profile.memory_bytes_per_s, profile.to_device_bytes_per_s, profile.from_device_bytes_per_s)
+        if all(rates) and ("float32" in profile.gflops or "float32" not in device.capabilities.matmul_dtypes):
+            self.save(profile)
+        else:
+            logger.info("there was no time to measure all of %s; the next one who asks tries again", device)
         return profile
 
     def load(self, device: Device) -> DeviceProfile | None:
@@ -162,15 +166,19 @@ def measure_profile(
     """
     deadline = clock.now() + budget_s
     measuring = _Measuring(device, clock, deadline)
-    memory = measuring.memory()
-    upwards, downwards = measuring.host_links()
-    launch_s = measuring.launch_s()
-    rates: dict[str, float] = {}
     dtypes = [dtype for dtype in _FLOATS if dtype in device.capabilities.matmul_dtypes]
-    for position, dtype in enumerate(dtypes):
+    rates: dict[str, float] = {}
+    memory = upwards = downwards = launch_s = 0.0
+    # What matters most comes first: what is slow to compile the first time leaves less for the rest.
+    for position, dtype in enumerate(dtypes or [""]):
         # What is left of the time, shared among what is left to measure.
         now = clock.now()
-        rates[dtype] = measuring.matmul_gflops(dtype, now + (deadline - now) / (len(dtypes) - position))
+        if dtype:
+            rates[dtype] = measuring.matmul_gflops(dtype, now + (deadline - now) / (len(dtypes) - position + 1))
+        if position == 0:
+            launch_s = measuring.launch_s()
+            upwards, downwards = measuring.host_links()
+            memory = measuring.memory()
     device.pool.empty()
     return DeviceProfile(
         hardware=hardware_id(device),
@@ -245,17 +253,20 @@ class _Measuring:
             return self._best(multiply, wall=True) / count
 
     def matmul_gflops(self, dtype: str, until: float) -> float:
-        """Return the best rate over growing matrices, while there is time for them."""
-        best, took, size = 0.0, 0.0, limits.PROFILE_MATRIX_MIN_COUNT
-        # The next one takes eight times as long, and is run twice.
-        while size <= limits.PROFILE_MATRIX_MAX_COUNT and self._clock.now() + 16 * took < until:
+        """Return the best rate over growing matrices, for as long as the next is done by ``until``."""
+        best, size = 0.0, limits.PROFILE_MATRIX_MIN_COUNT
+        while size <= limits.PROFILE_MATRIX_MAX_COUNT:
+            # It runs twice, at the best rate so far: the last one may have been slow because the machine was busy.
+            expected_s = 2 * 2e-9 * size**3 / best if best else 0.0
+            if self._clock.now() + expected_s >= until:
+                break
             with ExitStack() as stack:
                 blocks = self._blocks(stack, size * size * np.dtype(dtype).itemsize, 3)
                 if not blocks:
                     break
-                for block in blocks[:2]:
-                    # Real numbers: zeros need less power, and run faster than anything else.
-                    fill_random(block, dtype, size * size, seed=size)
+                # Real numbers: zeros need less power, and run faster than anything else.
+                self._device.copy_from_host(blocks[0], np.resize(_some_numbers().astype(dtype), (size, size)))
+                transfers.copy(blocks[0], blocks[1], size * size * np.dtype(dtype).itemsize)
                 work = self._multiplication(blocks, (size, size), dtype)
                 # The first one loads and compiles.
                 self._device.measure(work)
@@ -307,6 +318,10 @@ class _Measuring:
             logger.info("%s is not measured with blocks of %d bytes: %s", self._device, nbytes, error)
             return []
         return blocks
+
+
+def _some_numbers() -> npt.NDArray[np.float64]:
+    return np.random.default_rng(0).random(limits.PROFILE_MATRIX_MIN_COUNT**2)
 
 
 def _rate(nbytes: int, seconds: float) -> float:

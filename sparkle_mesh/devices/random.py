@@ -151,15 +151,25 @@ def kernel_source(device: Device, dtype: np.dtype[Any]) -> str:
 
 def philox(counters: tuple[npt.NDArray[np.uint64], ...], seed: int) -> tuple[npt.NDArray[np.uint64], ...]:
     """Return Philox4x32-10 of many counters under the key ``seed``: four words of 32 bits, in arrays of 64 bits."""
-    words = counters
+    w0, w1, w2, w3 = (counter.copy() for counter in counters)
+    spare = np.empty_like(w0)
     keys = [seed & _WORD, seed >> 32]
     for _ in range(ROUNDS):
-        products = (words[0] * np.uint64(_MULTIPLIERS[0]), words[2] * np.uint64(_MULTIPLIERS[1]))
-        high = [product >> np.uint64(32) for product in products]
-        low = [product & np.uint64(_WORD) for product in products]
-        words = (high[1] ^ words[1] ^ np.uint64(keys[0]), low[1], high[0] ^ words[3] ^ np.uint64(keys[1]), low[0])
+        # Products of two words; then their high halves cross over, and their low halves stay. In place: new arrays
+        # would cost more than the arithmetic.
+        w0 *= np.uint64(_MULTIPLIERS[0])
+        w2 *= np.uint64(_MULTIPLIERS[1])
+        np.right_shift(w2, np.uint64(32), out=spare)
+        w1 ^= spare
+        w1 ^= np.uint64(keys[0])
+        np.right_shift(w0, np.uint64(32), out=spare)
+        w3 ^= spare
+        w3 ^= np.uint64(keys[1])
+        w0 &= np.uint64(_WORD)
+        w2 &= np.uint64(_WORD)
+        w0, w1, w2, w3 = w1, w2, w3, w0
         keys = [(key + weyl) & _WORD for key, weyl in zip(keys, _WEYL, strict=True)]
-    return words
+    return w0, w1, w2, w3
 
 
 def _fill(target: npt.NDArray[np.uint8], dtype: np.dtype[Any], seed: int, first_block: int) -> None:

@@ -22,7 +22,10 @@ logger = logging.getLogger(__name__)
 
 ENTRY_POINT_GROUP = "sparkle_mesh.backends"
 #: What a driver's or another package's code may raise while it is loaded and looks for devices.
-_LOADING_ERRORS = (ImportError, OSError, AttributeError, TypeError, ValueError, LookupError, RuntimeError, DeviceError)
+_LOADING_ERRORS = (
+    *(ImportError, SyntaxError, OSError, RuntimeError, DeviceError),
+    *(AttributeError, TypeError, ValueError, LookupError, ArithmeticError, AssertionError),
+)
 
 
 class Registry:

@@ -14,7 +14,8 @@ from typing import Protocol
 import numpy as np
 
 from sparkle_mesh import limits
-from sparkle_mesh.devices.device import Argument, Device, Kernel, Memory
+from sparkle_mesh.devices.compiled import Argument, CompiledKernel
+from sparkle_mesh.devices.device import Device, Memory
 from sparkle_mesh.errors import KernelError
 from sparkle_mesh.kernels import codegen, codegen_elementwise, codegen_matmul, codegen_reduce
 from sparkle_mesh.kernels.codegen import KernelSource, Language
@@ -37,7 +38,7 @@ class _Action(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Launch:
-    kernel: Kernel
+    kernel: CompiledKernel
     global_size: tuple[int, ...]
     local_size: tuple[int, ...]
     blocks: tuple[int, ...]
@@ -280,7 +281,7 @@ class _Preparation:
             return []
         # OpenCL brings no library.
         can = self._device.capabilities
-        if can.language == "cuda" and can.matmul_transposes and step.dtype in can.matmul_dtypes:
+        if can.language == "cuda" and step.dtype in can.matmul_dtypes:
             return [_LibraryProduct(self._device, step)]
         kernel = codegen_matmul.matmul(self._language, step, self._threads)
         numbers = _numbers(kernel.arguments, kernel.is_wide)

@@ -1,13 +1,145 @@
-"""Stand-ins for NVIDIA's management library, compiled from C, so that the real ctypes calls are tested."""
+"""Devices to test on, and stand-ins for what is not there.
+
+``device`` is each of the backends' in turn: the CPU, PoCL's through OpenCL, the null device, a real GPU through CuPy if
+there is one, and a pretended one below the same code. NVIDIA's management library is stood in for by compiled C, so
+that the real ctypes calls are tested.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
-from collections.abc import Callable
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+from sparkle_mesh.devices.device import Device
+from sparkle_mesh.devices.null import NullDevice
+from sparkle_mesh.devices.registry import Registry, is_installed
+
+KINDS = ("cpu", "opencl", "null", "cuda", "stand-in")
+
+
+@cache
+def registry() -> Registry:
+    """Return the real devices, looked for once in this process."""
+    return Registry(entry_points=lambda: ())
+
+
+@cache
+def cupy_stand_in() -> ModuleType:
+    """Return the CuPy backend over a stand-in for CuPy; its ``cupy`` is the stand-in."""
+    import sparkle_mesh.devices as package
+
+    before = sys.modules.get("cupy")
+    fake = load_file("fake_cupy", Path(__file__).with_name("fake_cupy.py"))
+    sys.modules["cupy"] = fake
+    try:
+        return load_file("cupy_on_stand_in", Path(package.__path__[0]) / "cupy_device.py")
+    finally:
+        if before is None:
+            del sys.modules["cupy"]
+        else:
+            sys.modules["cupy"] = before
+
+
+def load_file(name: str, path: Path) -> ModuleType:
+    """Import a file under a name of its own."""
+    specification = importlib.util.spec_from_file_location(name, path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@cache
+def stand_in_devices() -> tuple[Device, ...]:
+    """Return the two pretended GPUs."""
+    devices: tuple[Device, ...] = cupy_stand_in().CupyBackend().devices()
+    return devices
+
+
+def find_device(kind: str) -> Device:
+    """Return a device to test on; skips the test where there is none."""
+    if kind == "null":
+        return NullDevice()
+    if kind == "stand-in":
+        return stand_in_devices()[0]
+    if kind == "cuda" and not is_installed("cupy"):
+        pytest.skip("needs an NVIDIA GPU and CuPy: CuPy is not installed")
+    if kind == "opencl" and not is_installed("pyopencl"):
+        pytest.skip("needs an OpenCL device: PyOpenCL is not installed")
+    with warnings.catch_warnings():
+        # Of packages that are imported only now.
+        warnings.simplefilter("ignore")
+        found = registry().devices(kind)
+    if not found:
+        pytest.skip(f"needs a device of kind {kind}: this machine has none")
+    return found[0]
+
+
+@pytest.fixture(params=KINDS)
+def device(request: pytest.FixtureRequest) -> Iterator[Device]:
+    """Return each kind of device in turn."""
+    chosen = find_device(request.param)
+    yield chosen
+    chosen.pool.empty()
+
+
+@pytest.fixture(params=[kind for kind in KINDS if kind != "null"])
+def real_device(request: pytest.FixtureRequest) -> Iterator[Device]:
+    """Return each kind of device that holds what is written to it."""
+    chosen = find_device(request.param)
+    yield chosen
+    chosen.pool.empty()
+
+
+@pytest.fixture(params=[kind for kind in KINDS if kind != "cpu"])
+def compiling_device(request: pytest.FixtureRequest) -> Device:
+    """Return each kind of device that takes kernels in turn."""
+    return find_device(request.param)
+
+
+@pytest.fixture(params=[kind for kind in KINDS if kind not in ("cpu", "null")])
+def real_compiling_device(request: pytest.FixtureRequest) -> Device:
+    """Return each kind of device that runs kernels in turn."""
+    return find_device(request.param)
+
+
+@pytest.fixture
+def device_of() -> Callable[[str], Device]:
+    """Return a function that returns the device of a kind, or skips the test where there is none."""
+    return find_device
+
+
+@pytest.fixture
+def cpu() -> Device:
+    """Return the CPU."""
+    return find_device("cpu")
+
+
+@pytest.fixture
+def stand_in() -> ModuleType:
+    """Return the CuPy backend over the stand-in."""
+    return cupy_stand_in()
+
+
+@pytest.fixture
+def gpus() -> Iterator[tuple[Device, ...]]:
+    """Return the pretended GPUs, with the stand-in as it was before."""
+    yield stand_in_devices()
+    state = cupy_stand_in().cupy.state
+    state.peers, state.is_pinnable, state.device_count_error = True, True, 0
+    for gpu in stand_in_devices():
+        gpu.close()
+
 
 SOURCE = r"""
 #include <string.h>

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 
+import psutil
 import pytest
 
 from sparkle_mesh import limits, wire
@@ -138,3 +139,22 @@ def test_importing_detection_loads_no_driver_and_no_package() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "statistics", "free"),
+    [
+        ("1000\n", "400\n", "anon 300\ninactive_file 100\n", 700),
+        ("1000\n", "400\n", "inactive_file 1\ntotal_inactive_file 150\n", 750),
+        ("1000\n", "400\n", "", 600),
+        ("1000\n", "4000\n", "inactive_file none\n", 0),
+        ("max\n", "400\n", "inactive_file 100\n", None),
+        ("", "", "", None),
+    ],
+)
+def test_what_is_left_of_a_containers_memory(limit: str, used: str, statistics: str, free: int | None) -> None:
+    assert detect.container_free_bytes(limit, used, statistics) == free
+
+
+def test_free_memory_is_within_the_machines() -> None:
+    assert 0 < detect.free_memory_bytes() <= psutil.virtual_memory().total

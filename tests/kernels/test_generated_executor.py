@@ -181,7 +181,7 @@ def test_products_are_rounded_before_they_are_added(device: Device) -> None:
     np.testing.assert_array_equal(run_on(device, graph, [a, b, c])[0], a * b + c)
 
 
-@pytest.mark.parametrize("dtypes", [DTYPES[:5], DTYPES[5:9], DTYPES[9:]], ids=str)
+@pytest.mark.parametrize("dtypes", [DTYPES[:3], DTYPES[3:6], DTYPES[6:9], DTYPES[9:]], ids=str)
 def test_constants_are_exact(device: Device, dtypes: tuple[str, ...]) -> None:
     inputs = [np.zeros(3, dtype) for dtype in dtypes]
     builder = GraphBuilder([TensorType((3,), dtype) for dtype in dtypes])
@@ -353,7 +353,7 @@ def doubled(*shape: int) -> Graph:
 
 def test_one_kernel_serves_all_sizes_of_dense_work(device: Device) -> None:
     names = []
-    for size in (1, 5, 4096, 99_999):
+    for size in (2, 5, 4096, 99_999):
         values = np.arange(size, dtype="float32")
         np.testing.assert_array_equal(run_on(device, doubled(size), [values])[0], values * 2)
         names.append(executor(device).prepare(fuse(doubled(size)))._stages[0].actions[0].kernel)
