@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from typing import Any, TypeAlias
 
@@ -42,6 +42,33 @@ class CompiledKernel(ABC):
         DeviceError
             If the device refused it. A fault while it runs shows up at a later call.
         """
+        sizes, groups = self._checked_sizes(global_size, local_size)
+        checked = [self._checked(position, argument) for position, argument in enumerate(arguments)]
+        if prod(sizes):
+            self._launch(sizes, groups, checked)
+
+    def prepared(
+        self, global_size: Shape, local_size: Shape | None, numbers: Sequence[np.generic[Any]]
+    ) -> Callable[[Iterable[Memory]], None]:
+        """Return what queues runs that differ in their blocks alone, which are the first parameters.
+
+        Parameters and errors are those of :meth:`launch`, but for ``numbers``: the arguments after the blocks. Sizes
+        and numbers are checked now, and not each time.
+        """
+        sizes, groups = self._checked_sizes(global_size, local_size)
+        checked = [self._checked(position, number) for position, number in enumerate(numbers)]
+        native_of, is_nothing = self.device.native_of, not prod(sizes)
+
+        def launch(blocks: Iterable[Memory]) -> None:
+            natives = [*map(native_of, blocks), *checked]
+            if not is_nothing:
+                self._launch(sizes, groups, natives)
+
+        return launch
+
+    def _checked_sizes(
+        self, global_size: Shape, local_size: Shape | None
+    ) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
         sizes = _sizes("global_size", global_size)
         groups = None if local_size is None else _sizes("local_size", local_size)
         if groups is not None:
@@ -51,9 +78,7 @@ class CompiledKernel(ABC):
             if not 0 < prod(groups) <= most:
                 raise UsageError(f"local_size is {groups}; {self.device} takes groups of 1 to {most} work items")
             sizes = tuple(-(-size // group) * group for size, group in zip(sizes, groups, strict=True))
-        checked = [self._checked(position, argument) for position, argument in enumerate(arguments)]
-        if prod(sizes):
-            self._launch(sizes, groups, checked)
+        return sizes, groups
 
     def _checked(self, position: int, argument: Argument) -> Native:
         if isinstance(argument, Memory):

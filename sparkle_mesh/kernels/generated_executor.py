@@ -6,15 +6,15 @@ All is queued: whoever reads results waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from sparkle_mesh import limits
-from sparkle_mesh.devices.compiled import Argument, CompiledKernel
+from sparkle_mesh.devices.compiled import CompiledKernel
 from sparkle_mesh.devices.device import Device, Memory
 from sparkle_mesh.errors import KernelError
 from sparkle_mesh.kernels import codegen, codegen_elementwise, codegen_matmul, codegen_reduce
@@ -39,14 +39,11 @@ class _Action(Protocol):
 @dataclass(frozen=True, slots=True)
 class _Launch:
     kernel: CompiledKernel
-    global_size: tuple[int, ...]
-    local_size: tuple[int, ...]
+    launch: Callable[[Iterable[Memory]], None]
     blocks: tuple[int, ...]
-    numbers: tuple[Argument, ...]
 
     def run(self, memories: Sequence[Memory | None]) -> None:
-        arguments: list[Argument] = [_present(memories[block]) for block in self.blocks]
-        self.kernel.launch(self.global_size, self.local_size, [*arguments, *self.numbers])
+        self.launch([_present(memories[block]) for block in self.blocks])
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,11 +242,11 @@ class _Preparation:
         groups: tuple[int, ...],
         threads: int,
         blocks: tuple[int, ...],
-        numbers: tuple[Argument, ...],
+        numbers: tuple[np.generic[Any], ...],
     ) -> _Launch:
         kernel = self._device.compile(source.text, source.name, self._options)
         local_size = (threads, *([1] * (len(groups) - 1)))
-        return _Launch(kernel, (groups[0] * threads, *groups[1:]), local_size, blocks, numbers)
+        return _Launch(kernel, kernel.prepared((groups[0] * threads, *groups[1:]), local_size, numbers), blocks)
 
     def _reduction(self, step: ReduceStep) -> list[_Action]:
         result = self._program.blocks[step.result]
@@ -308,5 +305,5 @@ def _present(memory: Memory | None) -> Memory:
     return memory
 
 
-def _numbers(values: Sequence[int], wide: bool) -> tuple[Argument, ...]:
+def _numbers(values: Sequence[int], wide: bool) -> tuple[np.generic[Any], ...]:
     return tuple(np.int64(value) if wide else np.int32(value) for value in values)
