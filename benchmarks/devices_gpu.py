@@ -15,7 +15,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -69,7 +69,7 @@ class Case:
     traffic_bytes: int
     ours: Call
     result: Any
-    peers: dict[str, Callable[[], Any]]
+    peers: Mapping[str, Callable[[], Any]]
 
 
 def gpu_rows(*, elements: int = ELEMENTS, rounds: int = ROUNDS, quick: bool = False) -> list[dict[str, Any]]:

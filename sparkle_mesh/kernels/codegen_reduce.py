@@ -142,7 +142,7 @@ class _Reduction:
             deep = max(self._words // self._unroll, min(self._words, 8))
             self._deep = min(threads, _power_of_two(deep))
         else:
-            beside = min(_WARP_COUNT, _power_of_two(self._columns))
+            beside = min(_WARP_COUNT, threads, _power_of_two(self._columns))
             self._deep = min(threads // beside, _power_of_two(max(self._words // self._unroll, 1)))
         self._beside = threads // self._deep
         columns = -(-self._columns // self._beside)

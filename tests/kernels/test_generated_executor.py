@@ -343,6 +343,26 @@ def test_places_and_joins_of_every_dtype(device: Device) -> None:
             np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.parametrize(
+    ("bound", "value"),
+    [("GENERATED_NARROW_MAX_COUNT", 1), ("GENERATED_GROUP_MAX_COUNT", 8), ("GENERATED_GROUP_MAX_COUNT", 1)],
+)
+def test_other_widths_of_places_and_smaller_groups(
+    device: Device, bound: str, value: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, bound, value)
+    source = np.random.default_rng(7)
+    inputs = [source.integers(0, 5, shape).astype("float32") for shape in ((13, 40), (40, 9))]
+    builder = GraphBuilder([TensorType(array.shape, "float32") for array in inputs])
+    count = builder.add("iota", shape=(13, 40), dtype="float32", axes=(0,))
+    outputs = [builder.elementwise("add", builder.elementwise("add", 0, count), builder.reduce("sum", 0, [0]))]
+    outputs += [builder.reduce("sum", 0), builder.reduce("max", 1, [1]), builder.matmul(0, 1)]
+    outputs.append(builder.add("concatenate", 1, 1, axes=(1,)))
+    graph = builder.finish(outputs)
+    for found, wanted in zip(run_on(device, graph, inputs), evaluate(graph, inputs), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
 # --- The executor -------------------------------------------------------------------------------------
 
 
