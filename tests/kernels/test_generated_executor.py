@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 from collections.abc import Iterator
@@ -316,7 +317,11 @@ PRODUCTS = [((), 1, 1, 1), ((), 64, 16, 64), ((), 65, 17, 66), ((2, 3), 5, 33, 7
     "sizes", [((), 1, 1, 1), ((), 64, 16, 64), ((), 65, 17, 66), ((2, 3), 5, 33, 70), ((), 3, 0, 2)]
 )
 def test_products_of_matrices(
-    device: Device, dtype: str, transposed: tuple[bool, bool], sizes: tuple[tuple[int, ...], int, int, int]
+    device: Device,
+    dtype: str,
+    transposed: tuple[bool, bool],
+    sizes: tuple[tuple[int, ...], int, int, int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     batch, rows, inner, columns = sizes
     shapes = [(*batch, rows, inner), (*batch, inner, columns)]
@@ -328,6 +333,9 @@ def test_products_of_matrices(
     a, b = (builder.transpose(n, order) if flag else n for n, flag in enumerate(transposed))
     graph = builder.finish([builder.matmul(a, b)])
     # Whole numbers: exact in any order.
+    np.testing.assert_array_equal(run_on(device, graph, inputs)[0], evaluate(graph, inputs)[0])
+    # Not by the device's own means.
+    monkeypatch.setattr(device, "capabilities", dataclasses.replace(device.capabilities, matmul_dtypes=frozenset()))
     np.testing.assert_array_equal(run_on(device, graph, inputs)[0], evaluate(graph, inputs)[0])
 
 
