@@ -116,7 +116,7 @@ def offsets(
     """
     shape = tuple(lengths[axis] for axis in axes)
     dense = element_strides(shape)
-    needs_coordinates = False
+    used: set[int] = set()
     terms = []
     for access in accesses:
         strides = tuple(access.strides[axis] for axis in axes)
@@ -124,20 +124,23 @@ def offsets(
         if strides == tuple(scale * one for one in dense):
             terms.append("0" if scale == 0 else linear if scale == 1 else f"{linear} * ({scale})")
             continue
-        needs_coordinates = True
-        parts = [
-            f"{prefix}{axis} * ({stride})" if stride != 1 else f"{prefix}{axis}"
-            for axis, stride in zip(axes, strides, strict=True)
-            if stride
-        ]
-        terms.append(" + ".join(parts) or "0")
-    if not needs_coordinates:
+        parts = []
+        for axis, stride in zip(axes, strides, strict=True):
+            if stride:
+                used.add(axis)
+                parts.append(f"{prefix}{axis} * ({stride})" if stride != 1 else f"{prefix}{axis}")
+        terms.append(" + ".join(parts))
+    if not used:
         return [], terms
+    first = min(used)
     lines = [f"ix {prefix}left = {linear};"]
     for axis in reversed(axes[1:]):
-        lines.append(f"const ix {prefix}{axis} = {prefix}left % {lengths[axis]};")
-        lines.append(f"{prefix}left /= {lengths[axis]};")
-    lines.append(f"const ix {prefix}{axes[0]} = {prefix}left;")
+        if axis in used:
+            lines.append(f"const ix {prefix}{axis} = {prefix}left % {lengths[axis]};")
+        if axis > first:
+            lines.append(f"{prefix}left /= {lengths[axis]};")
+    if axes[0] in used:
+        lines.append(f"const ix {prefix}{axes[0]} = {prefix}left;")
     return lines, terms
 
 

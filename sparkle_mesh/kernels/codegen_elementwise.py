@@ -120,19 +120,19 @@ class _Writer:
             *reads.declarations(),
             *results.declarations(),
             *repeat,
-            f"const ix i = {first};",
-            *self._moved(reads.loads, self._reads),
+            *self._moved(first, reads.loads, self._reads),
             "}",
             *repeat,
             "#pragma unroll",
             f"for (i32 k = 0; k < {width}; ++k) compute({call});",
             "}",
             *repeat,
-            f"const ix i = {first};",
-            *self._moved(results.stores, self._results),
+            *self._moved(first, results.stores, self._results),
             "}",
         ]
 
-    def _moved(self, move: access.Move, accesses: Sequence[access.Access]) -> list[str]:
+    def _moved(self, first: str, move: access.Move, accesses: Sequence[access.Access]) -> list[str]:
         lines, terms = access.offsets("i", range(len(self._lengths)), self._lengths, accesses, "c")
+        if lines or any(term != "0" for term in terms):
+            lines.insert(0, f"const ix i = {first};")
         return lines + move([access.place(one, term) for one, term in zip(accesses, terms, strict=True)])

@@ -197,7 +197,9 @@ def _integer_absolute(code: Code, operands: Sequence[str], dtype: str) -> str:
 
 def _integer_sign(code: Code, operands: Sequence[str], dtype: str) -> str:
     (a,) = operands
-    return f"(({memory_type(dtype)})(({a} > 0) - ({a} < 0)))"
+    return (
+        f"(({memory_type(dtype)})(({a} > 0) - ({a} < 0)))" if is_signed(dtype) else f"(({memory_type(dtype)})({a} > 0))"
+    )
 
 
 def _integer_reciprocal(code: Code, operands: Sequence[str], dtype: str) -> str:

@@ -142,7 +142,7 @@ class _Reduction:
             deep = max(self._words // self._unroll, min(self._words, 8))
             self._deep = min(threads, _power_of_two(deep))
         else:
-            beside = min(_WARP_COUNT, _power_of_two(self._columns))
+            beside = min(_WARP_COUNT, threads, _power_of_two(self._columns))
             self._deep = min(threads // beside, _power_of_two(max(self._words // self._unroll, 1)))
         self._beside = threads // self._deep
         columns = -(-self._columns // self._beside)
@@ -206,7 +206,7 @@ class _Reduction:
         before, kept = access.offsets("o", self._kept, self._lengths, self._reads, "o")
         lines = [
             "if (column < columns) {",
-            f"const ix o = column * {scale};",
+            *([f"const ix o = column * {scale};"] if before or any(term != "0" for term in kept) else []),
             *before,
             "const ix begin = GROUP_Y() * per_share;",
             "const ix end = begin + per_share < words ? begin + per_share : words;",
@@ -238,7 +238,7 @@ class _Reduction:
         return [
             *reads.declarations(),
             *repeat,
-            f"const ix i = {first};",
+            *([f"const ix i = {first};"] if lines or any(term != "0" for term in reduced) else []),
             *lines,
             *reads.loads(places),
             "}",

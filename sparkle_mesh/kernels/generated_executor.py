@@ -7,14 +7,13 @@ All is queued: whoever reads results waits for the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Protocol
 
 import numpy as np
 
 from sparkle_mesh import limits
-from sparkle_mesh.devices.compiled import Argument
 from sparkle_mesh.devices.device import Device, Memory
 from sparkle_mesh.errors import KernelError
 from sparkle_mesh.kernels import codegen, codegen_elementwise, codegen_matmul, codegen_reduce
@@ -27,8 +26,10 @@ from sparkle_mesh.kernels.program import (
     Program,
     ReduceStep,
     Step,
+    View,
     WriteStep,
     blocks_written,
+    dense_view,
 )
 
 
@@ -41,7 +42,7 @@ class _Launch:
     device: Device
     launch: Callable[[list[Any]], None]
     blocks: tuple[int, ...]
-    numbers: tuple[Argument, ...]
+    numbers: tuple[Any, ...]
 
     def run(self, memories: Sequence[Memory | None]) -> None:
         native_of = self.device.native_of
@@ -122,7 +123,7 @@ class PreparedProgram:
     def __init__(self, device: Device, program: Program, sizes: Sequence[int], stages: Sequence[_Stage]) -> None:
         self.device = device
         self.program = program
-        # In bytes, of all blocks: the program's, then those that steps keep shares in.
+        # In bytes, of all blocks: the program's, then those that steps need for themselves.
         self._sizes = tuple(sizes)
         self._stages = tuple(stages)
 
@@ -192,9 +193,9 @@ class _Preparation:
             self._check_dtypes(step)
             before = len(self._sizes)
             actions = self._actions(step)
-            shares = range(before, len(self._sizes))
-            writes = (*sorted(blocks_written(step)), *shares)
-            stages.append(_Stage(writes, tuple(actions), (*frees, *shares)))
+            own = range(before, len(self._sizes))
+            writes = (*sorted(blocks_written(step)), *own)
+            stages.append(_Stage(writes, tuple(actions), (*frees, *own)))
         return PreparedProgram(self._device, self._program, self._sizes, stages)
 
     def _check_dtypes(self, step: Step) -> None:
@@ -241,7 +242,7 @@ class _Preparation:
         groups: tuple[int, ...],
         threads: int,
         blocks: tuple[int, ...],
-        numbers: tuple[Argument, ...],
+        numbers: tuple[np.generic[Any], ...],
     ) -> _Launch:
         kernel = self._device.compile(source.text, source.name, self._options)
         local_size = (threads, *([1] * (len(groups) - 1)))
@@ -276,17 +277,46 @@ class _Preparation:
     def _matmul(self, step: MatmulStep) -> list[_Action]:
         if not self._program.blocks[step.result].size:
             return []
-        # OpenCL brings no library.
         can = self._device.capabilities
-        if can.language == "cuda" and can.matmul_transposes and step.dtype in can.matmul_dtypes:
-            shape_a, shape_b = (*step.batch, step.rows, step.inner), (*step.batch, step.inner, step.columns)
-            transposed = (step.transpose_a, step.transpose_b)
-            multiply = self._device.bound_matmul(shape_a, shape_b, step.dtype, transposed=transposed)
-            return [_LibraryProduct(self._device, multiply, (step.a, step.b, step.result))]
+        if step.dtype in can.matmul_dtypes:
+            if can.language == "cuda" and can.matmul_transposes:
+                return [self._product(step)]
+            if can.unified:
+                # Processors: their caches do what local memory does elsewhere, and barriers are dear.
+                return self._untransposed(step)
         kernel = codegen_matmul.matmul(self._language, step, self._threads)
         numbers = _numbers(kernel.arguments, kernel.is_wide)
         blocks = (step.a, step.b, step.result)
         return [self._launch(kernel.source, (kernel.groups,), kernel.threads, blocks, numbers)]
+
+    def _untransposed(self, step: MatmulStep) -> list[_Action]:
+        """Multiply by the device's own means, which take factors that lie in their order."""
+        actions: list[_Action] = []
+        count, size = prod(step.batch), codegen.itemsize(step.dtype)
+        factors = []
+        for block, is_transposed, (rows, columns) in (
+            (step.a, step.transpose_a, (step.rows, step.inner)),
+            (step.b, step.transpose_b, (step.inner, step.columns)),
+        ):
+            target = block
+            if is_transposed and count * rows * columns:
+                target = len(self._sizes)
+                self._sizes.append(count * rows * columns * size)
+                shape = (count, rows, columns)
+                source = View(block, shape, 0, (rows * columns, 1, rows))
+                kernel = codegen_elementwise.copy(
+                    self._language, source, dense_view(target, shape), size, self._threads
+                )
+                actions.append(self._launched(kernel, (block, target)))
+            factors.append(target)
+        plain = replace(step, a=factors[0], b=factors[1], transpose_a=False, transpose_b=False)
+        return [*actions, self._product(plain)]
+
+    def _product(self, step: MatmulStep) -> _LibraryProduct:
+        shape_a, shape_b = (*step.batch, step.rows, step.inner), (*step.batch, step.inner, step.columns)
+        transposed = (step.transpose_a, step.transpose_b)
+        multiply = self._device.bound_matmul(shape_a, shape_b, step.dtype, transposed=transposed)
+        return _LibraryProduct(self._device, multiply, (step.a, step.b, step.result))
 
     def _write(self, step: WriteStep) -> list[_Action]:
         result = self._program.blocks[step.result]
@@ -308,5 +338,5 @@ def _present(memory: Memory | None) -> Memory:
     return memory
 
 
-def _numbers(values: Sequence[int], wide: bool) -> tuple[Argument, ...]:
+def _numbers(values: Sequence[int], wide: bool) -> tuple[np.generic[Any], ...]:
     return tuple(np.int64(value) if wide else np.int32(value) for value in values)

@@ -142,8 +142,19 @@ class ndarray:
         flat = np.ctypeslib.as_array(pointer, (self.size * self.dtype.itemsize,))
         return flat.view(self.dtype).reshape(self.shape)
 
+    def swapaxes(self, one, other):
+        return Swapped(self, one, other)
+
     def __dlpack__(self, **options):
         return ("capsule", self, options)
+
+
+class Swapped:
+    def __init__(self, base, one, other):
+        self.base, self.axes = base, (one, other)
+
+    def host(self):
+        return self.base.host().swapaxes(*self.axes)
 
 
 def matmul(a, b, out):

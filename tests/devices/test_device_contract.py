@@ -412,6 +412,24 @@ def test_batches_of_matrices_are_multiplied(real_device, shapes, dtype):
     np.testing.assert_array_equal(content(out, expected), expected)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("transposed", [(True, False), (False, True), (True, True)], ids=str)
+@pytest.mark.parametrize("batch", [(), (3,)], ids=str)
+def test_factors_may_lie_transposed_on_gpus(real_device, batch, transposed, dtype):
+    a, b = (np.arange(prod(batch) * 20).reshape(*batch, *shape) % 7 for shape in ((4, 5), (5, 4)))
+    expected = np.matmul(a, b).astype(dtype)
+    lie = [np.swapaxes(one, -1, -2) if flag else one for one, flag in zip((a, b), transposed, strict=True)]
+    blocks = [block_of(real_device, np.ascontiguousarray(one.astype(dtype))) for one in lie]
+    out = real_device.allocate(expected.nbytes)
+    if real_device.kind not in ("cuda", "rocm"):
+        if dtype in real_device.capabilities.matmul_dtypes:
+            with pytest.raises(UsageError, match="lie transposed"):
+                real_device.matmul(*blocks, out, a.shape, b.shape, dtype, transposed=transposed)
+        return
+    real_device.matmul(*blocks, out, a.shape, b.shape, dtype, transposed=transposed)
+    np.testing.assert_array_equal(content(out, expected), expected)
+
+
 def test_matrices_that_do_not_fit_are_refused(device):
     block, out = device.allocate(16), device.allocate(16)
     for shapes, why in [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 from collections.abc import Iterator
@@ -192,7 +193,7 @@ def test_products_are_rounded_before_they_are_added(device: Device) -> None:
     np.testing.assert_array_equal(run_on(device, graph, [a, b, c])[0], a * b + c)
 
 
-@pytest.mark.parametrize("dtypes", [DTYPES[:5], DTYPES[5:9], DTYPES[9:]], ids=str)
+@pytest.mark.parametrize("dtypes", [DTYPES[:3], DTYPES[3:6], DTYPES[6:9], DTYPES[9:]], ids=str)
 def test_constants_are_exact(device: Device, dtypes: tuple[str, ...]) -> None:
     for dtype in dtypes:
         check_constants(device, dtype)
@@ -331,7 +332,11 @@ PRODUCTS = [((), 1, 1, 1), ((), 64, 16, 64), ((), 65, 17, 66), ((2, 3), 5, 33, 7
     "sizes", [((), 1, 1, 1), ((), 64, 16, 64), ((), 65, 17, 66), ((2, 3), 5, 33, 70), ((), 3, 0, 2)]
 )
 def test_products_of_matrices(
-    device: Device, dtype: str, transposed: tuple[bool, bool], sizes: tuple[tuple[int, ...], int, int, int]
+    device: Device,
+    dtype: str,
+    transposed: tuple[bool, bool],
+    sizes: tuple[tuple[int, ...], int, int, int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     batch, rows, inner, columns = sizes
     shapes = [(*batch, rows, inner), (*batch, inner, columns)]
@@ -343,6 +348,9 @@ def test_products_of_matrices(
     a, b = (builder.transpose(n, order) if flag else n for n, flag in enumerate(transposed))
     graph = builder.finish([builder.matmul(a, b)])
     # Whole numbers: exact in any order.
+    np.testing.assert_array_equal(run_on(device, graph, inputs)[0], evaluate(graph, inputs)[0])
+    # Not by the device's own means.
+    monkeypatch.setattr(device, "capabilities", dataclasses.replace(device.capabilities, matmul_dtypes=frozenset()))
     np.testing.assert_array_equal(run_on(device, graph, inputs)[0], evaluate(graph, inputs)[0])
 
 
@@ -358,6 +366,26 @@ def test_places_and_joins_of_every_dtype(device: Device) -> None:
             np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.parametrize(
+    ("bound", "value"),
+    [("GENERATED_NARROW_MAX_COUNT", 1), ("GENERATED_GROUP_MAX_COUNT", 8), ("GENERATED_GROUP_MAX_COUNT", 1)],
+)
+def test_other_widths_of_places_and_smaller_groups(
+    device: Device, bound: str, value: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, bound, value)
+    source = np.random.default_rng(7)
+    inputs = [source.integers(0, 5, shape).astype("float32") for shape in ((13, 40), (40, 9))]
+    builder = GraphBuilder([TensorType(array.shape, "float32") for array in inputs])
+    count = builder.add("iota", shape=(13, 40), dtype="float32", axes=(0,))
+    outputs = [builder.elementwise("add", builder.elementwise("add", 0, count), builder.reduce("sum", 0, [0]))]
+    outputs += [builder.reduce("sum", 0), builder.reduce("max", 1, [1]), builder.matmul(0, 1)]
+    outputs.append(builder.add("concatenate", 1, 1, axes=(1,)))
+    graph = builder.finish(outputs)
+    for found, wanted in zip(run_on(device, graph, inputs), evaluate(graph, inputs), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
 # --- The executor -------------------------------------------------------------------------------------
 
 
@@ -368,7 +396,7 @@ def doubled(*shape: int) -> Graph:
 
 def test_one_kernel_serves_all_sizes_of_dense_work(device: Device) -> None:
     names = []
-    for size in (5, 4096, 99_999):
+    for size in (2, 5, 4096, 99_999):
         values = np.arange(size, dtype="float32")
         np.testing.assert_array_equal(run_on(device, doubled(size), [values])[0], values * 2)
         (stage,) = executor(device).prepare(fuse(doubled(size)))._stages
