@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,8 +48,8 @@ class ListingDevice(NullDevice):
         self.sources[name] = (source, options)
         return ListedKernel(self, name)
 
-    def matmul(self, *arguments: Any, **options: Any) -> None:
-        self.products.append((arguments[3:], options))
+    def bound_matmul(self, *arguments: Any, **options: Any) -> Callable[..., None]:
+        return lambda a, b, out: self.products.append((arguments, options))
 
 
 def sources_of(graph: Graph, language: str = "cuda") -> list[str]:
