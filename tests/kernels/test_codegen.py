@@ -165,7 +165,7 @@ def test_an_operation_that_is_not_known_is_refused() -> None:
 
 
 def test_products_on_cuda_go_to_its_library() -> None:
-    device = ListingDevice(matmul_dtypes=frozenset({"float32"}))
+    device = ListingDevice(matmul_dtypes=frozenset({"float32"}), matmul_transposes=True)
     builder = GraphBuilder([TensorType((2, 4, 3), "float32"), TensorType((2, 4, 5), "float32")])
     graph = builder.finish([builder.matmul(builder.transpose(0, (0, 2, 1)), 1)])
     prepared = GeneratedExecutor(device).prepare(fuse(graph))
