@@ -153,12 +153,18 @@ class Scale:
         self._note(f"{len(killed)} are killed")
         self._times.clear()
         missing = 0
-        for searcher in self.searchers:
+
+        async def search_until_gone(searcher: Peer) -> None:
+            nonlocal missing
             while (found := await self._search(searcher)) & gone:
                 missing = max(missing, len(left - found))
                 if trio.current_time() > killed_at + 4 * GOALS["gone_s"]:
                     raise self._broken(f"{len(found & gone)} of the killed are found after {4 * GOALS['gone_s']:g} s")
                 await trio.sleep(1.0)
+
+        async with bare_nursery() as nursery:
+            for searcher in self.searchers:
+                nursery.start_soon(search_until_gone, searcher)
         self.figures["gone_s"] = trio.current_time() - killed_at
         self.figures["search_while_dying_s"] = statistics.median(self._times)
         self.figures["missing_while_dying"] = missing

@@ -6,6 +6,7 @@ from sparkle_mesh import limits
 from sparkle_mesh.capabilities.messages import (
     Answer,
     Done,
+    Dropped,
     Find,
     Found,
     HeldRecord,
@@ -41,6 +42,9 @@ class Answers:
                 return Done(missing=tuple(sorted(self._store.renew(sender, question.sequence, question.keys, now))))
             case Withdraw():
                 self._store.withdraw(sender)
+                return Done()
+            case Dropped():
+                # It is the publisher's to do something about it.
                 return Done()
             case Store():
                 return self._stored(question, sender, remote_address, now)

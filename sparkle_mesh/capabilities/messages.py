@@ -63,7 +63,11 @@ class Withdraw(wire.Message, frozen=True, kw_only=True, tag="withdraw"):
     """Forget my record: I am leaving."""
 
 
-Question: TypeAlias = Find | Store | Renew | Withdraw
+class Dropped(wire.Message, frozen=True, kw_only=True, tag="dropped"):
+    """Your record, which I held, has made way for others."""
+
+
+Question: TypeAlias = Find | Store | Renew | Withdraw | Dropped
 
 # --- Answers -----------------------------------------------------------------------------------------
 

@@ -43,6 +43,17 @@ class _Holder:
         return now - self.told_at >= renew_s or now - self.heard_at >= limits.CAPABILITY_UNHEARD_S
 
 
+@dataclass(slots=True)
+class _Told:
+    """Who may hold the record, whether it is to or not."""
+
+    peer: PeerAddress
+    #: When it last was heard: after a lifetime without it holds nothing any more.
+    heard_at: float
+    #: When it may be asked to forget the record, if it is not to hold it.
+    release_at: float = 0.0
+
+
 class Publisher:
     """Publishes one record.
 
@@ -84,8 +95,7 @@ class Publisher:
         # Who has no room, by key.
         self._full: dict[bytes, set[PeerId]] = {}
         self._holders: dict[PeerId, _Holder] = {}
-        # Who may hold it, though it is not to any more.
-        self._told: dict[PeerId, PeerAddress] = {}
+        self._told: dict[PeerId, _Told] = {}
         self._looked_at = float("-inf")
         # Soon at first: while a mesh grows, who is closest to a key changes, and nobody tells.
         self._republish_s = min(limits.CAPABILITY_REPUBLISH_MIN_S, limits.CAPABILITY_REPUBLISH_S)
@@ -110,13 +120,19 @@ class Publisher:
 
     def heard(self, peer_id: PeerId, now: float) -> bool:
         """``peer_id`` and this process hear each other; return whether it is to hold the record."""
+        if peer_id in self._told:
+            self._told[peer_id].heard_at = now
         holder = self._holders.get(peer_id)
-        if holder is not None:
-            holder.heard_at = now
-        return holder is not None
+        if holder is None:
+            return False
+        if now - holder.heard_at >= limits.CAPABILITY_UNHEARD_S:
+            # It may have let go of the record meanwhile.
+            holder.told_at = float("-inf")
+        holder.heard_at = now
+        return True
 
     def gone(self, peer_id: PeerId) -> None:
-        """``peer_id`` is no longer connected: if it comes back, it may not hold what it held."""
+        """``peer_id`` may not hold any more what it held: it is not connected, or says so itself."""
         if peer_id in self._holders:
             self._holders[peer_id].told_at = float("-inf")
 
@@ -134,20 +150,32 @@ class Publisher:
 
     async def run(self) -> None:
         """Publish and renew until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._renew_forever)
+            while True:
+                self._hurry = trio.Event()
+                await self._publish()
+                with trio.move_on_after(limits.CAPABILITY_LOOK_S * self._entropy.uniform(0.75, 1.25)):
+                    await self._hurry.wait()
+                    # Newcomers come in crowds: once for all of them.
+                    await trio.sleep(limits.CAPABILITY_SETTLE_S)
+
+    async def _renew_forever(self) -> None:
+        """Renew in time, however long it takes to find other holders."""
         while True:
-            self._hurry = trio.Event()
-            await self._publish()
-            with trio.move_on_after(limits.CAPABILITY_LOOK_S * self._entropy.uniform(0.75, 1.25)):
-                await self._hurry.wait()
-                # Newcomers come in crowds: once for all of them.
-                await trio.sleep(limits.CAPABILITY_SETTLE_S)
+            await trio.sleep(limits.CAPABILITY_LOOK_S * self._entropy.uniform(0.75, 1.25))
+            await self._renew()
+
+    async def _renew(self) -> None:
+        now, renew_s = trio.current_time(), limits.CAPABILITY_RENEW_S * self._entropy.uniform(0.75, 1.25)
+        await self._keep([peer_id for peer_id, holder in self._holders.items() if holder.is_due(now, renew_s)])
 
     async def withdraw(self) -> None:
         """Publish no more, and ask all holders to forget the record."""
         self._devices = None
         async with trio.open_nursery() as nursery:
-            for peer in self._told.values():
-                nursery.start_soon(self._release, peer)
+            for told in self._told.values():
+                nursery.start_soon(self._release, told)
         self._holders.clear()
 
     async def _publish(self) -> None:
@@ -168,13 +196,21 @@ class Publisher:
             await self._begin_at(depths)
             if roomy := {label for label, (top, *_) in depths.items() if top and not self._full_at(label, top)}:
                 await self._begin_at({label: (0,) if label in roomy else some for label, some in depths.items()})
-        now, renew_s = trio.current_time(), limits.CAPABILITY_RENEW_S * self._entropy.uniform(0.75, 1.25)
-        await self._keep([peer_id for peer_id, holder in self._holders.items() if holder.is_due(now, renew_s)])
+        await self._renew()
         while new := self._place({label: self._deeper(label, depths) for label, depths in self._depths.items()}):
-            await self._keep(await self._look_for_holders(new))
+            await self._keep(self._take_on(await self._look_for_holders(new)))
+        await self._release_former()
+
+    async def _release_former(self) -> None:
+        """Have those forget the record who are not to hold it any more."""
+        now = trio.current_time()
+        for peer_id, told in list(self._told.items()):
+            if peer_id not in self._holders and now - told.heard_at >= limits.CAPABILITY_LIFETIME_S:
+                del self._told[peer_id]
         async with trio.open_nursery() as nursery:
             for peer_id in self._told.keys() - self._holders.keys():
-                nursery.start_soon(self._release, self._told[peer_id])
+                if now >= self._told[peer_id].release_at:
+                    nursery.start_soon(self._release, self._told[peer_id])
 
     def _depth_above(self, depth: int) -> int:
         """Return where to begin for a record that lies at ``depth``: one level higher, or two with half the chance, …
@@ -189,12 +225,17 @@ class Publisher:
 
     async def _begin_at(self, depths: dict[str, tuple[int, ...]]) -> None:
         """Have the record held at these depths, by whoever is to hold it there now."""
+        found = await self._look_for_holders(self._keys_at(depths))
+        # Until then those before are told as ever.
         self._place(depths)
         self._holders.clear()
-        await self._keep(await self._look_for_holders(self._keys))
+        await self._keep(self._take_on(found))
 
     def _key(self, label: str, depth: int) -> bytes:
         return self._secrets.locate(label_below(label, bits_of(self._identity.peer_id, depth)))
+
+    def _keys_at(self, depths: dict[str, tuple[int, ...]]) -> frozenset[bytes]:
+        return frozenset(self._key(label, depth) for label, some in depths.items() for depth in some)
 
     def _deeper(self, label: str, depths: tuple[int, ...]) -> tuple[int, ...]:
         """Return at which depths to publish under ``label``, as its holders at the last of ``depths`` have room."""
@@ -217,7 +258,7 @@ class Publisher:
         """Publish at these depths from now on; return the keys that are new."""
         before = self._keys
         self._depths = depths
-        self._keys = frozenset(self._key(label, depth) for label, some in depths.items() for depth in some)
+        self._keys = self._keys_at(depths)
         self._full = {key: peers for key, peers in self._full.items() if key in self._keys}
         for holder in self._holders.values():
             if not holder.keys <= self._keys:
@@ -244,14 +285,20 @@ class Publisher:
             self._place({label: self._depths.get(label, (0,)) for label in sorted(labels)})
             self._looked_at = float("-inf")
 
-    async def _look_for_holders(self, keys: Iterable[bytes]) -> set[PeerId]:
-        """Find who is to hold the record under ``keys``, beside those who hold it under others; return who that is."""
-        found: set[PeerId] = set()
+    def _take_on(self, found: dict[PeerId, _Holder]) -> list[PeerId]:
+        """These are to hold the record, too; return who they are."""
+        for peer_id, holder in found.items():
+            # Of those keys that it still has.
+            self._holders.setdefault(peer_id, _Holder(holder.peer, frozenset())).keys |= holder.keys & self._keys
+        return list(found)
+
+    async def _look_for_holders(self, keys: Iterable[bytes]) -> dict[PeerId, _Holder]:
+        """Find who is to hold the record under ``keys``."""
+        found: dict[PeerId, _Holder] = {}
 
         async def look(key: bytes) -> None:
             for peer in await self._holders_of(key):
-                found.add(peer.peer_id)
-                self._holders.setdefault(peer.peer_id, _Holder(peer, frozenset())).keys |= {key}
+                found.setdefault(peer.peer_id, _Holder(peer, frozenset())).keys |= {key}
 
         async with trio.open_nursery() as nursery:
             for key in sorted(keys):
@@ -262,7 +309,7 @@ class Publisher:
         """Have ``holder`` hold the record for another lifetime."""
         assert self._signed is not None
         signed, peer, keys = self._signed, holder.peer, holder.keys
-        self._told[peer.peer_id] = peer
+        self._told[peer.peer_id] = _Told(peer, trio.current_time())
         renewed = await self._tell(peer, Renew(sequence=signed.sequence, keys=tuple(sorted(keys))))
         if not isinstance(renewed, Done):
             return
@@ -283,6 +330,8 @@ class Publisher:
             self._sign(self._record, stored.held_sequence)
             self._hurry.set()
         else:
+            # It may have room, or time, before the next renewal is due.
+            holder.told_at = trio.current_time() - limits.CAPABILITY_RENEW_S + limits.CAPABILITY_UNHEARD_S
             logger.info("peer %s does not hold this machine's record: %s", peer.peer_id, stored.reason)
 
     async def _tell(self, peer: PeerAddress, question: Question) -> Answer | None:
@@ -291,15 +340,19 @@ class Publisher:
         except SparkleError as error:
             logger.debug("a holder cannot be told: %s", error)
             self._holders.pop(peer.peer_id, None)
-            self._told.pop(peer.peer_id, None)
             # Others are to hold it in its place.
             self._looked_at = float("-inf")
             return None
 
-    async def _release(self, peer: PeerAddress) -> None:
-        """Ask ``peer`` to forget the record; if it is not told, it will by itself."""
-        self._told.pop(peer.peer_id, None)
+    async def _release(self, told: _Told) -> None:
+        """Ask one to forget the record; one that cannot be told is asked again while it is heard."""
+        told.release_at = trio.current_time() + limits.CAPABILITY_UNHEARD_S
         try:
-            await self._ask(peer, Withdraw())
+            await self._ask(told.peer, Withdraw())
         except SparkleError as error:
             logger.debug("a former holder cannot be told: %s", error)
+            return
+        peer_id = told.peer.peer_id
+        # Unless it was told to hold it again meanwhile.
+        if self._told.get(peer_id) is told:
+            del self._told[peer_id]

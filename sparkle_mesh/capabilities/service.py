@@ -15,7 +15,7 @@ import trio
 from sparkle_mesh import limits
 from sparkle_mesh.capabilities.answers import Answers
 from sparkle_mesh.capabilities.labels import TRAINERS_LABEL, label_below
-from sparkle_mesh.capabilities.messages import Answer, Find, Found, HeldRecord, Question
+from sparkle_mesh.capabilities.messages import Answer, Dropped, Find, Found, HeldRecord, Question
 from sparkle_mesh.capabilities.publisher import Publisher
 from sparkle_mesh.capabilities.records import CapabilityRecord, Secrets, SignedRecord, open_filed
 from sparkle_mesh.capabilities.search import DeviceQuery, FoundDevice, FoundRecord, choose_devices
@@ -75,6 +75,7 @@ class CapabilityService:
         self._fabric, self._secrets, self._entropy = fabric, secrets, entropy
         self._heard, self._used = heard, used
         self._near_came = trio.Event()
+        self._nursery: trio.Nursery | None = None
         self._table = RoutingTable(fabric.peer_id)
         self._store = RecordStore(secrets)
         self._answers = Answers(self._table, self._store)
@@ -170,6 +171,7 @@ class CapabilityService:
         """Publish, answer and keep the table fresh until cancelled."""
         self._answerer.start()
         async with trio.open_nursery() as nursery:
+            self._nursery = nursery
             nursery.start_soon(self._publisher.run)
             nursery.start_soon(self._refresh_forever)
             nursery.start_soon(self._tidy_forever)
@@ -211,7 +213,19 @@ class CapabilityService:
         answer = self._answers.answer(question, sender, self._fabric.remote_address(sender), trio.current_time())
         if not known and sender in self._table:
             self._is_new(sender)
+        if isinstance(question, Dropped):
+            self._publisher.gone(sender)
+        for publisher in self._store.take_displaced():
+            if self._nursery is not None and publisher in self._fabric.connected_peers():
+                self._nursery.start_soon(self._tell_displaced, publisher)
         return answer
+
+    async def _tell_displaced(self, publisher: PeerId) -> None:
+        """It would not notice soon: it is heard, and so believes that its record is held."""
+        try:
+            await self._asker.ask(PeerAddress(publisher, ()), Dropped())
+        except SparkleError as error:
+            logger.debug("%s cannot be told that its record made way: %s", publisher, error)
 
     async def _ask(self, peer: PeerAddress, question: Question) -> Answer:
         try:

@@ -60,6 +60,7 @@ class RecordStore:
         # Keys at which there was no room, and when that was last.
         self._overflowed_at: dict[bytes, float] = {}
         self._nbytes = 0
+        self._displaced: list[PeerId] = []
 
     def __len__(self) -> int:
         return len(self._held)
@@ -97,19 +98,31 @@ class RecordStore:
         if held is not None:
             wanted |= held.keys if held.record == record else frozenset()
             self._remove(sender)
-        self._make_room(record, origin, now)
+        try:
+            self._make_room(record, origin, now)
+        except ProtocolError:
+            if held is not None:
+                self._hold(sender, held)
+            raise
         has_room = len(self._held) < self._max_count or self._displace_one(self._held, origin)
         full = frozenset(key for key in wanted if not has_room or not self._has_room_at(key, origin))
         wanted -= full
         self._overflowed_at.update(dict.fromkeys(full, now))
         if not wanted:
             return full
-        entry = _Held(record, wanted, origin, renewed_at=now, heard_at=now)
-        self._held[sender] = entry
-        self._nbytes += record.nbytes
-        for key in wanted:
-            self._by_key.setdefault(key, {})[sender] = entry
+        self._hold(sender, _Held(record, wanted, origin, renewed_at=now, heard_at=now))
         return full
+
+    def _hold(self, publisher: PeerId, held: _Held) -> None:
+        self._held[publisher] = held
+        self._nbytes += held.record.nbytes
+        for key in held.keys:
+            self._by_key.setdefault(key, {})[publisher] = held
+
+    def take_displaced(self) -> list[PeerId]:
+        """Return whose records made way for others since this was last asked: nobody else tells them."""
+        displaced, self._displaced = self._displaced, []
+        return displaced
 
     def has_overflowed(self, key: bytes, now: float) -> bool:
         """Whether there may be records under keys below ``key``, because there was no room for them here."""
@@ -168,7 +181,9 @@ class RecordStore:
         busiest, count = counts.most_common(1)[0]
         if count <= counts[origin] + 1:
             return False
-        self._remove(next(publisher for publisher, held in crowd.items() if held.origin == busiest))
+        displaced = next(publisher for publisher, held in crowd.items() if held.origin == busiest)
+        self._remove(displaced)
+        self._displaced.append(displaced)
         return True
 
     def _make_room(self, record: SignedRecord, origin: str, now: float) -> None:
