@@ -7,7 +7,7 @@ import operator
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -24,10 +24,12 @@ from sparkle_mesh.devices.profiles import DeviceProfile, ProfileStore
 from sparkle_mesh.devices.registry import Registry
 from sparkle_mesh.environment import resolve_data_dir
 from sparkle_mesh.errors import ClosedError, UsageError
-from sparkle_mesh.kernels.array import Array, Frozen
+from sparkle_mesh.kernels.array import Array
+from sparkle_mesh.kernels.copies import SpareCopies
 from sparkle_mesh.kernels.estimate import Estimate, Speed
 from sparkle_mesh.kernels.events import Profile
 from sparkle_mesh.kernels.explanation import Explanation
+from sparkle_mesh.kernels.frozen import thaw
 from sparkle_mesh.kernels.graph import Graph
 from sparkle_mesh.kernels.ops import Shape, TensorType, as_dtype, check_type
 from sparkle_mesh.kernels.pending import PendingRun, Submissions
@@ -66,14 +68,20 @@ class Context:
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._registry = registry or Registry()
+        # One that is given is its owner's, who may use it for others.
+        self._owns_registry = registry is None
         self._profiles = ProfileStore(resolve_data_dir(data_dir), clock=clock)
         self._known_profiles: dict[Device, DeviceProfile] = {}
         self._profiling = threading.Lock()
         self.devices: tuple[Device, ...] = self._choose(devices)
-        self._runtime = Runtime(self, self.devices, self._speed, threads=threads, clock=clock)
+        self._runtime = Runtime(self, self.devices, self._speed, self._known_speed, threads=threads, clock=clock)
         self._submissions = Submissions(len(self.devices) + 1)
         self._methods = lru_cache(limits.ARRAY_METHODS_MAX_COUNT)(_method_kernel)
+        self._closing = threading.Lock()
         self._is_closed = False
+        self._copies = SpareCopies()
+        for device in self.devices:
+            device.pool.add_reclaimer(self._copies)
 
     def _choose(self, devices: str | Device | Sequence[str | Device] | None) -> tuple[Device, ...]:
         host = self._registry.device("cpu")
@@ -101,7 +109,9 @@ class Context:
         UsageError
             If there is none; the message names those that there are.
         """
-        if isinstance(name, Device) and name in self.devices:
+        if isinstance(name, Device):
+            if name not in self.devices:
+                raise UsageError(f"{name!r} is not of this context, which has {', '.join(map(str, self.devices))}")
             return name
         kind, _, index = str(name).partition(":")
         for device in self.devices:
@@ -121,17 +131,17 @@ class Context:
         found = self.device(device)
         with self._profiling:
             if found not in self._known_profiles:
-                self._known_profiles[found] = self._profiles.profile(found)
+                # With nothing else on it: what is measured is kept on disk.
+                with self._runtime.turn(found):
+                    self._known_profiles[found] = self._profiles.profile(found)
             return self._known_profiles[found]
 
     def _speed(self, device: Device) -> Speed:
-        profile = self.device_profile(device)
-        there, back = profile.to_device_bytes_per_s, profile.from_device_bytes_per_s
-        if device.capabilities.memory_is_host:
-            there = back = math.inf
-        memory = profile.memory_bytes_per_s or limits.UNMEASURED_BYTES_PER_S
-        unmeasured = limits.UNMEASURED_BYTES_PER_S
-        return Speed(profile.gflops, memory, there or unmeasured, back or unmeasured, profile.launch_s)
+        return _speed_of(device, self._known_profiles.get(device) or self.device_profile(device))
+
+    def _known_speed(self, device: Device) -> Speed | None:
+        profile = self._known_profiles.get(device)
+        return None if profile is None else _speed_of(device, profile)
 
     def synchronize(self) -> None:
         """Wait until all devices have done what they were given."""
@@ -187,6 +197,9 @@ class Context:
         Where no device is told, the elements are put into the host's memory, and copied when a device needs them.
         """
         self._check_open()
+        if isinstance(values, Array) and not values.is_of(self):
+            # Another context's: it may be closed any time.
+            values = values.to_numpy()
         if isinstance(values, Array):
             found = values if dtype is None or np.dtype(dtype) == values.dtype else values.astype(np.dtype(dtype))
             return found if device == "auto" else found.to_device(self.device(device))
@@ -238,8 +251,9 @@ class Context:
             As it says.
         """
         self._check_open()
-        order = self._order(as_kernel(kernel).name, device, priority, should_stop)
-        call = as_kernel(kernel).prepare(*operands, **keywords)
+        found = as_kernel(kernel)
+        order = self._order(found.name, device, priority, should_stop)
+        call = found.prepare(*operands, **keywords)
         return call.rebuild(self._runtime.run(call.graph, call.operands, order))
 
     def submit(
@@ -253,11 +267,13 @@ class Context:
         """Run a kernel in the background, the most urgent first; see :meth:`run`."""
         self._check_open()
         # What is wrong with the call is told now, and not to who asks for the result.
-        as_kernel(kernel).prepare(*operands, **keywords)
-        self._order(as_kernel(kernel).name, device, priority, lambda: False)
+        found = as_kernel(kernel)
+        call = found.prepare(*operands, **keywords)
+        order = self._order(found.name, device, priority, lambda: False)
 
         def work(should_stop: Stop) -> Any:
-            return self.run(kernel, *operands, device=device, priority=priority, should_stop=should_stop, **keywords)
+            # Also while the context is being closed, which waits for it.
+            return call.rebuild(self._runtime.run(call.graph, call.operands, replace(order, should_stop=should_stop)))
 
         return self._submissions.submit(work, priority)
 
@@ -278,19 +294,16 @@ class Context:
         """Return what a kernel is expected to take on a device, step by step; nothing is run."""
         self._check_open()
         call = as_kernel(kernel).prepare(*operands, **keywords)
-        found = self.device(device)
-        choices = self._runtime.choices(call.graph, call.operands)
-        for choice in choices:
-            if choice.devices == (found,) and choice.estimate is not None:
-                return choice.estimate
-        raise UsageError(f"{found} does not compute with all dtypes of kernel {as_kernel(kernel).name}")
+        found = self._runtime.choices(call.graph, call.operands, (self.device(device),))[0].estimate
+        assert found is not None
+        return found
 
     def explain(self, kernel: Any, *operands: Any, **keywords: Any) -> Explanation:
         """Return where a kernel would run, and why: print it. Nothing is run, but devices are measured if need be."""
         self._check_open()
-        name = as_kernel(kernel).name
-        call = as_kernel(kernel).prepare(*operands, **keywords)
-        return Explanation(name, call.graph, tuple(self._runtime.choices(call.graph, call.operands)))
+        found = as_kernel(kernel)
+        call = found.prepare(*operands, **keywords)
+        return Explanation(found.name, call.graph, tuple(self._runtime.choices(call.graph, call.operands)))
 
     @contextmanager
     def profile(self) -> Iterator[Profile]:
@@ -308,6 +321,10 @@ class Context:
         """Return a kernel that calls that method of its first operand, with the others, then what is ``static``."""
         return self._methods(name, static, keywords)
 
+    def has_copies(self, array: Array) -> None:
+        """``array`` is on several devices now: what of it is spare may be asked for when memory is short."""
+        self._copies.add(array)
+
     # --- Life -------------------------------------------------------------------------------------
 
     def execute(self, graph: Graph, operands: Sequence[Any], /) -> Sequence[Any]:
@@ -320,11 +337,16 @@ class Context:
 
     def close(self) -> None:
         """Wait for what was submitted, and give back what the devices keep. Closing twice is no error."""
-        if not self._is_closed:
+        with self._closing:
+            if self._is_closed:
+                return
             self._is_closed = True
-            self._submissions.close()
-            _no_longer_current(self)
-            self._runtime.close()
+        _no_longer_current(self)
+        self._submissions.close()
+        self._runtime.close()
+        for device in self.devices:
+            device.pool.remove_reclaimer(self._copies)
+        if self._owns_registry:
             self._registry.close()
 
     def _check_open(self) -> None:
@@ -355,20 +377,18 @@ class _Method:
     keywords: tuple[tuple[str, object], ...]
 
     def __call__(self, *operands: Any) -> Any:
+        keywords = {name: thaw(value) for name, value in self.keywords}
         if self.name == "__array_ufunc__":
-            (ufunc,) = self.static
-            return ufunc(*operands, **dict(self.keywords))  # type: ignore[operator]
+            return thaw(self.static[0])(*operands, **keywords)
         if self.name == "__array_function__":
-            function, frozen = self.static
-            arguments, named = Frozen.thaw(frozen, operands)
-            return function(*arguments, **dict(named))  # type: ignore[operator]
-        thawed = [Frozen.thaw(value, ()) if not isinstance(value, tuple) else _thawed(value) for value in self.static]
-        return getattr(operands[0], self.name)(*operands[1:], *thawed, **dict(self.keywords))
+            arguments, named = thaw(self.static[1], operands)
+            return thaw(self.static[0])(*arguments, **dict(named))
+        return getattr(operands[0], self.name)(*operands[1:], *map(thaw, self.static), **keywords)
 
 
 def _method_kernel(name: str, static: tuple[object, ...], keywords: tuple[tuple[str, object], ...]) -> Kernel:
     """Return a kernel for one method of arrays, or one of NumPy's functions."""
-    shown = getattr(static[0], "__name__", name) if name.startswith("__array_") else name.strip("_")
+    shown = getattr(thaw(static[0]), "__name__", name) if name.startswith("__array_") else name.strip("_")
     return Kernel(_Method(name, static, keywords), name=str(shown))
 
 
@@ -392,8 +412,13 @@ def _as_shape(shape: Any) -> Shape:
     return found
 
 
-def _thawed(parts: tuple[object, ...]) -> tuple[object, ...]:
-    return tuple(Frozen.thaw(part, ()) for part in parts)
+def _speed_of(device: Device, profile: DeviceProfile) -> Speed:
+    there, back = profile.to_device_bytes_per_s, profile.from_device_bytes_per_s
+    if device.capabilities.memory_is_host:
+        there = back = math.inf
+    unmeasured = limits.UNMEASURED_BYTES_PER_S
+    memory = profile.memory_bytes_per_s or unmeasured
+    return Speed(profile.gflops, memory, there or unmeasured, back or unmeasured, profile.launch_s)
 
 
 _GEMM = Kernel(operator.matmul, name="gemm")

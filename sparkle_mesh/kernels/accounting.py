@@ -62,39 +62,55 @@ def program_demand(program: Program) -> Demand:
     return Demand(flops, moved, peak_bytes(program))
 
 
-def step_flops(step: Step) -> int:
-    """Return the operations on elements of one step; none where elements are only copied.
+def step_flops(step: Step, *, moves: bool = True) -> int:
+    """Return the operations on elements of one step; none where a block is only copied into another.
 
-    Every place that is gone to counts, also where nothing is computed: one at least for each element of a body, and of
-    the result.
+    Parameters
+    ----------
+    moves
+        Whether every place that is gone to counts, also where nothing is computed: one at least for each element of a
+        body, and of the result. Otherwise it is arithmetic alone.
     """
     match step:
         case ElementwiseStep(body=body):
-            return prod(body.shape) * max(1, _flops_per_place(body))
+            return prod(body.shape) * max(int(moves), _flops_per_place(body, moves))
         case ReduceStep(body=body):
+            count = prod(body.shape) * (1 + _flops_per_place(body, moves))
             # Sums over no element still are to be written.
-            return max(prod(body.shape) * (1 + _flops_per_place(body)), _kept_size(step))
+            return max(count, _kept_size(step)) if moves else count
         case MatmulStep(batch=batch, rows=rows, inner=inner, columns=columns):
-            return prod(batch) * rows * columns * max(1, 2 * inner)
+            return prod(batch) * rows * columns * max(int(moves), 2 * inner)
     return 0
 
 
-def _flops_per_place(body: Body) -> int:
+def _flops_per_place(body: Body, moves: bool) -> int:
     ops = [instruction.op for instruction in body.instructions]
-    return sum(_FLOPS_BESIDE_OPS[op] if op in _FLOPS_BESIDE_OPS else OPS[op].flops for op in ops)
+    return sum(moves * _FLOPS_BESIDE_OPS[op] if op in _FLOPS_BESIDE_OPS else OPS[op].flops for op in ops)
 
 
 def step_bytes(step: Step, program: Program) -> int:
     """Return the bytes that one step reads and writes, each element that it needs once."""
-    written = sum(program.blocks[block].nbytes for block in blocks_written(step))
+    return step_bytes_read(step, program) + step_bytes_written(step, program)
+
+
+def step_bytes_read(step: Step, program: Program) -> int:
+    """Return the bytes that one step reads."""
     match step:
         case ElementwiseStep(body=body) | ReduceStep(body=body):
-            return written + sum(_view_bytes(view, program) for view in body.reads)
+            return sum(_view_bytes(view, program) for view in body.reads)
         case MatmulStep(a=a, b=b):
-            return written + program.blocks[a].nbytes + program.blocks[b].nbytes
-        case WriteStep(parts=parts, fill=fill):
-            placed = sum(prod(target.shape) for _, target in parts) * np.dtype(step.dtype).itemsize
-            return written * fill + placed + sum(_view_bytes(source, program) for source, _ in parts)
+            return sum(program.blocks[block].nbytes for block in {a, b})
+        case WriteStep(parts=parts):
+            return sum(_view_bytes(source, program) for source, _ in parts)
+
+
+def step_bytes_written(step: Step, program: Program) -> int:
+    """Return the bytes that one step writes; what is filled first is written twice where something is put."""
+    written = sum(program.blocks[block].nbytes for block in blocks_written(step))
+    if not isinstance(step, WriteStep):
+        return written
+    placed = sum(prod(target.shape) for _, target in step.parts) * np.dtype(step.dtype).itemsize
+    return written * step.fill + placed
 
 
 def _view_bytes(view: View, program: Program) -> int:

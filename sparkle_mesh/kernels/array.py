@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import numpy as np
@@ -17,8 +17,9 @@ import numpy.typing as npt
 from sparkle_mesh.devices import random
 from sparkle_mesh.devices.buffers import Buffer
 from sparkle_mesh.devices.device import Device
-from sparkle_mesh.errors import TraceError, UsageError
+from sparkle_mesh.errors import KernelError, UsageError
 from sparkle_mesh.kernels import namespace
+from sparkle_mesh.kernels.frozen import Frozen, freeze
 from sparkle_mesh.kernels.ops import Shape
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ class Home(Protocol):
 
     def asarray(self, values: Any, dtype: npt.DTypeLike | None = None) -> Array:
         """Return an array with the elements of ``values``."""
+
+    def has_copies(self, array: Array) -> None:
+        """``array`` is on several devices now: what of it is spare may be asked for when memory is short."""
 
     def method(self, name: str, static: tuple[object, ...], keywords: tuple[tuple[str, object], ...]) -> Kernel:
         """Return a kernel that calls that method of its first operand, with the others, then what is ``static``."""
@@ -87,7 +91,7 @@ class Array:
     @property
     def size(self) -> int:
         """How many elements there are."""
-        return next(iter(self._copies.values())).size
+        return prod(self._shape)
 
     @property
     def nbytes(self) -> int:
@@ -97,12 +101,12 @@ class Array:
     @property
     def device(self) -> str:
         """Where the elements were written, as ``"cuda:0"``."""
-        return str(next(iter(self._copies)))
+        return str(self.whereabouts()[0])
 
     @property
     def devices(self) -> tuple[str, ...]:
         """Where valid copies are."""
-        return tuple(map(str, self._copies))
+        return tuple(map(str, self.whereabouts()))
 
     @property
     def T(self) -> Array:
@@ -130,6 +134,10 @@ class Array:
         # One element as the number that it is: f"{loss:.4f}".
         return format(self.__array__()[()], how) if how else str(self)
 
+    def is_of(self, home: Home) -> bool:
+        """Whether it belongs to ``home``."""
+        return self._home is home
+
     # --- Where it is ------------------------------------------------------------------------------
 
     def buffer_on(self, device: Device) -> Buffer:
@@ -148,14 +156,16 @@ class Array:
             copy = Buffer(self.size, self._dtype, device).copy_from(self._copies[source])
             if self._shown is None:
                 self._copies[device] = copy
+                self._home.has_copies(self)
             return copy
 
-    def is_on(self, device: Device) -> bool:
-        """Whether a valid copy is on ``device``."""
-        return device in self._copies
+    def whereabouts(self) -> tuple[Device, ...]:
+        """Return the devices that valid copies are on; the first is where the elements were written."""
+        with self._lock:
+            return tuple(self._copies)
 
     def to_device(self, device: str | Device, /) -> Array:
-        """Return this array, with a valid copy on ``device``."""
+        """Return this array, with a valid copy on ``device``: but one that others may write to is copied each time."""
         self.buffer_on(self._home.device(device))
         return self
 
@@ -166,6 +176,20 @@ class Array:
             freed = sum(self._copies.pop(device).nbytes for device in others)
             assert first in self._copies
             return freed
+
+    def spare_copy_bytes(self, device: Device) -> int:
+        """Return what :meth:`drop_copy` would give back."""
+        copies = self._copies
+        return self.nbytes if len(copies) > 1 and device in copies else 0
+
+    def drop_copy(self, device: Device) -> int:
+        """Give back the copy on ``device`` if there are others, and nobody is at it now; return its bytes."""
+        if not self._lock.acquire(blocking=False):
+            return 0
+        try:
+            return self._copies.pop(device).nbytes if self.spare_copy_bytes(device) else 0
+        finally:
+            self._lock.release()
 
     def copy_from(self, source: Any) -> Array:
         """Overwrite all elements; returns this array.
@@ -266,27 +290,16 @@ class Array:
             raise UsageError(f"numpy.{ufunc.__name__} cannot write into an Array; take what it returns")
         if method != "__call__" or keywords:
             return getattr(ufunc, method)(*map(_as_numpy, inputs), **keywords)
-        return self._known_or_numpy(ufunc, inputs, {}, "__array_ufunc__", inputs, (ufunc,))
+        try:
+            return self._call("__array_ufunc__", *inputs, static=(freeze(ufunc),))
+        except KernelError:
+            return ufunc(*map(_as_numpy, inputs))
 
     def __array_function__(self, function: Any, types: object, arguments: Any, keywords: dict[str, Any]) -> Any:
-        # Which arguments are arrays differs from function to function, and they may be in lists.
-        operands: list[object] = []
-        frozen = _frozen((arguments, sorted(keywords.items())), operands)
-        return self._known_or_numpy(function, arguments, keywords, "__array_function__", operands, (function, frozen))
-
-    def _known_or_numpy(
-        self,
-        function: Callable[..., Any],
-        arguments: Sequence[Any],
-        keywords: dict[str, Any],
-        name: str,
-        operands: Sequence[object],
-        static: tuple[object, ...],
-    ) -> Any:
-        """Do as a kernel what kernels can do; what they cannot, NumPy does, in the host's memory."""
         try:
-            return self._call(name, *operands, static=static)
-        except TraceError:
+            return _run_function(self._home, function, arguments, keywords)
+        except KernelError:
+            # What kernels cannot do NumPy does, in the host's memory.
             return function(*_as_numpy(list(arguments)), **{key: _as_numpy(value) for key, value in keywords.items()})
 
     # --- Elements ---------------------------------------------------------------------------------
@@ -319,7 +332,10 @@ class Array:
         return value in self.__array__()
 
     def __iter__(self) -> Iterator[Array]:
-        return iter([self[place] for place in range(len(self))])
+        if not self._shape:
+            raise TypeError("iteration over a 0-d array")
+        # Through the host's memory: a kernel for each row would have to be made ready.
+        return (self._home.asarray(row) for row in self.__array__())
 
     def __setitem__(self, key: object, value: object) -> None:
         raise UsageError("elements of an Array cannot be assigned to; make a new one with where, or use copy_from")
@@ -329,12 +345,12 @@ class Array:
     def _call(
         self, name: str, *operands: object, static: tuple[object, ...] = (), keywords: dict[str, Any] | None = None
     ) -> Any:
-        kernel = self._home.method(name, static, tuple(sorted((keywords or {}).items())))
-        return self._home.run(kernel, *operands)
+        named = tuple(sorted((key, freeze(value)) for key, value in (keywords or {}).items()))
+        return self._home.run(self._home.method(name, static, named), *operands)
 
     def __getitem__(self, key: Any) -> Array:
         parts = key if isinstance(key, tuple) else (key,)
-        found: Array = self._call("__getitem__", self, static=(tuple(map(_frozen_index, parts)),))
+        found: Array = self._call("__getitem__", self, static=(Frozen("tuple", tuple(map(_frozen_index, parts))),))
         return found
 
     def clip(self, min: Any = None, max: Any = None) -> Array:
@@ -382,9 +398,7 @@ class Namespace:
             return function
 
         def run(*arguments: Any, **keywords: Any) -> Any:
-            operands: list[object] = []
-            frozen = _frozen((arguments, sorted(keywords.items())), operands)
-            return self._home.run(self._home.method("__array_function__", (function, frozen), ()), *operands)
+            return _run_function(self._home, function, arguments, keywords)
 
         return run
 
@@ -392,31 +406,11 @@ class Namespace:
         return dir(namespace)
 
 
-@dataclass(frozen=True, slots=True)
-class Operand:
-    """Stands for an operand among arguments that are not arrays."""
-
-    place: int
-
-
-@dataclass(frozen=True, slots=True)
-class Frozen:
-    """Arguments as something that can be a key of a table."""
-
-    kind: str
-    parts: tuple[object, ...]
-
-    @staticmethod
-    def thaw(value: object, operands: Sequence[object]) -> Any:
-        """Return ``value`` as it was, with ``operands`` in their places."""
-        if isinstance(value, Operand):
-            return operands[value.place]
-        if not isinstance(value, Frozen):
-            return value
-        parts = [Frozen.thaw(part, operands) for part in value.parts]
-        if value.kind == "slice":
-            return slice(*parts)
-        return parts if value.kind == "list" else tuple(parts)
+def _run_function(home: Home, function: Callable[..., Any], arguments: Sequence[Any], keywords: dict[str, Any]) -> Any:
+    """Run one of NumPy's functions as a kernel: which arguments are arrays differs, and they may be in lists."""
+    operands: list[Any] = []
+    frozen = freeze((arguments, sorted(keywords.items())), _is_array, operands)
+    return home.run(home.method("__array_function__", (freeze(function), frozen), ()), *operands)
 
 
 def _as_numpy(value: Any) -> Any:
@@ -428,25 +422,14 @@ def _as_numpy(value: Any) -> Any:
     return value
 
 
-def _frozen(value: object, operands: list[object]) -> object:
-    """Return ``value`` frozen; arrays in it are appended to ``operands``."""
-    if isinstance(value, (Array, np.ndarray)):
-        operands.append(value)
-        return Operand(len(operands) - 1)
-    if isinstance(value, (list, tuple)):
-        kind = "list" if isinstance(value, list) else "tuple"
-        return Frozen(kind, tuple(_frozen(part, operands) for part in value))
-    if isinstance(value, slice):
-        return _frozen_index(value)
-    return value
+def _is_array(value: object) -> bool:
+    return isinstance(value, (Array, np.ndarray))
 
 
 def _frozen_index(part: object) -> object:
-    if isinstance(part, slice):
-        return Frozen("slice", (part.start, part.stop, part.step))
-    if part is None or part is Ellipsis or isinstance(part, (bool, int, np.integer)):
-        return part
-    raise UsageError(f"an Array is indexed by whole numbers and slices, not by {type(part).__name__}; use where")
+    if not (part is None or part is Ellipsis or isinstance(part, (slice, bool, int, np.integer))):
+        raise UsageError(f"an Array is indexed by whole numbers and slices, not by {type(part).__name__}; use where")
+    return freeze(part)
 
 
 _BINARY = ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift"]
@@ -458,11 +441,6 @@ _METHODS = (
     *("astype", "reshape", "ravel", "flatten", "transpose", "swapaxes", "squeeze", "round"),
     *("sum", "prod", "max", "min", "mean", "var", "std", "any", "all"),
 )
-
-
-def _hashable(argument: object) -> object:
-    """Return an argument of a method as the key of a table: axes and shapes may be told in lists."""
-    return tuple(argument) if isinstance(argument, list) else argument
 
 
 def _operator(name: str) -> Callable[..., Any]:
@@ -477,8 +455,7 @@ def _operator(name: str) -> Callable[..., Any]:
 
 def _method(name: str) -> Callable[..., Any]:
     def method(self: Array, *arguments: object, **keywords: object) -> Any:
-        frozen = tuple(map(_hashable, arguments))
-        return self._call(name, self, static=frozen, keywords={key: _hashable(one) for key, one in keywords.items()})
+        return self._call(name, self, static=tuple(map(freeze, arguments)), keywords=keywords)
 
     method.__name__ = name
     method.__doc__ = f"Return what ``numpy.ndarray.{name}`` does, as a new array."

@@ -12,13 +12,12 @@ import statistics
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log2
 from typing import Literal
 
 from sparkle_mesh import limits
 from sparkle_mesh.kernels.accounting import step_bytes, step_flops
-from sparkle_mesh.kernels.graph import Graph
 from sparkle_mesh.kernels.program import ElementwiseStep, MatmulStep, Program, ReduceStep, Step
 
 
@@ -91,14 +90,20 @@ class Estimate:
         """All of it."""
         return self.compute_s + self.transfer_s
 
+    @property
+    def moved_bytes(self) -> int:
+        """Of all steps."""
+        return sum(step.moved_bytes for step in self.steps)
 
-def estimate(
-    program: Program, speed: Speed, *, to_device_bytes: int = 0, from_device_bytes: int = 0, correction: float = 1.0
-) -> Estimate:
-    """Return how long ``program`` takes on a device of that ``speed``."""
+    def corrected(self, correction: float) -> Estimate:
+        """Return what is expected where a second of the roofline's takes so many."""
+        return replace(self, compute_s=self.compute_s * correction, correction=self.correction * correction)
+
+
+def estimate(program: Program, speed: Speed, *, transfer_s: float = 0.0) -> Estimate:
+    """Return how long ``program`` takes on a device of that ``speed``, with the transfers before and after it."""
     steps = tuple(_estimate_step(step, program, speed) for step in program.steps)
-    transfer_s = to_device_bytes / speed.to_device_bytes_per_s + from_device_bytes / speed.from_device_bytes_per_s
-    return Estimate(steps, correction * sum(step.seconds for step in steps), transfer_s, correction)
+    return Estimate(steps, sum(step.seconds for step in steps), transfer_s, 1.0)
 
 
 def _estimate_step(step: Step, program: Program, speed: Speed) -> StepEstimate:
@@ -125,13 +130,6 @@ def _name(step: Step) -> str:
     return "matmul" if isinstance(step, MatmulStep) else "write"
 
 
-def form(graph: Graph) -> int:
-    """Return a number for what ``graph`` does, whatever the lengths of its axes and the values of its constants."""
-    return hash(
-        (tuple((node.op, node.operands, len(node.shape), node.dtype, node.axes) for node in graph.nodes), graph.outputs)
-    )
-
-
 class Corrections:
     """What programs took on each device for each second of the roofline's; bounded, and for any thread.
 
@@ -140,7 +138,7 @@ class Corrections:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._ratios: OrderedDict[tuple[str, int, int], deque[float]] = OrderedDict()
+        self._ratios: OrderedDict[tuple[str, int], dict[int, deque[float]]] = OrderedDict()
 
     @staticmethod
     def _size_class(moved_bytes: int) -> int:
@@ -150,10 +148,10 @@ class Corrections:
         """A program took ``took_s`` where an uncorrected roofline has ``expected_s``."""
         if expected_s <= 0 or took_s <= 0:
             return
-        key = device, graph_form, self._size_class(moved_bytes)
         with self._lock:
-            ratios = self._ratios.setdefault(key, deque(maxlen=limits.COST_CORRECTION_TIMES_COUNT))
-            self._ratios.move_to_end(key)
+            sizes = self._ratios.setdefault((device, graph_form), {})
+            self._ratios.move_to_end((device, graph_form))
+            ratios = sizes.setdefault(self._size_class(moved_bytes), deque(maxlen=limits.COST_CORRECTION_TIMES_COUNT))
             ratios.append(took_s / expected_s)
             if len(self._ratios) > limits.COST_CORRECTIONS_MAX_COUNT:
                 self._ratios.popitem(last=False)
@@ -162,7 +160,7 @@ class Corrections:
         """Return what to multiply a roofline by: what was measured at this size, else at the nearest, else 1."""
         wanted = self._size_class(moved_bytes)
         with self._lock:
-            known = {size: r for (name, one, size), r in self._ratios.items() if (name, one) == (device, graph_form)}
+            known = self._ratios.get((device, graph_form))
             if not known:
                 return 1.0
             # One that was held up says nothing.

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sparkle_mesh import limits
-from sparkle_mesh.clock import Clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +22,7 @@ class Event:
     name
         The kernel's.
     category
-        ``"kernel"``, ``"copy"`` or ``"part"``.
+        ``"kernel"``, or ``"part"`` of one that devices share.
     device
         As ``"cuda:0"``.
     started_s, seconds
@@ -54,7 +53,8 @@ class Profile:
 
     def save(self, path: Path | str) -> None:
         """Write a trace that ``chrome://tracing`` and ui.perfetto.dev show."""
-        devices = sorted({event.device for event in self.events})
+        events = list(self.events)
+        devices = sorted({event.device for event in events})
         rows: list[dict[str, object]] = [
             {"name": "thread_name", "ph": "M", "pid": 1, "tid": number, "args": {"name": device}}
             for number, device in enumerate(devices)
@@ -70,14 +70,14 @@ class Profile:
                 "dur": event.seconds * 1e6,
                 "args": event.details,
             }
-            for event in self.events
+            for event in events
         ]
         Path(path).write_text(json.dumps({"traceEvents": rows, "displayTimeUnit": "ms"}), encoding="utf-8")
 
     def table(self) -> str:
         """Return one line for each kernel on each device, what took longest in all first."""
         sums: dict[tuple[str, str, str], list[float]] = {}
-        for event in self.events:
+        for event in list(self.events):
             sums.setdefault((event.name, event.category, event.device), []).append(event.seconds)
         lines = [f"{'what':32} {'':6} {'device':12} {'times':>7} {'in all, ms':>12} {'median, us':>12}"]
         for (name, category, device), times in sorted(sums.items(), key=lambda item: -sum(item[1])):
@@ -93,8 +93,7 @@ class Profile:
 class Recorder:
     """Takes events for whoever has a profile open; for any thread."""
 
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: list[Profile] = []
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from sparkle_mesh import limits
 from sparkle_mesh.kernels.graph import Graph, Node
@@ -38,6 +39,12 @@ from sparkle_mesh.kernels.program import (
 )
 
 _LAZY = frozenset({"transpose", "broadcast", "slice", "reshape"})
+
+
+@lru_cache(limits.PREPARED_PROGRAMS_MAX_COUNT)
+def fused(graph: Graph) -> Program:
+    """Return what :func:`fuse` returns, which is kept for the next time."""
+    return fuse(graph)
 
 
 def fuse(graph: Graph) -> Program:

@@ -7,7 +7,8 @@ what it is combined with).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -85,12 +86,28 @@ class Graph:
         """The types of the results."""
         return tuple(self.nodes[output].type for output in self.outputs)
 
+    @cached_property
+    def form(self) -> int:
+        """A number for what it does, whatever the lengths of its axes and the values of its constants."""
+        nodes = tuple((node.op, node.operands, len(node.shape), node.dtype, node.axes) for node in self.nodes)
+        return hash((nodes, self.outputs))
+
     def __hash__(self) -> int:
         return self._hash
 
     @cached_property
     def _hash(self) -> int:
         return hash((self.nodes, self.outputs))
+
+
+_COMPARISONS: dict[str, Callable[[int, int], bool]] = {
+    "equal": operator.eq,
+    "not_equal": operator.ne,
+    "less": operator.lt,
+    "less_equal": operator.le,
+    "greater": operator.gt,
+    "greater_equal": operator.ge,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +261,8 @@ class GraphBuilder:
         else:
             *most, _ = loop_dtypes(op, dtypes)
             wanted = tuple(most)
+        if op in _COMPARISONS and (known := self._beyond(op, operands, wanted)) is not None:
+            return known
         numbers = [
             one if isinstance(one, int) else self._weak(one.value, dtype)
             for one, dtype in zip(operands, wanted, strict=True)
@@ -251,6 +270,18 @@ class GraphBuilder:
         shape = self._common_shape(op, numbers)
         pairs = zip(numbers, wanted, strict=True)
         return self.add(op, *(self.broadcast(self.cast(number, dtype), shape) for number, dtype in pairs))
+
+    def _beyond(self, op: str, operands: Sequence[int | WeakScalar], dtypes: Sequence[str]) -> int | None:
+        """Return how integers compare with a number that their dtype does not have, as NumPy does; None otherwise."""
+        for operand, other, dtype in zip(operands, reversed(operands), dtypes, strict=True):
+            if not isinstance(operand, WeakScalar) or not isinstance(other, int) or dtype in ("bool", *FLOATS):
+                continue
+            value = int(operand.value)
+            if not scalar_fits(value, dtype):
+                # All of them are on one side of it.
+                one, two = (value, 0) if operand is operands[0] else (0, value)
+                return self.broadcast(self.constant(_COMPARISONS[op](one, two)), self.type_of(other).shape)
+        return None
 
     def _dtypes(self, operands: Sequence[int | WeakScalar]) -> tuple[str, ...]:
         """Return the dtypes of ``operands``, plain numbers beside the others."""

@@ -19,7 +19,7 @@ class PendingRun:
     """One kernel that was submitted."""
 
     def __init__(self, work: Callable[[Stop], Any]) -> None:
-        self._work = work
+        self._work: Callable[[Stop], Any] | None = work
         self._future: Future[Any] = Future()
         self._cancelled = threading.Event()
 
@@ -49,6 +49,9 @@ class PendingRun:
             raise DeadlineError(f"the kernel was not done after {timeout_s:g} s; it goes on") from error
 
     def _run(self) -> None:
+        # What it computes with is needed no more afterwards, however long somebody keeps the result.
+        work, self._work = self._work, None
+        assert work is not None
         if self._cancelled.is_set():
             self._future.set_exception(KernelStoppedError("the kernel was cancelled before it ran"))
             return
@@ -56,7 +59,7 @@ class PendingRun:
         carrier: Future[Any] = self._future
         carrier.set_running_or_notify_cancel()
         try:
-            result = self._work(self._cancelled.is_set)
+            result = work(self._cancelled.is_set)
         except BaseException as error:
             carrier.set_exception(error)
         else:
@@ -90,7 +93,7 @@ class Submissions:
             if len(self._waiting) >= limits.SUBMITTED_MAX_COUNT:
                 raise UsageError(f"{len(self._waiting)} kernels wait already; wait for some of them first")
             heapq.heappush(self._waiting, (-priority, next(self._numbers), pending))
-            if not self._idle_count and len(self._threads) < self.threads:
+            if len(self._waiting) > self._idle_count and len(self._threads) < self.threads:
                 thread = threading.Thread(target=self._run, name="sparkle-submitted", daemon=True)
                 self._threads.append(thread)
                 thread.start()
@@ -107,6 +110,8 @@ class Submissions:
                     return
                 pending = heapq.heappop(self._waiting)[2]
             pending._run()
+            # Not until the next one comes: its result may be large.
+            del pending
 
     def close(self) -> None:
         """Wait for what was submitted; nothing more is taken."""

@@ -15,7 +15,7 @@ from sparkle_mesh.devices.buffers import Buffer
 from sparkle_mesh.devices.device import Device, Memory
 from sparkle_mesh.kernels.cpu_executor import CpuExecutor
 from sparkle_mesh.kernels.cpu_executor import PreparedProgram as CpuProgram
-from sparkle_mesh.kernels.fusion import fuse
+from sparkle_mesh.kernels.fusion import fused
 from sparkle_mesh.kernels.generated_executor import GeneratedExecutor
 from sparkle_mesh.kernels.generated_executor import PreparedProgram as GeneratedProgram
 from sparkle_mesh.kernels.graph import Graph
@@ -109,7 +109,7 @@ class Runner:
             if found is not None:
                 self._prepared.move_to_end(graph)
                 return found
-        program = fuse(graph)
+        program = fused(graph)
         prepared = self._make(program)
         with self._lock:
             self._prepared[graph] = program, prepared

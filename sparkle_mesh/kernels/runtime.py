@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,18 +17,19 @@ from sparkle_mesh.clock import SYSTEM_CLOCK, Clock
 from sparkle_mesh.devices.buffers import Buffer
 from sparkle_mesh.devices.device import Device
 from sparkle_mesh.errors import KernelStoppedError, UsageError
+from sparkle_mesh.kernels.accounting import program_demand
 from sparkle_mesh.kernels.array import Array, Home
 from sparkle_mesh.kernels.cpu_executor import CpuExecutor
-from sparkle_mesh.kernels.estimate import Corrections, Speed, estimate, form
+from sparkle_mesh.kernels.estimate import Corrections, Speed, estimate
 from sparkle_mesh.kernels.events import Event, Recorder
+from sparkle_mesh.kernels.fusion import fused
 from sparkle_mesh.kernels.graph import Graph
-from sparkle_mesh.kernels.placement import Choice, Part, Placement, grain_of
+from sparkle_mesh.kernels.ops import OPS
+from sparkle_mesh.kernels.placement import Choice, Gathering, Part, Placement, grain_of
 from sparkle_mesh.kernels.runners import Data, Runner, Stop
 from sparkle_mesh.kernels.sharing import Share, Sharing
 from sparkle_mesh.kernels.splitting import Split, split
 from sparkle_mesh.kernels.turns import Turns
-
-_COMBINE: Mapping[str, np.ufunc] = {"sum": np.add, "prod": np.multiply, "max": np.maximum, "min": np.minimum}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,9 @@ class Runtime:
     devices
         The CPU first.
     speed
-        What a device was measured to do.
+        What a device was measured to do: it may measure it first.
+    known_speed
+        The same, or None if it was not measured.
     """
 
     def __init__(
@@ -74,11 +77,12 @@ class Runtime:
         home: Home,
         devices: Sequence[Device],
         speed: Callable[[Device], Speed],
+        known_speed: Callable[[Device], Speed | None],
         *,
         threads: int | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        self._home, self._clock, self._speed = home, clock, speed
+        self._home, self._clock, self._speed, self._known_speed = home, clock, speed, known_speed
         self.cpu = CpuExecutor(threads)
         self.runners = {device: Runner(device, self.cpu) for device in devices}
         self.host = devices[0]
@@ -86,11 +90,10 @@ class Runtime:
         self.corrections = Corrections()
         # Devices that hold nothing compute nothing that anybody wants.
         self.placement = Placement([one for one in devices if one.kind != "null"], speed, self.corrections)
-        self.recorder = Recorder(clock)
+        self.recorder = Recorder()
         self._lock = threading.Lock()
-        self._splits: OrderedDict[Graph, Split | None] = OrderedDict()
-        self._run_counts: Counter[tuple[str, int]] = Counter()
-        #: What each device did of the last shared work.
+        self._run_counts: OrderedDict[tuple[str, int], int] = OrderedDict()
+        #: What each device did of the shared work that ended last.
         self.last_shares: dict[str, Share] = {}
 
     # --- Choosing ---------------------------------------------------------------------------------
@@ -104,34 +107,33 @@ class Runtime:
             If any: the only devices that count; that they share it comes first, if that can be.
         """
 
-        def missing(device: Device, number: int) -> bool:
-            return not _is_on(operands[number], device)
+        def one_s(device: Device, number: int) -> float:
+            return self._gather_s(operands[number], graph.inputs[number].nbytes, device)
 
-        def missing_bytes(device: Device) -> int:
-            return sum(one.nbytes for number, one in enumerate(graph.inputs) if missing(device, number))
+        def all_s(device: Device) -> float:
+            return sum(one_s(device, number) for number in range(len(operands)))
 
-        found = self.placement.choices(
-            graph, self._split(graph), missing_bytes=missing_bytes, input_missing=missing, sharing=sharing
-        )
+        found = self.placement.choices(graph, Gathering(all_s, one_s), sharing)
         if not found:
             dtypes = ", ".join(sorted({node.dtype for node in graph.nodes}))
             known = ", ".join(map(str, sharing or self.runners))
             raise UsageError(f"no device computes with all of {dtypes} among {known}")
         return found
 
-    def _split(self, graph: Graph) -> Split | None:
-        if len(self.runners) == 1:
-            return None
-        with self._lock:
-            if graph in self._splits:
-                self._splits.move_to_end(graph)
-                return self._splits[graph]
-        found = split(graph)
-        with self._lock:
-            self._splits[graph] = found
-            if len(self._splits) > limits.PREPARED_PROGRAMS_MAX_COUNT:
-                self._splits.popitem(last=False)
-        return found
+    def _gather_s(self, operand: Any, nbytes: int, device: Device) -> float:
+        """Return what it takes to have ``operand`` on ``device``, through the host's memory if it is on another."""
+        seconds = 0.0
+        if isinstance(operand, Array):
+            where = operand.whereabouts()
+            if device in where:
+                return 0.0
+            if where[0] is not self.host:
+                seconds += nbytes / self._speed(where[0]).from_device_bytes_per_s
+        return seconds + nbytes / self._speed(device).to_device_bytes_per_s
+
+    def turn(self, device: Device, priority: int = 0) -> AbstractContextManager[None]:
+        """Return a context in which nothing else of this runs on ``device``."""
+        return self._turns[device].turn(priority)
 
     # --- Running ----------------------------------------------------------------------------------
 
@@ -150,8 +152,7 @@ class Runtime:
         KernelStoppedError
             If it was told to stop.
         """
-        if order.should_stop():
-            raise KernelStoppedError(f"kernel {order.name} was cancelled before it ran")
+        self._check_stop(order)
         if order.device is not None:
             return self._run_whole(graph, operands, order, order.device)
         if len(self.runners) == 1:
@@ -163,14 +164,22 @@ class Runtime:
 
     def _run_whole(self, graph: Graph, operands: Sequence[Any], order: Order, device: Device) -> list[Array]:
         runner = self.runners[device]
-        inputs = [self._operand(operand, device, runner) for operand in operands]
-        with self._turns[device].turn(order.priority):
+        with self.turn(device, order.priority):
+            self._check_stop(order)
+            inputs = [self._operand(operand, device, runner) for operand in operands]
             outputs = runner.allocate(graph)
-            with self._timed(graph, order, device):
-                runner.run(graph, inputs, outputs, order.should_stop)
-        return [
-            Array(self._home, tensor.shape, buffer) for tensor, buffer in zip(graph.output_types, outputs, strict=True)
-        ]
+            took = self._run_timed(graph, order, runner, inputs, outputs, is_part=False)
+        self._learn(graph, order.name, device, took, is_part=False)
+        return self._arrays(graph, outputs)
+
+    def _arrays(self, graph: Graph, buffers: Sequence[Buffer]) -> list[Array]:
+        pairs = zip(graph.output_types, buffers, strict=True)
+        return [Array(self._home, tensor.shape, buffer) for tensor, buffer in pairs]
+
+    @staticmethod
+    def _check_stop(order: Order) -> None:
+        if order.should_stop():
+            raise KernelStoppedError(f"kernel {order.name} was cancelled before it ran")
 
     def _operand(self, operand: Any, device: Device, runner: Runner) -> Data:
         if isinstance(operand, Array):
@@ -180,18 +189,27 @@ class Runtime:
             return array
         return Buffer(array.size, array.dtype, device).copy_from(array)
 
-    @contextmanager
-    def _timed(self, graph: Graph, order: Order, device: Device) -> Iterator[None]:
-        """Time what runs within, if that is of use: the device is waited for then."""
-        if not self._is_to_be_timed(graph, device):
-            yield
-            return
-        is_first = not self.runners[device].is_prepared(graph)
+    def _run_timed(
+        self,
+        graph: Graph,
+        order: Order,
+        runner: Runner,
+        inputs: Sequence[Data],
+        outputs: Sequence[Data],
+        *,
+        is_part: bool,
+    ) -> _Took | None:
+        """Run ``graph``; time it if that is of use: then the device is waited for."""
+        device = runner.device
+        if not (is_part or self._is_to_be_timed(graph, device)):
+            runner.run(graph, inputs, outputs, order.should_stop)
+            return None
+        is_first = not runner.is_prepared(graph)
         device.synchronize()
         started = self._clock.now()
-        yield
+        runner.run(graph, inputs, outputs, order.should_stop)
         device.synchronize()
-        self._took(graph, order.name, "kernel", device, started, is_first=is_first)
+        return _Took(started, self._clock.now() - started, is_first)
 
     def _is_to_be_timed(self, graph: Graph, device: Device) -> bool:
         if self.recorder.is_wanted:
@@ -199,28 +217,31 @@ class Runtime:
         if len(self.runners) == 1:
             return False
         with self._lock:
-            key = str(device), form(graph)
-            self._run_counts[key] += 1
-            count = self._run_counts[key]
+            key = str(device), graph.form
+            count = self._run_counts[key] = self._run_counts.pop(key, 0) + 1
             if len(self._run_counts) > limits.COST_CORRECTIONS_MAX_COUNT:
-                self._run_counts.clear()
+                self._run_counts.popitem(last=False)
         # Of the first run some time goes into making it ready.
         return 1 < count <= limits.TIMED_RUNS_COUNT + 1 or count % limits.TIMED_RUNS_PERIOD_COUNT == 0
 
-    def _took(self, graph: Graph, name: str, category: str, device: Device, started: float, *, is_first: bool) -> float:
-        seconds = self._clock.now() - started
-        program, _ = self.runners[device].prepare(graph)
-        plain = estimate(program, self._speed(device))
-        moved = sum(step.moved_bytes for step in plain.steps)
-        expected = plain.compute_s * self.corrections.correction(str(device), form(graph), moved)
-        # Of the first run some time went into making it ready: the next ones will not take that.
-        if not is_first:
-            self.corrections.measured(str(device), form(graph), moved, plain.compute_s, seconds)
+    def _learn(self, graph: Graph, name: str, device: Device, took: _Took | None, *, is_part: bool) -> None:
+        """Remember what a run took; not in a turn, and without measuring the device for it."""
+        if took is None:
+            return
+        speed = self._known_speed(device)
+        details: dict[str, float | int | str] = {}
+        if speed is not None:
+            plain = estimate(fused(graph), speed)
+            before = self.corrections.correction(str(device), graph.form, plain.moved_bytes)
+            details["expected_us"] = plain.compute_s * before * 1e6
+            # Of the first run some time went into making it ready: the next ones will not take that.
+            if not took.is_first:
+                self.corrections.measured(str(device), graph.form, plain.moved_bytes, plain.compute_s, took.seconds)
         if self.recorder.is_wanted:
-            details: dict[str, float | int | str]
-            details = {"expected_us": expected * 1e6, "bytes": moved, "flops": sum(one.flops for one in plain.steps)}
-            self.recorder.add(Event(name, category, str(device), started, seconds, details))
-        return seconds
+            demand = program_demand(fused(graph))
+            details |= {"bytes": demand.moved_bytes, "flops": demand.flops}
+            category = "part" if is_part else "kernel"
+            self.recorder.add(Event(name, category, str(device), took.started, took.seconds, details))
 
     def close(self) -> None:
         """End the CPU's threads."""
@@ -230,7 +251,7 @@ class Runtime:
 
     def run_shared(self, graph: Graph, operands: Sequence[Any], order: Order, choice: Choice) -> list[Array]:
         """Return the outputs of ``graph``, computed by several devices; they are in the host's memory."""
-        found = self._split(graph)
+        found = split(graph)
         assert found is not None
         hosted = [np.asarray(operand) for operand in operands]
         outputs = self.runners[self.host].allocate(graph)
@@ -239,14 +260,17 @@ class Runtime:
         work = _SharedWork(found, operands, hosted, results)
         workers = [_PartWorker(self, work, part, order) for part in choice.parts]
         sharing = Sharing(
-            found.length, workers, grain=grain_of(found.length), should_stop=order.should_stop, clock=self._clock
+            found.length,
+            workers,
+            counts=[part.count for part in choice.parts],
+            grain=grain_of(found.length),
+            should_stop=order.should_stop,
+            clock=self._clock,
         )
         shares: list[Share] = sharing.run()
         work.combine()
         self.last_shares = {str(worker.part.device): share for worker, share in zip(workers, shares, strict=True)}
-        return [
-            Array(self._home, tensor.shape, buffer) for tensor, buffer in zip(graph.output_types, outputs, strict=True)
-        ]
+        return self._arrays(graph, outputs)
 
     def _whole(self, work: _SharedWork, number: int, device: Device) -> Data:
         """Return an operand that every range takes all of, on ``device``: copied there once."""
@@ -259,7 +283,7 @@ class Runtime:
         """Compute one range of shared work on ``device``."""
         graph, runner = work.split.part(stop - start), self.runners[device]
         targets = work.targets(start, stop)
-        with self._turns[device].turn(order.priority):
+        with self.turn(device, order.priority):
             inputs = [
                 self._operand(part, device, runner) if part is not None else self._whole(work, number, device)
                 for number, part in enumerate(work.ranges(start, stop))
@@ -270,17 +294,23 @@ class Runtime:
                 ]
             else:
                 outputs = list(runner.allocate(graph))
-            is_first = not runner.is_prepared(graph)
-            device.synchronize()
-            started = self._clock.now()
-            runner.run(graph, inputs, outputs, order.should_stop)
-            device.synchronize()
-            self._took(graph, order.name, "part", device, started, is_first=is_first)
+            took = self._run_timed(graph, order, runner, inputs, outputs, is_part=True)
             for target, output in zip(targets, outputs, strict=True):
                 if isinstance(output, Buffer):
                     output.copy_to(target.reshape(-1) if target.flags.c_contiguous else target)
                 elif output is not target:
                     target[...] = output.reshape(target.shape)
+        work.add(device, targets)
+        self._learn(graph, order.name, device, took, is_part=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Took:
+    """When a run began, what it took, and whether it was made ready first."""
+
+    started: float
+    seconds: float
+    is_first: bool
 
 
 class _SharedWork:
@@ -291,9 +321,8 @@ class _SharedWork:
     ) -> None:
         self.split = found
         self.operands, self._hosted, self._results = operands, hosted, results
-        self._lock = threading.Lock()
-        # Of outputs that are combined: what each range came to, by its start.
-        self._partial: list[dict[int, npt.NDArray[Any]]] = [{} for _ in results]
+        # Of outputs that are combined: what each device has come to so far, by its name and the output's number.
+        self._sums: dict[tuple[str, int], npt.NDArray[Any]] = {}
         #: Operands that every range takes all of, by device and number.
         self.whole: dict[tuple[Device, int], Data] = {}
 
@@ -305,24 +334,39 @@ class _SharedWork:
     def targets(self, start: int, stop: int) -> list[npt.NDArray[Any]]:
         """Return where a range writes to."""
         found = []
-        for number, (axis, result) in enumerate(zip(self.split.output_axes, self._results, strict=True)):
+        for axis, result in zip(self.split.output_axes, self._results, strict=True):
             if axis is not None:
                 found.append(result[(slice(None),) * axis + (slice(start, stop),)])
             else:
-                part = np.empty_like(result)
-                with self._lock:
-                    self._partial[number][start] = part
-                found.append(part)
+                found.append(np.empty_like(result))
         return found
 
+    def add(self, device: Device, targets: Sequence[npt.NDArray[Any]]) -> None:
+        """A range has been computed on ``device``: add what is combined to what that device has."""
+        for number, (op, target) in enumerate(zip(self.split.output_ops, targets, strict=True)):
+            if op is None:
+                continue
+            key = str(device), number
+            if key in self._sums:
+                _ufunc(op)(self._sums[key], target, out=self._sums[key])
+            else:
+                # float16 is added up in float32, as in one piece.
+                self._sums[key] = target.astype(np.float32) if target.dtype == np.float16 else target
+
     def combine(self) -> None:
-        """Put together what ranges came to, in their order."""
-        for op, parts, result in zip(self.split.output_ops, self._partial, self._results, strict=True):
+        """Put together what the devices came to."""
+        for number, (op, result) in enumerate(zip(self.split.output_ops, self._results, strict=True)):
             if op is not None:
-                first, *rest = (parts[start] for start in sorted(parts))
+                first, *rest = (self._sums[key] for key in sorted(self._sums) if key[1] == number)
+                for other in rest:
+                    _ufunc(op)(first, other, out=first)
                 result[...] = first
-                for part in rest:
-                    _COMBINE[op](result, part, out=result)
+
+
+def _ufunc(op: str) -> np.ufunc:
+    found = OPS[op].ufunc
+    assert found is not None
+    return found
 
 
 class _PartWorker:
@@ -332,9 +376,3 @@ class _PartWorker:
 
     def run(self, start: int, stop: int) -> None:
         self._runtime.run_part(self._work, self.part.device, self._order, start, stop)
-
-
-def _is_on(operand: Any, device: Device) -> bool:
-    if isinstance(operand, Array):
-        return operand.is_on(device)
-    return device.capabilities.memory_is_host

@@ -104,10 +104,12 @@ class Sharing:
         The work is ``[0, length)``.
     workers
         Who does it.
+    counts
+        How much each begins with; see :func:`first_parts`.
     grain
         The least that is worth a range of its own.
     should_stop
-        Asked between ranges.
+        Asked between ranges, from any of the threads.
     """
 
     def __init__(
@@ -115,13 +117,15 @@ class Sharing:
         length: int,
         workers: Sequence[Worker],
         *,
+        counts: Sequence[int] | None = None,
         grain: int = 1,
         should_stop: Callable[[], bool] = lambda: False,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._workers, self._grain, self._should_stop, self._clock = workers, max(grain, 1), should_stop, clock
         rates, overheads = [worker.rate for worker in workers], [worker.overhead_s for worker in workers]
-        counts = first_parts(length, rates, overheads, self._grain)
+        if counts is None:
+            counts = first_parts(length, rates, overheads, self._grain)
         self._parts: list[_Part] = []
         start = 0
         for count, rate, overhead_s in zip(counts, rates, overheads, strict=True):
@@ -173,11 +177,10 @@ class Sharing:
 
     def take(self, number: int) -> tuple[int, int] | None:
         """Return what worker ``number`` does next; None if nothing is left for it."""
+        if self._should_stop():
+            self._cancelled = True
         with self._lock:
             if self._broken or self._cancelled:
-                return None
-            if self._should_stop():
-                self._cancelled = True
                 return None
             part = self._parts[number]
             if not part.left and not self._steal(number):

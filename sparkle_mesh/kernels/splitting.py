@@ -7,8 +7,10 @@ the other parts by a reduction. What cannot be told so makes the kernel one that
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
+from sparkle_mesh import limits
 from sparkle_mesh.errors import KernelError
 from sparkle_mesh.kernels.graph import Graph, Node, check_graph
 from sparkle_mesh.kernels.ops import OPS
@@ -69,9 +71,18 @@ class Split:
     output_axes: tuple[int | None, ...]
     output_ops: tuple[str | None, ...]
     _states: tuple[_State, ...]
+    _parts: dict[int, Graph] = field(default_factory=dict, compare=False, repr=False)
 
     def part(self, count: int) -> Graph:
         """Return the graph of a part with ``count`` of ``length``."""
+        found = self._parts.get(count)
+        if found is None:
+            if len(self._parts) >= limits.SHARED_GRAINS_COUNT:
+                self._parts.clear()
+            found = self._parts[count] = self._make_part(count)
+        return found
+
+    def _make_part(self, count: int) -> Graph:
         nodes = []
         for node, state in zip(self.graph.nodes, self._states, strict=True):
             if isinstance(state, _Range):
@@ -83,6 +94,7 @@ class Split:
         return graph
 
 
+@lru_cache(limits.PREPARED_PROGRAMS_MAX_COUNT)
 def split(graph: Graph) -> Split | None:
     """Return how ``graph`` can be done in parts along the first axis of its inputs; None if it cannot.
 

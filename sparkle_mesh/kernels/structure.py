@@ -65,11 +65,12 @@ class Static:
 LEAF = Structure(None)
 
 
-def _static_key(value: Any, path: str) -> Any:
+def static_key(value: Any, path: str) -> Any:
+    """Return what tells ``value`` from others: numbers of different types are different, as are 0.0 and -0.0."""
     if isinstance(value, (tuple, frozenset)):
-        return type(value), tuple(_static_key(part, path) for part in value)
-    if isinstance(value, float):
-        return type(value), value.hex()
+        return type(value), tuple(static_key(part, path) for part in value)
+    if isinstance(value, (float, np.floating)):
+        return type(value), float(value).hex()
     try:
         hash(value)
     except TypeError as error:
@@ -81,7 +82,7 @@ def _static_key(value: Any, path: str) -> Any:
 
 def static_structure(value: Any, path: str) -> Structure:
     """Return the structure of ``value``, which is known when a kernel is traced."""
-    return Structure(Static, static=value, _static_key=_static_key(value, path))
+    return Structure(Static, static=value, _static_key=static_key(value, path))
 
 
 def is_structure(value: object) -> bool:

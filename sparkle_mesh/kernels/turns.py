@@ -24,9 +24,16 @@ class Turns:
         with self._condition:
             ticket = -priority, next(self._numbers)
             heapq.heappush(self._waiting, ticket)
-            self._condition.wait_for(lambda: not self._taken and self._waiting[0] == ticket)
-            heapq.heappop(self._waiting)
-            self._taken = True
+            has_come = False
+            try:
+                self._condition.wait_for(lambda: not self._taken and self._waiting[0] == ticket)
+                has_come = True
+            finally:
+                # One that is interrupted while it waits must not stand before the others for good.
+                self._waiting.remove(ticket)
+                heapq.heapify(self._waiting)
+                self._taken |= has_come
+                self._condition.notify_all()
         try:
             yield
         finally:

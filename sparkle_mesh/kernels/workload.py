@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
-from sparkle_mesh.kernels.accounting import peak_bytes
+from sparkle_mesh.kernels.accounting import peak_bytes, step_bytes_read, step_bytes_written, step_flops
 from sparkle_mesh.kernels.fusion import fuse
 from sparkle_mesh.kernels.graph import Graph, Node
 from sparkle_mesh.kernels.ops import OPS
-from sparkle_mesh.kernels.program import (
-    Body,
-    ElementwiseStep,
-    MatmulStep,
-    Program,
-    ReduceStep,
-    Step,
-    View,
-    WriteStep,
-    blocks_written,
-)
 from sparkle_mesh.kernels.tracing import Kernel
 
 
@@ -84,15 +72,12 @@ def analyze_workload(kernel: Graph | Kernel, *arguments: Any, **keywords: Any) -
         flops=sum(_node_flops(graph, node) for node in graph.nodes),
         bytes_read=sum(tensor.nbytes for tensor in graph.inputs),
         bytes_written=sum(tensor.nbytes for tensor in graph.output_types),
-        program_flops=sum(map(_step_flops, program.steps)),
-        program_bytes_read=sum(_bytes_read(program, step) for step in program.steps),
-        program_bytes_written=sum(_bytes_written(program, step) for step in program.steps),
+        program_flops=sum(step_flops(step, moves=False) for step in program.steps),
+        program_bytes_read=sum(step_bytes_read(step, program) for step in program.steps),
+        program_bytes_written=sum(step_bytes_written(step, program) for step in program.steps),
         peak_bytes=peak_bytes(program),
         steps=len(program.steps),
     )
-
-
-# --- Of graphs --------------------------------------------------------------------------------
 
 
 def _node_flops(graph: Graph, node: Node) -> int:
@@ -102,47 +87,3 @@ def _node_flops(graph: Graph, node: Node) -> int:
     if op.kind == "reduction":
         return op.flops * graph.nodes[node.operands[0]].type.size
     return op.flops * node.type.size
-
-
-# --- Of steps ---------------------------------------------------------------------------------
-
-
-def _body_flops(body: Body) -> int:
-    # A copy is no operation on numbers, and none of graphs.
-    return prod(body.shape) * sum(OPS[one.op].flops for one in body.instructions if one.op != "copy")
-
-
-def _step_flops(step: Step) -> int:
-    match step:
-        case ElementwiseStep(body=body):
-            return _body_flops(body)
-        case ReduceStep(body=body, op=op):
-            return _body_flops(body) + OPS[op].flops * prod(body.shape)
-        case MatmulStep(batch=batch, rows=rows, inner=inner, columns=columns):
-            return 2 * prod(batch) * rows * inner * columns
-        case WriteStep():
-            return 0
-
-
-def _view_bytes(program: Program, view: View) -> int:
-    """Return the bytes of the elements that ``view`` shows, each once."""
-    block = program.blocks[view.block]
-    shown = prod(length for length, stride in zip(view.shape, view.strides, strict=True) if stride or not length)
-    return min(shown, block.size) * (block.nbytes // block.size if block.size else 0)
-
-
-def _bytes_read(program: Program, step: Step) -> int:
-    match step:
-        case ElementwiseStep(body=body) | ReduceStep(body=body):
-            return sum(_view_bytes(program, view) for view in body.reads)
-        case MatmulStep(a=a, b=b):
-            return sum(program.blocks[block].nbytes for block in {a, b})
-        case WriteStep(parts=parts):
-            return sum(_view_bytes(program, source) for source, _ in parts)
-
-
-def _bytes_written(program: Program, step: Step) -> int:
-    written = sum(program.blocks[block].nbytes for block in blocks_written(step))
-    if isinstance(step, WriteStep) and step.fill:
-        written += sum(_view_bytes(program, target) for _, target in step.parts)
-    return written

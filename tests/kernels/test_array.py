@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 
-from sparkle_mesh.errors import UsageError
+from sparkle_mesh.errors import TraceError, UsageError
 from sparkle_mesh.kernels.array import Array
 
 VALUES = np.arange(12, dtype="float32").reshape(3, 4) + 1
@@ -216,3 +216,52 @@ def test_many_threads_may_need_one_copy(two_devices):
     for thread in threads:
         thread.join()
     assert len(set(map(id, found))) == 1
+
+
+def test_numbers_that_are_equal_and_of_different_types_are_different(context):
+    ints = context.asarray(np.arange(3, dtype="int32"))
+    for fill in (1, 1.0, np.float32(1), np.float64(1), True):
+        wanted = np.where(np.arange(3) > 1, np.arange(3, dtype="int32"), fill)
+        assert np.where(ints > 1, ints, fill).dtype == wanted.dtype, fill
+    xp = ints.__array_namespace__()
+    assert [str(xp.full((2,), one).dtype) for one in (1, 1.0, True)] == ["int64", "float64", "bool"]
+    zero, minus = np.where(ints > 9, 1.0, 0.0), np.where(ints > 9, 1.0, -0.0)
+    assert [bool(np.signbit(np.asarray(one)[0])) for one in (zero, minus)] == [False, True]
+    assert np.array_equal(ints[1].to_numpy(), np.int32(1))
+    with pytest.raises((TraceError, UsageError)):
+        ints[True]
+
+
+def test_what_cannot_be_kept_by_is_numpys_to_do(context):
+    array = context.asarray(VALUES)
+    # No hash, so no kernel of it is kept.
+    assert np.allclose(array, VALUES)
+    assert np.add(array, 1j).dtype == np.complex64
+    rows = list(array)
+    assert [row.tolist() for row in rows] == VALUES.tolist()
+
+
+def test_spare_copies_make_room(two_devices):
+    array = two_devices.asarray(VALUES)
+    second = two_devices.device("second")
+    assert two_devices._copies.reclaimable_bytes(second) == 0
+    array.to_device("second")
+    assert two_devices._copies.reclaimable_bytes(second) == VALUES.nbytes
+    assert two_devices._copies.reclaim(second, 1) == VALUES.nbytes
+    assert array.devices == ("cpu:0",)
+    assert two_devices._copies.reclaim(second, 1) == 0
+    # The last copy stays, wherever it is.
+    only = two_devices.run(lambda x: x + 1, array, device="second")
+    assert two_devices._copies.reclaim(second, 1) == array.nbytes
+    assert only.devices == ("second:0",)
+    del only
+
+
+def test_copies_that_somebody_is_at_are_not_waited_for(two_devices):
+    array = two_devices.asarray(VALUES).to_device("second")
+    found = []
+    with array._lock:
+        thread = threading.Thread(target=lambda: found.append(array.drop_copy(two_devices.device("second"))))
+        thread.start()
+        thread.join()
+    assert found == [0]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ import pytest
 import sparkle_mesh as sparkle
 from sparkle_mesh import limits
 from sparkle_mesh.context import Context
+from sparkle_mesh.devices.cpu import CpuBackend
 from sparkle_mesh.devices.null import NullBackend
+from sparkle_mesh.devices.profiles import ProfileStore
 from sparkle_mesh.devices.registry import Registry
 from sparkle_mesh.errors import (
     ClosedError,
@@ -25,6 +29,7 @@ from sparkle_mesh.errors import (
 from sparkle_mesh.kernels.array import Array
 from sparkle_mesh.kernels.pending import Submissions
 from sparkle_mesh.kernels.tracing import kernel
+from sparkle_mesh.kernels.turns import Turns
 
 
 @kernel
@@ -218,6 +223,14 @@ def test_sums_of_parts_are_put_together(two_devices):
     np.testing.assert_array_equal(found["most"].to_numpy(), x.max(axis=0))
 
 
+def test_sums_of_float16_in_parts_are_added_up_in_float32(two_devices):
+    x = np.full((6400, 2), 0.1, "float16")
+    total = kernel(lambda x: x.sum(axis=0))
+    found = two_devices.run(total, x, device=two_devices.devices)
+    np.testing.assert_allclose(found.to_numpy(), x.astype("float32").sum(axis=0), rtol=2e-3)
+    assert found.dtype == np.float16
+
+
 @pytest.mark.usefixtures("shares_everything")
 def test_columns_of_a_product_are_shared_too(two_devices):
     a, b = drawn(50, 40), drawn(640, 40, seed=1)
@@ -317,6 +330,67 @@ def test_a_running_kernel_stops_at_the_next_piece(one_thread):
         pending.result(30.0)
 
 
+def test_closing_waits_for_what_was_submitted(tmp_path):
+    context = Context([], data_dir=tmp_path, registry=Registry(entry_points=list))
+    go_on, running = threading.Event(), threading.Event()
+
+    def hold(should_stop):
+        running.set()
+        assert go_on.wait(30.0)
+
+    for _ in range(context._submissions.threads):
+        running.clear()
+        context._submissions.submit(hold, 0)
+        assert running.wait(30.0)
+    pending = context.submit(curve, drawn(3), drawn(3))
+    closing = threading.Thread(target=context.close)
+    closing.start()
+    go_on.set()
+    assert pending.result(30.0).shape == (3,)
+    closing.join()
+
+
+def test_two_at_once_have_a_thread_each():
+    submissions, both = Submissions(2), threading.Barrier(2)
+    warm = [submissions.submit(lambda should_stop: None, 0)]
+    warm[0].result(30.0)
+    pending = [submissions.submit(lambda should_stop: both.wait(30.0), 0) for _ in range(2)]
+    assert sorted(one.result(30.0) for one in pending) == [0, 1]
+    submissions.close()
+
+
+def test_what_is_done_keeps_nothing_that_it_computed_with(one_thread):
+    class Large:
+        pass
+
+    large = Large()
+    seen = weakref.ref(large)
+    pending = one_thread.submit(lambda should_stop, large=large: 1, 0)
+    del large
+    assert pending.result(30.0) == 1
+    one_thread.submit(lambda should_stop: None, 0).result(30.0)
+    gc.collect()
+    assert seen() is None
+
+
+def test_one_that_is_interrupted_while_it_waits_does_not_stand_before_the_others():
+    turns = Turns()
+
+    class Interrupted(BaseException):
+        pass
+
+    def interrupted(predicate):
+        raise Interrupted
+
+    with turns.turn():
+        wait_for, turns._condition.wait_for = turns._condition.wait_for, interrupted
+        with pytest.raises(Interrupted), turns.turn(5):
+            pass
+        turns._condition.wait_for = wait_for
+    with turns.turn():
+        pass
+
+
 # --- Profiles -------------------------------------------------------------------------------------
 
 
@@ -364,6 +438,41 @@ def test_closed_it_takes_nothing_more(tmp_path):
             call()
     with pytest.raises(ClosedError):
         context._submissions.submit(lambda should_stop: None, 0)
+
+
+def test_arrays_of_another_context_are_copied(open_context):
+    one, other = open_context(second=False), open_context(second=False)
+    array = one.asarray(drawn(3))
+    taken = other.asarray(array)
+    assert taken is not array
+    one.close()
+    assert (taken + 1).shape == (3,)
+    with pytest.raises(UsageError, match="is not of this context"):
+        other.device(CpuBackend().devices()[0])
+
+
+def test_a_registry_that_is_given_is_its_owners(tmp_path):
+    registry = Registry(entry_points=list)
+    first = Context([], data_dir=tmp_path, registry=registry)
+    second = Context([], data_dir=tmp_path, registry=registry)
+    first.close()
+    assert registry.devices()[0] is second.host
+    assert second.run(curve, drawn(3), drawn(3)).shape == (3,)
+    second.close()
+    registry.close()
+
+
+def test_a_device_that_is_told_is_not_measured_for_it(tmp_path, monkeypatch):
+    def measured(self, device):
+        raise AssertionError("nobody asked")
+
+    monkeypatch.setattr(ProfileStore, "profile", measured)
+    with Context(["null"], data_dir=tmp_path, registry=Registry(extra=[NullBackend()], entry_points=list)) as context:
+        for _ in range(3):
+            context.run(curve, drawn(3), drawn(3), device="cpu")
+        with context.profile() as profile:
+            context.run(curve, drawn(3), drawn(3), device="cpu")
+    assert [set(event.details) for event in profile.events] == [{"bytes", "flops"}]
 
 
 def test_devices_are_measured_once(tmp_path):

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from sparkle_mesh import limits
-from sparkle_mesh.kernels.estimate import Corrections, Speed, estimate, form
+from sparkle_mesh.kernels.estimate import Corrections, Speed, estimate
 from sparkle_mesh.kernels.fusion import fuse
 from sparkle_mesh.kernels.graph import Graph, GraphBuilder, WeakScalar
 from sparkle_mesh.kernels.ops import TensorType
@@ -45,10 +45,11 @@ def test_what_is_small_takes_a_launch():
 
 
 def test_transfers_are_added():
-    found = estimate(fuse(doubled(10)), SPEED, to_device_bytes=10**9, from_device_bytes=10**9)
+    found = estimate(fuse(doubled(10)), SPEED, transfer_s=1.5)
     assert found.transfer_s == pytest.approx(1.5)
     assert found.seconds == found.transfer_s + found.compute_s
-    assert estimate(fuse(doubled(10)), FREE, to_device_bytes=10**9).transfer_s == 0
+    corrected = found.corrected(2.0)
+    assert (corrected.compute_s, corrected.transfer_s, corrected.correction) == (2 * found.compute_s, 1.5, 2.0)
 
 
 def test_dtypes_that_were_not_measured_count_as_float32_and_devices_as_slow():
@@ -57,12 +58,12 @@ def test_dtypes_that_were_not_measured_count_as_float32_and_devices_as_slow():
 
 
 def test_a_form_is_the_same_at_every_size():
-    assert form(doubled(10)) == form(doubled(20)) != form(product(10))
+    assert doubled(10).form == doubled(20).form != product(10).form
 
 
 def test_what_was_measured_corrects_what_is_expected():
     corrections = Corrections()
-    one = form(doubled(10))
+    one = doubled(10).form
     assert corrections.correction("cpu:0", one, 1000) == 1.0
     corrections.measured("cpu:0", one, 1000, 1.0, 2.0)
     assert corrections.correction("cpu:0", one, 1000) == 2.0

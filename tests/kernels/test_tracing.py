@@ -324,3 +324,12 @@ def test_reference_refuses_what_is_of_another_type():
         tracing.execute_by_numpy(graph, [np.ones(3, "float32")])
     with pytest.raises(TraceError):
         kernel(lambda x: bool(x))(np.ones(1))
+
+
+@pytest.mark.parametrize("value", [-1, 300])
+@pytest.mark.parametrize("compare", [np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal])
+def test_integers_compare_with_numbers_that_they_do_not_have(compare, value):
+    x = np.arange(3, dtype="uint8")
+    for call in (lambda x: compare(x, value), lambda x: compare(value, x)):
+        found = sparkle.kernel(call)(x)
+        assert (found.dtype, found.tolist()) == (np.bool_, call(x).tolist())
