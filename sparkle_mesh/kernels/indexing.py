@@ -44,7 +44,7 @@ def _check(key: object) -> None:
         what = "a mask" if key.dtype == np.bool_ else "an index"
         fail(
             f"x[…] with {what} that is traced takes elements that are not known until the kernel runs; "
-            f"use np.where(mask, x, 0), or (np.arange(n) == i) made within as a mask to multiply with"
+            f"use np.where(mask, x, 0), or x.__array_namespace__().arange(n) == i as a mask to multiply with"
         )
     if isinstance(key, (bool, np.bool_, list, np.ndarray)):
         fail("x[…] with a list, an array or a bool is not part of kernels; use slices, np.stack and np.where")

@@ -8,11 +8,12 @@ import pytest
 import trio
 
 from sparkle_mesh import limits
-from sparkle_mesh.capabilities.messages import Renew
+from sparkle_mesh.capabilities.messages import Renew, Withdraw
 from sparkle_mesh.capabilities.search import DeviceQuery
 from sparkle_mesh.capabilities.service import CapabilityService
 from sparkle_mesh.capabilities.store import RecordStore
 from sparkle_mesh.devices.detect import DeviceInfo
+from sparkle_mesh.errors import UnreachableError
 
 GIB = 1 << 30
 
@@ -57,10 +58,12 @@ async def test_the_dead_are_gone_within_a_minute_and_lookups_stay_fast(open_mesh
         peers = []
         for _ in range(30):
             peers.append(await mesh.add([device()], peers))
-        await trio.sleep(20.0)
+        mesh.nursery.start_soon(_hear, peers)
+        # Until just after they have heard each other: that is when the dead are remembered for longest.
+        await trio.sleep(2 * limits.NODE_PING_INTERVAL_S + 1.0)
         for dead in peers[::3]:
             dead.kill()
-        left = [peer for number, peer in enumerate(peers) if number % 3]
+        peers[:] = left = [peer for number, peer in enumerate(peers) if number % 3]
         killed_at = trio.current_time()
         times = []
         while trio.current_time() < killed_at + 60.0:
@@ -137,6 +140,7 @@ async def test_who_has_left_publishes_no_more(open_mesh, autojump_clock):
         for _ in range(3):
             peers.append(await mesh.add([device()], peers))
         await trio.sleep(5.0)
+        mesh.nursery.start_soon(_hear, peers)
         await peers[0].service.leave()
         for _ in range(3):
             await trio.sleep(limits.CAPABILITY_RENEW_S)
@@ -200,6 +204,64 @@ async def test_former_holders_are_told_to_forget(open_mesh, autojump_clock, monk
             peers.append(await mesh.add([device()], peers))
             await trio.sleep(2.0)
         await trio.sleep(3 * limits.CAPABILITY_REPUBLISH_MIN_S)
+        assert sorted(len(peer.service.store) for peer in peers) == [0] * 10 + [len(peers)] * 2
+
+
+async def test_a_record_that_made_way_is_held_again_soon(open_mesh, autojump_clock):
+    async with open_mesh() as mesh:
+        peers = []
+        mesh.nursery.start_soon(_hear, peers)
+        for _ in range(3):
+            peers.append(await mesh.add([device()], peers))
+        await trio.sleep(6 * limits.CAPABILITY_REPUBLISH_MIN_S)
+        store, lost = peers[0].service.store, peers[1].peer_id
+        # As one that made way for others; the service tells of it with the next question that it answers.
+        store.withdraw(lost)
+        store._displaced.append(lost)
+        await peers[2].finds("cpu")
+        await trio.sleep(2 * limits.CAPABILITY_LOOK_S)
+        assert lost in store._held
+        assert store.take_displaced() == []
+
+
+async def test_who_did_not_move_for_longer_than_its_record_lives_tells_it_again(open_mesh, autojump_clock):
+    async with open_mesh() as mesh:
+        peers = []
+        for _ in range(3):
+            peers.append(await mesh.add([device()], peers))
+        mesh.nursery.start_soon(_hear, peers)
+        await trio.sleep(6 * limits.CAPABILITY_REPUBLISH_MIN_S)
+        publisher, now = peers[1].service._publisher, trio.current_time()
+        holder = next(one for one in publisher._holders.values() if one.peer.peer_id == peers[0].peer_id)
+        assert not holder.is_due(now, limits.CAPABILITY_RENEW_S)
+        # It hears again, as late as its holder may have let go of it.
+        publisher.heard(peers[0].peer_id, holder.heard_at + limits.CAPABILITY_LIFETIME_S)
+        assert holder.is_due(now, limits.CAPABILITY_RENEW_S)
+
+
+async def test_a_former_holder_that_cannot_be_told_is_told_later(open_mesh, autojump_clock, monkeypatch):
+    failing, withdrawn = [True], []
+    asked = CapabilityService._ask
+
+    async def ask(self, peer, question):
+        if isinstance(question, Withdraw):
+            withdrawn.append(trio.current_time())
+            if failing[0]:
+                raise UnreachableError("it is busy")
+        return await asked(self, peer, question)
+
+    monkeypatch.setattr(CapabilityService, "_ask", ask)
+    monkeypatch.setattr(limits, "CAPABILITY_HOLDERS_COUNT", 2)
+    async with open_mesh() as mesh:
+        peers = []
+        mesh.nursery.start_soon(_hear, peers)
+        for _ in range(12):
+            peers.append(await mesh.add([device()], peers))
+            await trio.sleep(2.0)
+        assert withdrawn
+        await trio.sleep(limits.CAPABILITY_UNHEARD_S)
+        failing[0] = False
+        await trio.sleep(2 * limits.CAPABILITY_UNHEARD_S)
         assert sorted(len(peer.service.store) for peer in peers) == [0] * 10 + [len(peers)] * 2
 
 

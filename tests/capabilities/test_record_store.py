@@ -159,6 +159,26 @@ def test_a_flood_from_one_address_displaces_nobody_else(bounds):
     assert len(store) == len(names) == 12
 
 
+def test_who_made_way_is_told_once():
+    store = RecordStore(SECRETS, per_key_max_count=2)
+    for number in (1, 2):
+        Publisher(number).store_at(store, origin="/ip4/10.0.0.1")
+    Publisher(3).store_at(store, origin="/ip4/10.0.0.2")
+    assert store.take_displaced() == [Publisher(1).peer_id]
+    assert store.take_displaced() == []
+
+
+def test_what_cannot_be_replaced_stays():
+    store, one = RecordStore(SECRETS, per_origin_max_count=1), Publisher(1)
+    one.store_at(store, origin="/ip4/10.0.0.1")
+    Publisher(2).store_at(store, origin="/ip4/10.0.0.2")
+    before = store.nbytes
+    with pytest.raises(ProtocolError, match="1 records are held"):
+        one.store_at(store, 5.0, sequence=2, origin="/ip4/10.0.0.2")
+    assert [record.sequence for record, _ in store.get(one.shared_key, 5.0)].count(1) == 2
+    assert store.nbytes == before
+
+
 def test_one_address_has_so_many_and_no_more():
     store = RecordStore(SECRETS, per_origin_max_count=5)
     assert flood(store, 20) == 5

@@ -27,6 +27,7 @@ from sparkle_mesh.errors import (
     UsageError,
 )
 from sparkle_mesh.kernels.array import Array
+from sparkle_mesh.kernels.estimate import Speed
 from sparkle_mesh.kernels.pending import Submissions
 from sparkle_mesh.kernels.tracing import kernel
 from sparkle_mesh.kernels.turns import Turns
@@ -473,6 +474,19 @@ def test_a_device_that_is_told_is_not_measured_for_it(tmp_path, monkeypatch):
         with context.profile() as profile:
             context.run(curve, drawn(3), drawn(3), device="cpu")
     assert [set(event.details) for event in profile.events] == [{"bytes", "flops"}]
+
+
+def test_what_is_on_another_device_takes_time_to_fetch(tmp_path, monkeypatch):
+    speed = Speed({}, 1e9, to_device_bytes_per_s=1e6, from_device_bytes_per_s=2e6, launch_s=0.0)
+    with Context(["null"], data_dir=tmp_path, registry=Registry(extra=[NullBackend()], entry_points=list)) as context:
+        runtime, null = context._runtime, context.device("null")
+        monkeypatch.setattr(runtime, "_speed", lambda device: speed)
+        far, near = context.array((250,), device="null"), context.array((250,), device="cpu")
+        assert runtime._gather_s(far, 1000, null) == 0.0
+        # Back from there; then to where it is needed.
+        assert runtime._gather_s(far, 1000, context.host) == pytest.approx(1000 / 2e6 + 1000 / 1e6)
+        assert runtime._gather_s(near, 1000, null) == pytest.approx(1000 / 1e6)
+        assert runtime._gather_s(drawn(250), 1000, null) == pytest.approx(1000 / 1e6)
 
 
 def test_devices_are_measured_once(tmp_path):

@@ -333,3 +333,13 @@ def test_integers_compare_with_numbers_that_they_do_not_have(compare, value):
     for call in (lambda x: compare(x, value), lambda x: compare(value, x)):
         found = sparkle.kernel(call)(x)
         assert (found.dtype, found.tolist()) == (np.bool_, call(x).tolist())
+
+
+def test_what_is_advised_instead_of_an_index_that_is_traced_works():
+    @sparkle.kernel
+    def picked(x, i):
+        with pytest.raises(TraceError, match=r"x\.__array_namespace__\(\)\.arange\(n\) == i"):
+            x[i]
+        return (x * (x.__array_namespace__().arange(len(x)) == i)).sum()
+
+    assert picked(np.array([3.0, 5.0, 7.0]), np.int64(1)) == 5.0
