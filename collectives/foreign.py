@@ -35,7 +35,7 @@ from sparkle_mesh.collectives.dlpack import (
     type_name,
 )
 from sparkle_mesh.collectives.reduction import Array
-from sparkle_mesh.errors import UsageError
+from sparkle_mesh.errors import DeviceError, UsageError
 
 if TYPE_CHECKING:
     from sparkle_mesh.collectives.cupy_arrays import OnGpus
@@ -70,6 +70,7 @@ class Lent(Generic[D]):
         self._foreign: list[int] = []
         self._replaced: dict[int, Array] = {}
         self._gpus: OnGpus | None = None
+        self._failure: DeviceError | None = None
         self._written = False
 
     def in_place(self) -> Any:
@@ -87,15 +88,26 @@ class Lent(Generic[D]):
 
         Where arrays cannot be written to, it is a container of the same form with new ones in their places. It may be
         called again, and from any thread.
+
+        Raises
+        ------
+        DeviceError
+            If the result cannot be put where it belongs: then every time.
         """
         if self._lock is None:
             return self._data
         with self._lock:
-            gpus, self._gpus = self._gpus, None
-            if gpus is not None:
-                if self._written:
-                    gpus.write_back()
-                gpus.give_back()
+            if self._gpus is not None:
+                try:
+                    if self._written:
+                        self._gpus.write_back()
+                except DeviceError as error:
+                    self._failure = error
+                # Not if it was interrupted: then it is done again.
+                self._gpus.give_back()
+                self._gpus = None
+            if self._failure is not None:
+                raise self._failure
             if self._written and self._replaced:
                 for place, host in self._replaced.items():
                     self._values[place] = _remade(self._values[place], host)
@@ -272,7 +284,10 @@ def _check_can_be_remade(value: Any, what: str) -> None:
 
 
 def _remade(value: Any, result: Array) -> object:
-    return value.__array_namespace__().asarray(result, device=value.device)
+    try:
+        return value.__array_namespace__().asarray(result, device=value.device)
+    except (*REFUSALS, MemoryError) as error:
+        raise DeviceError(f"the result cannot be made a {type_name(type(value))} on {value.device}: {error}") from error
 
 
 def _made_like(value: Any, result: Array) -> object:

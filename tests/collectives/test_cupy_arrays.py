@@ -16,8 +16,8 @@ from sparkle_mesh import limits
 from sparkle_mesh.collectives import cupy_arrays
 from sparkle_mesh.collectives.executor import BufferPool
 from sparkle_mesh.collectives.foreign import lend, lend_for
-from sparkle_mesh.errors import CollectiveAbortedError, MismatchError, UsageError
-from tests.collectives.fake_cupy import Gpus
+from sparkle_mesh.errors import CollectiveAbortedError, DeviceError, MismatchError, UsageError
+from tests.collectives.fake_cupy import CompileException, Gpus, OutOfMemoryError
 from tests.collectives.test_dlpack import BFLOAT, FLOAT, ByHand
 from tests.mesh.test_mesh_collectives import on_both
 
@@ -195,6 +195,30 @@ async def test_what_cannot_be_copied_is_refused_in_its_turn(
 
     assert await on_ranks(call) == [None] * 3
     assert (tensor.memory == 1).all()
+
+
+@pytest.mark.parametrize("kind", [CompileException, OutOfMemoryError])
+def test_a_result_that_cannot_be_copied_back_is_told_every_time(gpus: Gpus, kind: type[Exception]) -> None:
+    arrays = [gpus.array(np.ones(100)) for _ in range(2)]
+    lent = lend(arrays)
+    gpus.failures = [kind("an illegal memory access")]
+    for _ in range(3):
+        with pytest.raises(DeviceError, match="item 0 cannot be copied back to its GPU: an illegal memory access"):
+            lent.settle()
+    # Its memory is there for the next call.
+    assert lend(arrays).settle() is arrays
+    assert len(gpus.pinned) == 1
+
+
+def test_copying_back_that_was_interrupted_is_done_again(gpus: Gpus) -> None:
+    array = gpus.array(np.ones(100))
+    lent = lend(array)
+    lent.arrays[:] = 5
+    gpus.failures = [KeyboardInterrupt()]
+    with pytest.raises(KeyboardInterrupt):
+        lent.settle()
+    assert lent.settle() is array
+    assert (array.memory == 5).all()
 
 
 def test_parameters_on_gpus_are_taken_as_numbers(gpus: Gpus) -> None:

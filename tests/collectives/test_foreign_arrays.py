@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 from sparkle_mesh.collectives.arrays import check_arrays
 from sparkle_mesh.collectives.foreign import lend, lend_for
 from sparkle_mesh.collectives.reduction import check_dtype
-from sparkle_mesh.errors import CollectiveAbortedError, MismatchError, UsageError
+from sparkle_mesh.errors import CollectiveAbortedError, DeviceError, MismatchError, UsageError
 
 DTYPES = ["i1", "u2", "i4", "i8", "f2", "f4", "f8", "c8", "c16"]
 SHAPES: list[tuple[int, ...]] = [(), (0,), (3, 0), (1,), (5,), (40, 50)]
@@ -231,6 +231,20 @@ def test_what_is_only_read_may_be_read_only(lender: Any, immutable: Any) -> None
     fixed = immutable(np.ones(2))
     assert lend_for("broadcast", fixed, root=0, rank=0).settle() is fixed
     assert lend_for("broadcast", fixed, root=0, rank=1).settle() is not fixed
+
+
+def test_new_arrays_that_cannot_be_made_are_told_every_time(immutable: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(array: Any, *, device: Any) -> Any:
+        raise RuntimeError(f"{device} is full")
+
+    fixed = immutable(np.ones(2))
+    lent = lend([fixed])
+    monkeypatch.setattr(immutable, "asarray", refuse)
+    for _ in range(2):
+        with pytest.raises(DeviceError, match=r"the result cannot be made a .*Immutable on here: here is full"):
+            lent.settle()
+    monkeypatch.undo()
+    assert lent.settle()[0].array.tolist() == [1, 1]
 
 
 def test_what_is_no_array_stays_as_it_is(lender: Any) -> None:
