@@ -204,12 +204,11 @@ def lend(data: D, *, read: bool = True, written: bool = True) -> Lent[D]:
     return lent
 
 
-def lend_for(kind: str, data: D, *, root: object = None, rank: int | None = None) -> Lent[D]:
-    """Return what :func:`lend` does for a collective, of the ``root`` of which this ``rank`` may be.
+def lend_for(kind: str, data: D, *, at_root: bool = False) -> Lent[D]:
+    """Return what :func:`lend` does for a collective, at the rank that is its root or at another.
 
     What cannot be lent becomes :class:`Refused`: the call raises why, in its turn, because the others make theirs.
     """
-    at_root = isinstance(root, int | np.integer) and root == rank
     read = kind not in _GIVEN_BY_ROOT or at_root
     written = kind == "all_reduce" or (at_root if kind == "reduce" else kind in _GIVEN_BY_ROOT and not at_root)
     try:

@@ -119,12 +119,12 @@ def test_other_libraries_export_to_the_current_stream(gpus: Gpus, device: tuple[
 
 def test_what_is_only_written_to_is_not_fetched_and_the_other_way_round(gpus: Gpus) -> None:
     array = gpus.array(np.ones(10))
-    lent = lend_for("broadcast", array, root=0, rank=1)
+    lent = lend_for("broadcast", array, at_root=False)
     assert gpus.fetched_bytes == 0
     lent.arrays[:] = 3
     lent.settle()
     assert (array.memory == 3).all()
-    lent = lend_for("broadcast", array, root=0, rank=0)
+    lent = lend_for("broadcast", array, at_root=True)
     assert gpus.fetched_bytes == 80
     lent.arrays[:] = 4
     assert lent.settle() is array
@@ -169,6 +169,32 @@ def test_threads_use_their_own_streams(gpus: Gpus, tmp_path: Path) -> None:
         return threading.get_ident()
 
     assert set(on_both(tmp_path, call)) == gpus.threads
+
+
+def test_the_root_is_whom_the_caller_meant(gpus: Gpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(mesh: Any) -> list[Any]:
+        rank, group, run = mesh.rank, mesh._mesh._group, mesh._call
+
+        def run_later(function: Any) -> Any:
+            # Another thread's call ended meanwhile, in a view with other ranks.
+            epoch, members = group.shown
+            group.shown = (epoch, members[::-1])
+            try:
+                return run(function)
+            finally:
+                group.shown = (epoch, members)
+
+        monkeypatch.setattr(mesh, "_call", run_later)
+        sent, reduced = gpus.array(np.full(3, rank + 1.0)), gpus.array(np.full(3, rank + 1.0))
+        row = gpus.array(np.array([7.0, 8.0]) if rank == 1 else np.zeros(()))
+        mesh.broadcast(sent, root=1)
+        mesh.reduce(reduced, root=1)
+        got = [sent.memory[0], reduced.memory[0], float(mesh.scatter(row, root=1).memory)]
+        with pytest.raises(UsageError, match="root 7 is not a rank"):
+            mesh.broadcast(sent, root=7)
+        return got
+
+    assert on_both(tmp_path, call) == [[2, 1, 7], [2, 3, 8]]
 
 
 @pytest.mark.parametrize("broken", ["no CuPy", "full", "read-only", "gradient"])

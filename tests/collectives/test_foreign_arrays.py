@@ -224,13 +224,13 @@ def test_arrays_that_share_memory_are_refused(lender: Any) -> None:
 def test_what_is_only_read_may_be_read_only(lender: Any, immutable: Any) -> None:
     array = np.ones(3)
     array.flags.writeable = False
-    for kind, root, rank in (("send", None, None), ("broadcast", 1, 1), ("reduce", 0, 1), ("all_gather", None, None)):
-        lent = lend_for(kind, lender(array), root=root, rank=rank)
+    for kind, at_root in (("send", False), ("broadcast", True), ("reduce", False), ("all_gather", False)):
+        lent = lend_for(kind, lender(array), at_root=at_root)
         assert np.shares_memory(lent.arrays, array)
         assert not lent.arrays.flags.writeable
     fixed = immutable(np.ones(2))
-    assert lend_for("broadcast", fixed, root=0, rank=0).settle() is fixed
-    assert lend_for("broadcast", fixed, root=0, rank=1).settle() is not fixed
+    assert lend_for("broadcast", fixed, at_root=True).settle() is fixed
+    assert lend_for("broadcast", fixed, at_root=False).settle() is not fixed
 
 
 def test_new_arrays_that_cannot_be_made_are_told_every_time(immutable: Any, monkeypatch: pytest.MonkeyPatch) -> None:
