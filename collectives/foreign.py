@@ -2,7 +2,7 @@
 
 :func:`lend` gives NumPy arrays in the form of what it was given, for collectives to read and to write; when the call
 has succeeded, :meth:`Lent.settle` gives the caller its own arrays back, with the result in them. When it has failed
-there is nothing to do: they are as they were.
+they are as they were, and :meth:`Lent.release` keeps what memory was used for the next call.
 
 - Memory of the processor that can be written to (tensors of PyTorch) is used where it lies.
 - Arrays that cannot be written to (of JAX, for example, wherever they are) are copied, and the caller gets new ones of
@@ -15,7 +15,7 @@ What a collective makes anew is made like what it was given, of the same library
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from threading import Lock
@@ -25,6 +25,7 @@ import numpy as np
 
 from sparkle_mesh.collectives.dlpack import (
     GPU_DEVICES,
+    HOST_DEVICES,
     REFUSALS,
     device_of,
     host_view,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from sparkle_mesh.collectives.cupy_arrays import OnGpus
 
 D = TypeVar("D")
+T = TypeVar("T")
 # In these all ranks but one get what that one gives.
 _GIVEN_BY_ROOT = ("broadcast", "scatter", "receive")
 
@@ -73,15 +75,26 @@ class Lent(Generic[D]):
         self._failure: DeviceError | None = None
         self._written = False
 
-    def in_place(self) -> Any:
-        """Return :attr:`arrays`, where writing to them is writing to what was given. Raises UsageError otherwise."""
-        if self._gpus is not None or self._replaced:
-            labels = _labels(self._data)
-            elsewhere = next((labels(place) for place in self._replaced), "what is given")
-            raise UsageError(
-                f"{elsewhere} is on a GPU, or cannot be written to; give arrays on the CPU that can be, and copy back"
-            )
-        return self.arrays
+    async def run(self, call: Callable[[Any], Awaitable[T]]) -> T:
+        """Await ``call(arrays)``; :meth:`release` them if it fails, or is cancelled."""
+        try:
+            return await call(self.arrays)
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """The call has ended without a result, and writes to :attr:`arrays` no more: they may become another call's.
+
+        A link may still be sending from them what nobody waits for; as it may from arrays of NumPy, which their owner
+        may then write to.
+        """
+        if self._lock is None:
+            return
+        with self._lock:
+            if self._gpus is not None:
+                self._gpus.give_back()
+                self._gpus = None
 
     def settle(self) -> D:
         """Return what the call returns whose result is in :attr:`arrays`: the caller's own, which hold it now.
@@ -121,10 +134,11 @@ class Lent(Generic[D]):
             return self.settle()
         if self._lock is None:
             return result
-        # They may be parts of what is given back then.
-        made = self._in_their_libraries(result)
-        self.settle()
-        return made
+        try:
+            return self._in_their_libraries(result)
+        finally:
+            # Not before: they may be parts of what is given back then.
+            self.settle()
 
     def _in_their_libraries(self, result: Any) -> Any:
         if isinstance(result, dict):
@@ -137,7 +151,7 @@ class Lent(Generic[D]):
     def _like(self, place: int, array: Array | None) -> Any:
         return array if array is None or place not in self._foreign else _made_like(self._values[place], array)
 
-    def _take(self, kinds: Mapping[type, frozenset[str]], *, read: bool, written: bool) -> None:
+    def _take(self, kinds: Mapping[type, frozenset[str]], *, read: bool, written: bool, in_place: bool) -> None:
         """Let every array of one of ``kinds``, which are of these libraries, lend its memory. Raises UsageError."""
         self._lock, self._written = Lock(), written
         hosts: list[Any] = []
@@ -160,6 +174,9 @@ class Lent(Generic[D]):
             if host is None or (written and not host.flags.writeable):
                 odd.add(look) if look is not None else None
                 what = labels(place)
+                if in_place:
+                    hosts.append(_writable_view(value, what))
+                    continue
                 host = None if "cupy" in libraries else _on_host(value, what)
                 if host is None:
                     on_gpus.append((place, value, what))
@@ -176,7 +193,7 @@ class Lent(Generic[D]):
         self.arrays = _in_form(self._data, hosts)
 
 
-def lend(data: D, *, read: bool = True, written: bool = True) -> Lent[D]:
+def lend(data: D, *, read: bool = True, written: bool = True, in_place: bool = False) -> Lent[D]:
     """Return NumPy arrays for all arrays of ``data``, which may be anything: what is no array stays as it is.
 
     Parameters
@@ -187,6 +204,8 @@ def lend(data: D, *, read: bool = True, written: bool = True) -> Lent[D]:
         Whether their contents count: what is only written to is not fetched from a GPU.
     written
         Whether results are written into them.
+    in_place
+        Whether to refuse, before anything is copied, what cannot be written to where it lies.
 
     Raises
     ------
@@ -200,7 +219,7 @@ def lend(data: D, *, read: bool = True, written: bool = True) -> Lent[D]:
     kinds = {kind: libraries_of(kind) for kind in set(map(type, values)) if is_foreign(kind)}
     if kinds:
         lent._values = values
-        lent._take(kinds, read=read, written=written)
+        lent._take(kinds, read=read, written=written, in_place=in_place)
     return lent
 
 
@@ -272,6 +291,16 @@ def _on_host(value: Any, what: str) -> Array | None:
         if is_on_gpu:
             return None
         raise
+
+
+def _writable_view(value: Any, what: str) -> Array:
+    """Return the memory of an array on the processor, that may be written to. Raises UsageError if there is none."""
+    device = device_of(value)
+    if device is None or device[0] in HOST_DEVICES:
+        host = host_view(value, what)
+        if host.flags.writeable:
+            return host
+    raise UsageError(f"{what} is on a GPU, or cannot be written to; give arrays on the CPU that can be, and copy back")
 
 
 def _check_can_be_remade(value: Any, what: str) -> None:

@@ -10,9 +10,10 @@ import trio
 
 from sparkle_mesh.collectives.compression import Compression
 from sparkle_mesh.collectives.explanation import Explanation
-from sparkle_mesh.collectives.foreign import lend_for
+from sparkle_mesh.collectives.foreign import Lent, lend_for
 from sparkle_mesh.collectives.group import CollectiveGroup, Root
 from sparkle_mesh.collectives.pending import AsyncPendingReduction
+from sparkle_mesh.errors import SparkleError
 from sparkle_mesh.uneven import AsyncUneven, UnevenSteps
 
 B = TypeVar("B")
@@ -40,7 +41,7 @@ class AsyncCollectives(ABC):
         # Meant now: between here and where the call begins, ranks may change.
         root = None if root is None else self._group.root(root)
         lent = lend_for(kind, data, at_root=isinstance(root, Root) and root.is_here)
-        return lent.returned(await function(lent.arrays, root))
+        return lent.returned(await lent.run(lambda arrays: function(arrays, root)))
 
     async def all_reduce(
         self,
@@ -113,13 +114,24 @@ class AsyncCollectives(ABC):
             If the results differ between ranks, another rank gave up, or the mesh was closed.
         """
         self._check_process()
-        lent = lend_for("all_reduce", data)
         how: dict[str, Any] = {"algorithm": algorithm, "compression": compression, "tag": tag}
-        terms: dict[str, Any] = {"on_failure": on_failure, "min_contributors": min_contributors}
-        if self._uneven is not None and self._uneven.owner is trio.lowlevel.current_task():
-            weight = self._uneven.note(lent.arrays, op, weight, **how)
-        await self._group.all_reduce(lent.arrays, op, weight=weight, timeout_s=timeout_s, **how, **terms)
+        terms: dict[str, Any] = {"timeout_s": timeout_s, "on_failure": on_failure, "min_contributors": min_contributors}
+        return await self._all_reduce(lend_for("all_reduce", data), op, weight, how, terms)
+
+    async def _all_reduce(
+        self, lent: Lent[D], op: str, weight: float | None, how: dict[str, Any], terms: dict[str, Any]
+    ) -> D:
+        async def all_reduce(arrays: Any) -> None:
+            await self._group.all_reduce(arrays, op, weight=self._note(arrays, op, weight, **how), **how, **terms)
+
+        await lent.run(all_reduce)
         return lent.settle()
+
+    def _note(self, arrays: Any, op: str, weight: float | None, **how: Any) -> float | None:
+        """Note a reduction of a loop over :meth:`uneven`; return the weight that it is to have."""
+        if self._uneven is None or self._uneven.owner is not trio.lowlevel.current_task():
+            return weight
+        return self._uneven.note(arrays, op, weight, **how)
 
     def all_reduce_async(
         self,
@@ -144,12 +156,16 @@ class AsyncCollectives(ABC):
         lent = lend_for("all_reduce", data)
         how: dict[str, Any] = {"algorithm": algorithm, "compression": compression, "tag": tag}
         terms: dict[str, Any] = {"on_failure": on_failure, "min_contributors": min_contributors}
-        if self._uneven is not None and self._uneven.owner is trio.lowlevel.current_task():
-            weight = self._uneven.note(lent.arrays, op, weight, **how)
-        pending: AsyncPendingReduction[D] = self._group.all_reduce_async(
-            lent.arrays, op, weight=weight, timeout_s=timeout_s, **how, **terms
-        )
+        try:
+            weight = self._note(lent.arrays, op, weight, **how)
+            pending: AsyncPendingReduction[D] = self._group.all_reduce_async(
+                lent.arrays, op, weight=weight, timeout_s=timeout_s, **how, **terms
+            )
+        except SparkleError:
+            lent.release()
+            raise
         pending.gives(lent.settle)
+        pending.releases(lent.release)
         return pending
 
     def uneven(self, batches: Iterable[B] | AsyncIterable[B]) -> AsyncIterator[B]:

@@ -15,7 +15,7 @@ from sparkle_mesh import limits
 from sparkle_mesh.clock import SYSTEM_CLOCK
 from sparkle_mesh.collectives.foreign import Lent, lend_for
 from sparkle_mesh.collectives.group import CollectiveGroup, Root
-from sparkle_mesh.errors import CollectiveTimeoutError, MeshClosedError, UsageError
+from sparkle_mesh.errors import CollectiveTimeoutError, MeshClosedError, SparkleError, UsageError
 from sparkle_mesh.portal import Portal
 from sparkle_mesh.uneven import NO_BATCH, UnevenSteps
 
@@ -178,8 +178,7 @@ class Collectives:
         ``on_progress`` is called in this thread now and then, with how much is done, from 0 to 1.
         """
         lent = self._lend("all_reduce", data)
-        if self._uneven is not None and self._uneven.owner == get_ident():
-            weight = self._uneven.note(lent.arrays, op, weight, algorithm=algorithm, compression=compression, tag=tag)
+        weight = self._note(lent, op, weight, algorithm=algorithm, compression=compression, tag=tag)
         options: dict[str, Any] = {
             "algorithm": algorithm,
             "compression": compression,
@@ -195,14 +194,24 @@ class Collectives:
         if compression is None and weight is None and tag is None and as_usual:
             quick = self._mesh._group.quick_all_reduce(lent.arrays, op, algorithm, timeout_s)
             if quick is not None:
-                self._run_quickly(quick)
+                self._run_quickly(quick, lent)
                 return lent.settle()
 
-        async def all_reduce() -> Any:
-            return await self._mesh._group.all_reduce(lent.arrays, op, **options)
+        def all_reduce(arrays: Any) -> Awaitable[Any]:
+            return self._mesh._group.all_reduce(arrays, op, **options)
 
-        self._call(all_reduce)
+        self._call(lambda: lent.run(all_reduce))
         return lent.settle()
+
+    def _note(self, lent: Lent[Any], op: str, weight: float | None, **how: Any) -> float | None:
+        """Note a reduction of a loop over :meth:`uneven`; return the weight that it is to have."""
+        if self._uneven is None or self._uneven.owner != get_ident():
+            return weight
+        try:
+            return self._uneven.note(lent.arrays, op, weight, **how)
+        except UsageError:
+            lent.release()
+            raise
 
     def all_reduce_async(
         self,
@@ -229,8 +238,7 @@ class Collectives:
         """
 
         lent = self._lend("all_reduce", data)
-        if self._uneven is not None and self._uneven.owner == get_ident():
-            weight = self._uneven.note(lent.arrays, op, weight, algorithm=algorithm, compression=compression, tag=tag)
+        weight = self._note(lent, op, weight, algorithm=algorithm, compression=compression, tag=tag)
         return self._begin(
             lent,
             op,
@@ -245,7 +253,13 @@ class Collectives:
 
     def _begin(self, lent: Lent[D], op: str, **options: Any) -> PendingReduction[D]:
         async def begin() -> AsyncPendingReduction[Any]:
-            return self._mesh._group.all_reduce_async(lent.arrays, op, **options)
+            try:
+                pending = self._mesh._group.all_reduce_async(lent.arrays, op, **options)
+            except SparkleError:
+                lent.release()
+                raise
+            pending.releases(lent.release)
+            return pending
 
         return PendingReduction(self._call(begin), lent, self._portal, self._call_ended)
 
@@ -264,7 +278,7 @@ class Collectives:
         # Meant now: between here and where the call begins, ranks may change.
         root = None if root is None else self._mesh._group.root(root)
         lent = self._lend(kind, data, at_root=isinstance(root, Root) and root.is_here)
-        return lent.returned(self._call(lambda: function(self._mesh._group, lent.arrays, root)))
+        return lent.returned(self._call(lambda: lent.run(lambda arrays: function(self._mesh._group, arrays, root))))
 
     def explain(self, nbytes: int) -> Explanation:
         """Return how ``all_reduce`` of ``nbytes`` would be done, for printing; see :meth:`AsyncMesh.explain`."""
@@ -371,14 +385,14 @@ class Collectives:
             for callback in self._view_callbacks:
                 callback(self._mesh.view)
 
-    def _run_quickly(self, call: QuickCall) -> None:
+    def _run_quickly(self, call: QuickCall, lent: Lent[Any] | None = None) -> None:
         done = False
         try:
             done = call.run()
         finally:
             if not done:
                 try:
-                    self._portal.call(call.finish)
+                    self._portal.call(call.finish if lent is None else lambda: lent.run(lambda _: call.finish()))
                 finally:
                     self._call_ended()
 

@@ -123,7 +123,8 @@ class Gpus:
             name: property(lambda self, name=name: getattr(self.memory, name))
             for name in ("shape", "dtype", "nbytes", "flags")
         }
-        words |= {"__init__": create, "__setitem__": setitem, "__dlpack__": export, "__dlpack_device__": export}
+        words |= {"__init__": create, "__setitem__": setitem, "__dlpack__": export}
+        words["__dlpack_device__"] = lambda self: (2, self.device.id)
         return type("ndarray", (), {**words, "__module__": "cupy"})
 
 

@@ -11,12 +11,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import trio
 
 from sparkle_mesh import limits
 from sparkle_mesh.collectives import cupy_arrays
 from sparkle_mesh.collectives.executor import BufferPool
 from sparkle_mesh.collectives.foreign import lend, lend_for
 from sparkle_mesh.errors import CollectiveAbortedError, DeviceError, MismatchError, UsageError
+from sparkle_mesh.state_chunks import StateChunks
 from tests.collectives.fake_cupy import CompileException, Gpus, OutOfMemoryError
 from tests.collectives.test_dlpack import BFLOAT, FLOAT, ByHand
 from tests.mesh.test_mesh_collectives import on_both
@@ -87,10 +89,72 @@ def test_the_arrays_of_a_call_share_one_block_which_is_kept(gpus: Gpus) -> None:
         assert all((array == n).all() for n, array in enumerate(lent.arrays.values()))
         lent.settle()
     assert len(gpus.pinned) == 1
-    # What is not settled is not reused: links may be sending it yet.
+    # What is neither settled nor released is not reused: a call may be writing to it yet.
     for _ in range(2):
         lend(gpus.array(np.ones(100)))
     assert len(gpus.pinned) == 3
+
+
+def test_a_state_on_a_gpu_is_refused_before_it_is_fetched(gpus: Gpus) -> None:
+    tensor = Tensor(np.ones(2), FLOAT, (2,), device=(2, 0))
+    for state in (gpus.array(np.ones(100)), tensor):
+        with pytest.raises(UsageError, match="the value of 'w' is on a GPU, or cannot be written to"):
+            StateChunks({"a": np.zeros(1), "w": state})
+    assert not gpus.pinned
+    assert not gpus.fetched_bytes
+
+
+async def test_memory_of_calls_that_fail_is_kept_for_the_next(gpus: Gpus, on_ranks: Any) -> None:
+    async def call(rank: int, mesh: Any) -> None:
+        array = gpus.array(np.full(500, 1.0 + rank))
+        with pytest.raises(MismatchError):
+            await mesh.all_reduce(array, "sum" if rank else "max")
+        with pytest.raises(MismatchError):
+            await mesh.all_gather(array if rank else [array])
+        mesh.all_reduce_async(array, "sum" if rank else "max")  # for which nobody waits
+        await mesh.barrier()
+        with pytest.raises(UsageError):
+            mesh.all_reduce_async(array, tag="")
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await mesh.all_reduce(array)
+        assert scope.cancelled_caught
+        await mesh.barrier()
+        async for _ in mesh.uneven([1]):
+            with pytest.raises(UsageError):
+                await mesh.all_reduce(array, "max")
+        assert await mesh.all_reduce(array) is array
+        assert (array.memory == 6).all()
+
+    assert await on_ranks(call) == [None] * 3
+    assert len(gpus.pinned) == 3
+
+
+@pytest.mark.parametrize("links", [["tcp"], ["shared_memory", "tcp"]])
+def test_memory_of_calls_of_threads_that_fail_is_kept_for_the_next(
+    gpus: Gpus, tmp_path: Path, links: list[str]
+) -> None:
+    def call(mesh: Any) -> None:
+        array = gpus.array(np.full(500, 1.0 + mesh.rank))
+        with pytest.raises(MismatchError):
+            mesh.all_reduce(array, "max" if mesh.rank else "sum")
+        with pytest.raises(MismatchError):
+            mesh.all_reduce(array, "max" if mesh.rank else "sum", tag="tagged")
+        with pytest.raises(MismatchError):
+            mesh.all_gather([array] if mesh.rank else array)
+        pending = mesh.all_reduce_async(array, "max" if mesh.rank else "sum")
+        with pytest.raises(MismatchError):
+            pending.wait()
+        with pytest.raises(UsageError):
+            mesh.all_reduce_async(array, tag="")
+        for _ in mesh.uneven([1]):
+            with pytest.raises(UsageError):
+                mesh.all_reduce(array, "max")
+        assert mesh.all_reduce(array) is array
+        assert (array.memory == 3).all()
+
+    assert on_both(tmp_path, call, links=links) == [None, None]
+    assert len(gpus.pinned) == 2
 
 
 def test_each_device_has_its_own_stream(gpus: Gpus) -> None:
