@@ -11,7 +11,7 @@ here returns: no stream, of whichever library, sees what was there before.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from threading import Lock
 from typing import Any
@@ -77,7 +77,7 @@ class OnGpus:
                 for start, (array, dtype) in zip(starts, arrays, strict=True)
             ]
             if read:
-                self._fetch()
+                self._copy(self._fetch)
         except _errors(self._cupy) as error:
             self.give_back()
             raise UsageError(f"{self._what} cannot be copied from its GPU: {error}") from error
@@ -112,40 +112,37 @@ class OnGpus:
                 stack.callback(streams[device].synchronize)
         return streams
 
-    def _fetch(self) -> None:
-        cupy = self._cupy
-        # Copies of what is not contiguous live until the streams have come to their ends.
-        packed = []
+    def _copy(self, begin: Callable[[Any, Array, Any], Any]) -> None:
+        """Let ``begin(array, host, stream)`` begin the copy of each array on its device; return when all have ended."""
+        # What it returns lives until the streams have come to their ends: copies of what is not contiguous.
+        kept = []
         with ExitStack() as stack:
             streams = self._streams(stack)
             for array, host in zip(self._arrays, self.hosts, strict=True):
                 if array.nbytes:
-                    with cupy.cuda.Device(array.device.id):
-                        packed.append(cupy.ascontiguousarray(array))
-                        packed[-1].data.copy_to_host_async(host.ctypes.data, host.nbytes, streams[array.device.id])
+                    with self._cupy.cuda.Device(array.device.id):
+                        kept.append(begin(array, host, streams[array.device.id]))
+
+    def _fetch(self, array: Any, host: Array, stream: Any) -> Any:
+        packed = self._cupy.ascontiguousarray(array)
+        packed.data.copy_to_host_async(host.ctypes.data, host.nbytes, stream)
+        return packed
+
+    def _put(self, array: Any, host: Array, stream: Any) -> Any:
+        packed = array if array.flags.c_contiguous else self._cupy.empty(array.shape, array.dtype)
+        packed.data.copy_from_host_async(host.ctypes.data, host.nbytes, stream)
+        if packed is not array:
+            array[...] = packed
+        return packed
 
     def write_back(self) -> None:
         """Copy what is in :attr:`hosts` to where it belongs. Raises DeviceError if that fails."""
         try:
-            self._put()
+            self._copy(self._put)
         except _errors(self._cupy) as error:
             raise DeviceError(
                 f"{self._what} cannot be copied back to its GPU: {error}; what arrays on GPUs hold now is undefined"
             ) from error
-
-    def _put(self) -> None:
-        cupy = self._cupy
-        packed = []
-        with ExitStack() as stack:
-            streams = self._streams(stack)
-            for array, host in zip(self._arrays, self.hosts, strict=True):
-                if array.nbytes:
-                    with cupy.cuda.Device(array.device.id):
-                        plain = array if array.flags.c_contiguous else cupy.empty(array.shape, array.dtype)
-                        plain.data.copy_from_host_async(host.ctypes.data, host.nbytes, streams[array.device.id])
-                        if plain is not array:
-                            array[...] = plain
-                        packed.append(plain)
 
     def give_back(self) -> None:
         """Nothing uses :attr:`hosts` any more: keep their memory for the next call."""

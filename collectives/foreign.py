@@ -155,7 +155,7 @@ class Lent(Generic[D]):
         """Let every array of one of ``kinds``, which are of these libraries, lend its memory. Raises UsageError."""
         self._lock, self._written = Lock(), written
         hosts: list[Any] = []
-        labels = _labels(self._data)
+        keys = list(self._data) if isinstance(self._data, Mapping) else range(len(self._values))
         on_gpus: list[tuple[int, object, str]] = []
         # There may be hundreds: what NumPy could not take it is not asked again.
         odd: set[object] = set()
@@ -168,12 +168,12 @@ class Lent(Generic[D]):
             look = None
             if "torch" in libraries:
                 if value.requires_grad or value.is_neg():
-                    value = _without_gradient(value, labels(place))
+                    value = _without_gradient(value, label_of(self._data, keys[place]))
                 look = (value.dtype, value.device)
             host = None if look in odd or "cupy" in libraries else quick_view(value)
             if host is None or (written and not host.flags.writeable):
                 odd.add(look) if look is not None else None
-                what = labels(place)
+                what = label_of(self._data, keys[place])
                 if in_place:
                     hosts.append(_writable_view(value, what))
                     continue
@@ -238,6 +238,13 @@ def lend_for(kind: str, data: D, *, at_root: bool = False) -> Lent[D]:
         return lent
 
 
+def label_of(data: object, key: object = None) -> str:
+    """Return what people call the array of ``data`` that has this key, or number."""
+    if isinstance(data, Mapping):
+        return f"the value of {key!r}"
+    return f"item {key}" if isinstance(data, list | tuple) else "the data"
+
+
 def _values(data: object) -> list[Any]:
     if isinstance(data, Mapping):
         return list(data.values())
@@ -251,14 +258,6 @@ def _in_form(data: object, values: list[Any]) -> object:
     if isinstance(data, list | tuple):
         return values if isinstance(data, list) else tuple(values)
     return values[0]
-
-
-def _labels(data: object) -> Callable[[int], str]:
-    """Return what gives the name of an array, for people, by its place."""
-    if isinstance(data, Mapping):
-        names = list(data)
-        return lambda place: f"the value of {names[place]!r}"
-    return (lambda place: f"item {place}") if isinstance(data, list | tuple) else (lambda place: "the data")
 
 
 def _without_gradient(value: Any, what: str) -> Any:
