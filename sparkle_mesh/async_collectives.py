@@ -67,7 +67,7 @@ class AsyncCollectives(ABC):
             different libraries. They hold the result when this returns, and are untouched when it raises; only after
             OutcomeUnknownError it is undefined what arrays of :meth:`allocate` hold. In the place of arrays that
             cannot be written to, such as JAX's, new ones of their library and device are returned, in a container of
-            the same form.
+            the same form. Arrays of GPUs are copied in trio's thread, and block it meanwhile: no other task runs.
         op
             ``"sum"``, ``"mean"`` (not of integers), ``"min"``, ``"max"`` or ``"prod"``. float16 and bfloat16 are added
             up in float32.
