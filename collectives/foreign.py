@@ -55,7 +55,7 @@ class Refused:
 
 
 class Lent(Generic[D]):
-    """The arrays of one call; see :func:`lend`.
+    """The arrays of one call, where nothing had to be lent: most calls are of NumPy's. See :func:`lend`.
 
     Attributes
     ----------
@@ -63,25 +63,15 @@ class Lent(Generic[D]):
         What was given, with NumPy arrays for those of other libraries.
     """
 
+    __slots__ = ("_data", "arrays")
+
     def __init__(self, data: D) -> None:
         self.arrays: Any = data
         self._data = data
-        # All that follows is for arrays of other libraries.
-        self._lock: Lock | None = None
-        self._values: list[Any] = []
-        self._foreign: list[int] = []
-        self._replaced: dict[int, Array] = {}
-        self._gpus: OnGpus | None = None
-        self._failure: DeviceError | None = None
-        self._written = False
 
-    async def run(self, call: Callable[[Any], Awaitable[T]]) -> T:
+    def run(self, call: Callable[[Any], Awaitable[T]]) -> Awaitable[T]:
         """Await ``call(arrays)``; :meth:`release` them if it fails, or is cancelled."""
-        try:
-            return await call(self.arrays)
-        except BaseException:
-            self.release()
-            raise
+        return call(self.arrays)
 
     def release(self) -> None:
         """The call has ended without a result, and writes to :attr:`arrays` no more: they may become another call's.
@@ -89,12 +79,6 @@ class Lent(Generic[D]):
         A link may still be sending from them what nobody waits for; as it may from arrays of NumPy, which their owner
         may then write to.
         """
-        if self._lock is None:
-            return
-        with self._lock:
-            if self._gpus is not None:
-                self._gpus.give_back()
-                self._gpus = None
 
     def settle(self) -> D:
         """Return what the call returns whose result is in :attr:`arrays`: the caller's own, which hold it now.
@@ -107,8 +91,42 @@ class Lent(Generic[D]):
         DeviceError
             If the result cannot be put where it belongs: then every time.
         """
-        if self._lock is None:
-            return self._data
+        return self._data
+
+    def returned(self, result: Any) -> Any:
+        """Return what the caller gets for what the collective returned: ``arrays``, or new ones in their form."""
+        return result
+
+
+class _LentByOthers(Lent[D]):
+    """The arrays of one call, some of which are of other libraries: ``values``, in the order of ``data``."""
+
+    __slots__ = ("_failure", "_foreign", "_gpus", "_lock", "_replaced", "_values", "_written")
+
+    def __init__(self, data: D, values: list[Any]) -> None:
+        super().__init__(data)
+        self._lock = Lock()
+        self._values = values
+        self._foreign: list[int] = []
+        self._replaced: dict[int, Array] = {}
+        self._gpus: OnGpus | None = None
+        self._failure: DeviceError | None = None
+        self._written = False
+
+    async def run(self, call: Callable[[Any], Awaitable[T]]) -> T:
+        try:
+            return await call(self.arrays)
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        with self._lock:
+            if self._gpus is not None:
+                self._gpus.give_back()
+                self._gpus = None
+
+    def settle(self) -> D:
         with self._lock:
             if self._gpus is not None:
                 try:
@@ -129,11 +147,8 @@ class Lent(Generic[D]):
             return self._data
 
     def returned(self, result: Any) -> Any:
-        """Return what the caller gets for what the collective returned: ``arrays``, or new ones in their form."""
         if result is self.arrays:
             return self.settle()
-        if self._lock is None:
-            return result
         try:
             return self._in_their_libraries(result)
         finally:
@@ -153,7 +168,7 @@ class Lent(Generic[D]):
 
     def _take(self, kinds: Mapping[type, frozenset[str]], *, read: bool, written: bool, in_place: bool) -> None:
         """Let every array of one of ``kinds``, which are of these libraries, lend its memory. Raises UsageError."""
-        self._lock, self._written = Lock(), written
+        self._written = written
         hosts: list[Any] = []
         keys = list(self._data) if isinstance(self._data, Mapping) else range(len(self._values))
         on_gpus: list[tuple[int, object, str]] = []
@@ -212,14 +227,15 @@ def lend(data: D, *, read: bool = True, written: bool = True, in_place: bool = F
     UsageError
         If an array of another library cannot be lent; it says why, and what to do.
     """
-    lent = Lent(data)
     if type(data) is np.ndarray:
-        return lent
-    values = _values(data)
-    kinds = {kind: libraries_of(kind) for kind in set(map(type, values)) if is_foreign(kind)}
-    if kinds:
-        lent._values = values
-        lent._take(kinds, read=read, written=written, in_place=in_place)
+        return Lent(data)
+    values: Any = data.values() if isinstance(data, Mapping) else data if isinstance(data, list | tuple) else (data,)
+    types = set(map(type, values))
+    kinds = {kind: libraries_of(kind) for kind in types if kind is not np.ndarray and is_foreign(kind)}
+    if not kinds:
+        return Lent(data)
+    lent = _LentByOthers(data, list(values))
+    lent._take(kinds, read=read, written=written, in_place=in_place)
     return lent
 
 
@@ -228,6 +244,8 @@ def lend_for(kind: str, data: D, *, at_root: bool = False) -> Lent[D]:
 
     What cannot be lent becomes :class:`Refused`: the call raises why, in its turn, because the others make theirs.
     """
+    if type(data) is np.ndarray:
+        return Lent(data)
     read = kind not in _GIVEN_BY_ROOT or at_root
     written = kind == "all_reduce" or (at_root if kind == "reduce" else kind in _GIVEN_BY_ROOT and not at_root)
     try:
@@ -243,12 +261,6 @@ def label_of(data: object, key: object = None) -> str:
     if isinstance(data, Mapping):
         return f"the value of {key!r}"
     return f"item {key}" if isinstance(data, list | tuple) else "the data"
-
-
-def _values(data: object) -> list[Any]:
-    if isinstance(data, Mapping):
-        return list(data.values())
-    return list(data) if isinstance(data, list | tuple) else [data]
 
 
 def _in_form(data: object, values: list[Any]) -> object:
