@@ -29,8 +29,8 @@ from typing import Any, Final, NamedTuple, cast
 import numpy as np
 
 from sparkle_mesh import limits
-from sparkle_mesh.collectives.dlpack import type_name
-from sparkle_mesh.collectives.foreign import Refused
+from sparkle_mesh.collectives.dlpack import byte_span, type_name
+from sparkle_mesh.collectives.foreign import Refused, label_of
 from sparkle_mesh.collectives.messages import call_digest
 from sparkle_mesh.collectives.reduction import Array
 from sparkle_mesh.errors import UsageError
@@ -321,12 +321,17 @@ def _collect(data: object) -> tuple[str, tuple[Array, ...], tuple[str, ...]]:
         if broken is not None:
             raise UsageError(f"key {broken!r} holds half a character (a lone surrogate), which cannot be sent")
         names = tuple(sorted(data))
-        return "dict", tuple(_array(data[key], f"the value of {key!r}") for key in names), names
+        values = tuple(map(data.__getitem__, names))
+        return "dict", _plain(values) or tuple(_array(data[key], label_of(data, key)) for key in names), names
     if isinstance(data, list | tuple):
-        if set(map(type, data)) == {np.ndarray}:
-            return "list", tuple(data), ()
-        return "list", tuple(_array(value, f"item {number}") for number, value in enumerate(data)), ()
-    return "array", (_array(data, "the data"),), ()
+        items = enumerate(data)
+        return "list", _plain(tuple(data)) or tuple(_array(value, label_of(data, place)) for place, value in items), ()
+    return "array", (_array(data, label_of(data)),), ()
+
+
+def _plain(values: tuple[Any, ...]) -> tuple[Array, ...]:
+    """Return ``values`` if all of them are arrays that need no look one by one; else nothing."""
+    return values if set(map(type, values)) == {np.ndarray} else ()
 
 
 def _array(value: object, what: str) -> Array:
@@ -380,9 +385,7 @@ def _byte_bounds(array: Array) -> tuple[int, int]:
         # A third of the time of what works for all.
         address = addressof(c_char.from_buffer(array.data))
         return address, address + array.nbytes
-    address = int(array.__array_interface__["data"][0])
-    reach = [stride * (length - 1) for stride, length in zip(array.strides, array.shape, strict=True)]
-    return address + sum(min(way, 0) for way in reach), address + sum(max(way, 0) for way in reach) + array.itemsize
+    return byte_span(int(array.__array_interface__["data"][0]), array.shape, array.strides, array.itemsize)
 
 
 def _may_share(one: Array, other: Array) -> bool:

@@ -11,7 +11,7 @@ here returns: no stream, of whichever library, sees what was there before.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from threading import Lock
 from typing import Any
@@ -22,7 +22,7 @@ from sparkle_mesh import limits
 from sparkle_mesh.collectives.dlpack import ROCM, device_of, export, memory_at, type_name
 from sparkle_mesh.collectives.executor import BufferPool
 from sparkle_mesh.collectives.reduction import Array
-from sparkle_mesh.errors import UsageError
+from sparkle_mesh.errors import DeviceError, UsageError
 
 _lock = Lock()
 
@@ -61,24 +61,26 @@ class OnGpus:
     """
 
     def __init__(self, values: Sequence[tuple[Any, str]], *, read: bool, written: bool) -> None:
-        self._cupy = _load(*values[0])
+        self._cupy, self._what = _load(*values[0]), values[0][1]
         arrays = [self._device_array(value, what, written) for value, what in values]
         self._arrays = [array for array, _ in arrays]
         starts, end = [], 0
         for array in self._arrays:
             starts.append(end)
             end += -(-array.nbytes // limits.PINNED_ALIGNMENT_BYTES) * limits.PINNED_ALIGNMENT_BYTES
+        self._block: Array | None = None
         try:
             with _lock:
-                self._block: Array | None = _pool.take(end, np.dtype(np.uint8))
+                self._block = _pool.take(end, np.dtype(np.uint8))
             self.hosts = [
                 self._block[start : start + array.nbytes].view(dtype).reshape(array.shape)
                 for start, (array, dtype) in zip(starts, arrays, strict=True)
             ]
             if read:
-                self._fetch()
-        except (RuntimeError, MemoryError) as error:
-            raise UsageError(f"{values[0][1]} cannot be copied from its GPU: {error}") from error
+                self._copy(self._fetch)
+        except _errors(self._cupy) as error:
+            self.give_back()
+            raise UsageError(f"{self._what} cannot be copied from its GPU: {error}") from error
 
     def _device_array(self, value: Any, what: str, written: bool) -> tuple[Any, np.dtype[Any]]:
         """Return an array as one of CuPy's, and the dtype of its numbers."""
@@ -110,32 +112,37 @@ class OnGpus:
                 stack.callback(streams[device].synchronize)
         return streams
 
-    def _fetch(self) -> None:
-        cupy = self._cupy
-        # Copies of what is not contiguous live until the streams have come to their ends.
-        packed = []
+    def _copy(self, begin: Callable[[Any, Array, Any], Any]) -> None:
+        """Let ``begin(array, host, stream)`` begin the copy of each array on its device; return when all have ended."""
+        # What it returns lives until the streams have come to their ends: copies of what is not contiguous.
+        kept = []
         with ExitStack() as stack:
             streams = self._streams(stack)
             for array, host in zip(self._arrays, self.hosts, strict=True):
                 if array.nbytes:
-                    with cupy.cuda.Device(array.device.id):
-                        packed.append(cupy.ascontiguousarray(array))
-                        packed[-1].data.copy_to_host_async(host.ctypes.data, host.nbytes, streams[array.device.id])
+                    with self._cupy.cuda.Device(array.device.id):
+                        kept.append(begin(array, host, streams[array.device.id]))
+
+    def _fetch(self, array: Any, host: Array, stream: Any) -> Any:
+        packed = self._cupy.ascontiguousarray(array)
+        packed.data.copy_to_host_async(host.ctypes.data, host.nbytes, stream)
+        return packed
+
+    def _put(self, array: Any, host: Array, stream: Any) -> Any:
+        packed = array if array.flags.c_contiguous else self._cupy.empty(array.shape, array.dtype)
+        packed.data.copy_from_host_async(host.ctypes.data, host.nbytes, stream)
+        if packed is not array:
+            array[...] = packed
+        return packed
 
     def write_back(self) -> None:
-        """Copy what is in :attr:`hosts` to where it belongs."""
-        cupy = self._cupy
-        packed = []
-        with ExitStack() as stack:
-            streams = self._streams(stack)
-            for array, host in zip(self._arrays, self.hosts, strict=True):
-                if array.nbytes:
-                    with cupy.cuda.Device(array.device.id):
-                        plain = array if array.flags.c_contiguous else cupy.empty(array.shape, array.dtype)
-                        plain.data.copy_from_host_async(host.ctypes.data, host.nbytes, streams[array.device.id])
-                        if plain is not array:
-                            array[...] = plain
-                        packed.append(plain)
+        """Copy what is in :attr:`hosts` to where it belongs. Raises DeviceError if that fails."""
+        try:
+            self._copy(self._put)
+        except _errors(self._cupy) as error:
+            raise DeviceError(
+                f"{self._what} cannot be copied back to its GPU: {error}; what arrays on GPUs hold now is undefined"
+            ) from error
 
     def give_back(self) -> None:
         """Nothing uses :attr:`hosts` any more: keep their memory for the next call."""
@@ -150,6 +157,11 @@ def make_like(value: Any, result: Array) -> object:
     cupy = importlib.import_module("cupy")
     with cupy.cuda.Device(value.device.id):
         return cupy.asarray(result)
+
+
+def _errors(cupy: Any) -> tuple[type[Exception], ...]:
+    """Return what CuPy raises of drivers, full memory, and a compiler that fails or is not there."""
+    return (RuntimeError, MemoryError, ImportError, OSError, cupy.cuda.compiler.CompileException)
 
 
 def _load(value: object, what: str) -> Any:

@@ -76,12 +76,24 @@ class Exported(NamedTuple):
 
     @property
     def span(self) -> tuple[int, int]:
-        """The address of the first byte, and of the one after the last."""
-        if not prod(self.shape):
-            return self.address, self.address
-        ways = [stride * (length - 1) for stride, length in zip(self.strides, self.shape, strict=True)]
-        low = self.address + sum(min(way, 0) for way in ways)
-        return low, self.address + sum(max(way, 0) for way in ways) + self.dtype.itemsize
+        """Of the memory; see :func:`byte_span`."""
+        return byte_span(self.address, self.shape, self.strides, self.dtype.itemsize)
+
+
+def byte_span(address: int, shape: tuple[int, ...], strides: tuple[int, ...], item_bytes: int) -> tuple[int, int]:
+    """Return the address of the first byte of an array, and of the one after the last.
+
+    Parameters
+    ----------
+    address
+        Of the first element, which need not be the first byte.
+    strides
+        In bytes.
+    """
+    if not prod(shape):
+        return address, address
+    ways = [stride * (length - 1) for stride, length in zip(strides, shape, strict=True)]
+    return address + sum(min(way, 0) for way in ways), address + sum(max(way, 0) for way in ways) + item_bytes
 
 
 def is_foreign(kind: type) -> bool:

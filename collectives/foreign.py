@@ -2,7 +2,7 @@
 
 :func:`lend` gives NumPy arrays in the form of what it was given, for collectives to read and to write; when the call
 has succeeded, :meth:`Lent.settle` gives the caller its own arrays back, with the result in them. When it has failed
-there is nothing to do: they are as they were.
+they are as they were, and :meth:`Lent.release` keeps what memory was used for the next call.
 
 - Memory of the processor that can be written to (tensors of PyTorch) is used where it lies.
 - Arrays that cannot be written to (of JAX, for example, wherever they are) are copied, and the caller gets new ones of
@@ -15,7 +15,7 @@ What a collective makes anew is made like what it was given, of the same library
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from threading import Lock
@@ -25,6 +25,7 @@ import numpy as np
 
 from sparkle_mesh.collectives.dlpack import (
     GPU_DEVICES,
+    HOST_DEVICES,
     REFUSALS,
     device_of,
     host_view,
@@ -35,12 +36,13 @@ from sparkle_mesh.collectives.dlpack import (
     type_name,
 )
 from sparkle_mesh.collectives.reduction import Array
-from sparkle_mesh.errors import UsageError
+from sparkle_mesh.errors import DeviceError, UsageError
 
 if TYPE_CHECKING:
     from sparkle_mesh.collectives.cupy_arrays import OnGpus
 
 D = TypeVar("D")
+T = TypeVar("T")
 # In these all ranks but one get what that one gives.
 _GIVEN_BY_ROOT = ("broadcast", "scatter", "receive")
 
@@ -53,7 +55,7 @@ class Refused:
 
 
 class Lent(Generic[D]):
-    """The arrays of one call; see :func:`lend`.
+    """The arrays of one call, where nothing had to be lent: most calls are of NumPy's. See :func:`lend`.
 
     Attributes
     ----------
@@ -61,41 +63,82 @@ class Lent(Generic[D]):
         What was given, with NumPy arrays for those of other libraries.
     """
 
+    __slots__ = ("_data", "arrays")
+
     def __init__(self, data: D) -> None:
         self.arrays: Any = data
         self._data = data
-        # All that follows is for arrays of other libraries.
-        self._lock: Lock | None = None
-        self._values: list[Any] = []
-        self._foreign: list[int] = []
-        self._replaced: dict[int, Array] = {}
-        self._gpus: OnGpus | None = None
-        self._written = False
 
-    def in_place(self) -> Any:
-        """Return :attr:`arrays`, where writing to them is writing to what was given. Raises UsageError otherwise."""
-        if self._gpus is not None or self._replaced:
-            labels = _labels(self._data)
-            elsewhere = next((labels(place) for place in self._replaced), "what is given")
-            raise UsageError(
-                f"{elsewhere} is on a GPU, or cannot be written to; give arrays on the CPU that can be, and copy back"
-            )
-        return self.arrays
+    def run(self, call: Callable[[Any], Awaitable[T]]) -> Awaitable[T]:
+        """Await ``call(arrays)``; :meth:`release` them if it fails, or is cancelled."""
+        return call(self.arrays)
+
+    def release(self) -> None:
+        """The call has ended without a result, and writes to :attr:`arrays` no more: they may become another call's.
+
+        A link may still be sending from them what nobody waits for; as it may from arrays of NumPy, which their owner
+        may then write to.
+        """
 
     def settle(self) -> D:
         """Return what the call returns whose result is in :attr:`arrays`: the caller's own, which hold it now.
 
         Where arrays cannot be written to, it is a container of the same form with new ones in their places. It may be
         called again, and from any thread.
+
+        Raises
+        ------
+        DeviceError
+            If the result cannot be put where it belongs: then every time.
         """
-        if self._lock is None:
-            return self._data
+        return self._data
+
+    def returned(self, result: Any) -> Any:
+        """Return what the caller gets for what the collective returned: ``arrays``, or new ones in their form."""
+        return result
+
+
+class _LentByOthers(Lent[D]):
+    """The arrays of one call, some of which are of other libraries: ``values``, in the order of ``data``."""
+
+    __slots__ = ("_failure", "_foreign", "_gpus", "_lock", "_replaced", "_values", "_written")
+
+    def __init__(self, data: D, values: list[Any]) -> None:
+        super().__init__(data)
+        self._lock = Lock()
+        self._values = values
+        self._foreign: list[int] = []
+        self._replaced: dict[int, Array] = {}
+        self._gpus: OnGpus | None = None
+        self._failure: DeviceError | None = None
+        self._written = False
+
+    async def run(self, call: Callable[[Any], Awaitable[T]]) -> T:
+        try:
+            return await call(self.arrays)
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
         with self._lock:
-            gpus, self._gpus = self._gpus, None
-            if gpus is not None:
-                if self._written:
-                    gpus.write_back()
-                gpus.give_back()
+            if self._gpus is not None:
+                self._gpus.give_back()
+                self._gpus = None
+
+    def settle(self) -> D:
+        with self._lock:
+            if self._gpus is not None:
+                try:
+                    if self._written:
+                        self._gpus.write_back()
+                except DeviceError as error:
+                    self._failure = error
+                # Not if it was interrupted: then it is done again.
+                self._gpus.give_back()
+                self._gpus = None
+            if self._failure is not None:
+                raise self._failure
             if self._written and self._replaced:
                 for place, host in self._replaced.items():
                     self._values[place] = _remade(self._values[place], host)
@@ -104,15 +147,13 @@ class Lent(Generic[D]):
             return self._data
 
     def returned(self, result: Any) -> Any:
-        """Return what the caller gets for what the collective returned: ``arrays``, or new ones in their form."""
         if result is self.arrays:
             return self.settle()
-        if self._lock is None:
-            return result
-        # They may be parts of what is given back then.
-        made = self._in_their_libraries(result)
-        self.settle()
-        return made
+        try:
+            return self._in_their_libraries(result)
+        finally:
+            # Not before: they may be parts of what is given back then.
+            self.settle()
 
     def _in_their_libraries(self, result: Any) -> Any:
         if isinstance(result, dict):
@@ -125,11 +166,11 @@ class Lent(Generic[D]):
     def _like(self, place: int, array: Array | None) -> Any:
         return array if array is None or place not in self._foreign else _made_like(self._values[place], array)
 
-    def _take(self, kinds: Mapping[type, frozenset[str]], *, read: bool, written: bool) -> None:
+    def _take(self, kinds: Mapping[type, frozenset[str]], *, read: bool, written: bool, in_place: bool) -> None:
         """Let every array of one of ``kinds``, which are of these libraries, lend its memory. Raises UsageError."""
-        self._lock, self._written = Lock(), written
+        self._written = written
         hosts: list[Any] = []
-        labels = _labels(self._data)
+        keys = list(self._data) if isinstance(self._data, Mapping) else range(len(self._values))
         on_gpus: list[tuple[int, object, str]] = []
         # There may be hundreds: what NumPy could not take it is not asked again.
         odd: set[object] = set()
@@ -142,12 +183,15 @@ class Lent(Generic[D]):
             look = None
             if "torch" in libraries:
                 if value.requires_grad or value.is_neg():
-                    value = _without_gradient(value, labels(place))
+                    value = _without_gradient(value, label_of(self._data, keys[place]))
                 look = (value.dtype, value.device)
             host = None if look in odd or "cupy" in libraries else quick_view(value)
             if host is None or (written and not host.flags.writeable):
                 odd.add(look) if look is not None else None
-                what = labels(place)
+                what = label_of(self._data, keys[place])
+                if in_place:
+                    hosts.append(_writable_view(value, what))
+                    continue
                 host = None if "cupy" in libraries else _on_host(value, what)
                 if host is None:
                     on_gpus.append((place, value, what))
@@ -164,7 +208,7 @@ class Lent(Generic[D]):
         self.arrays = _in_form(self._data, hosts)
 
 
-def lend(data: D, *, read: bool = True, written: bool = True) -> Lent[D]:
+def lend(data: D, *, read: bool = True, written: bool = True, in_place: bool = False) -> Lent[D]:
     """Return NumPy arrays for all arrays of ``data``, which may be anything: what is no array stays as it is.
 
     Parameters
@@ -175,29 +219,33 @@ def lend(data: D, *, read: bool = True, written: bool = True) -> Lent[D]:
         Whether their contents count: what is only written to is not fetched from a GPU.
     written
         Whether results are written into them.
+    in_place
+        Whether to refuse, before anything is copied, what cannot be written to where it lies.
 
     Raises
     ------
     UsageError
         If an array of another library cannot be lent; it says why, and what to do.
     """
-    lent = Lent(data)
     if type(data) is np.ndarray:
-        return lent
-    values = _values(data)
-    kinds = {kind: libraries_of(kind) for kind in set(map(type, values)) if is_foreign(kind)}
-    if kinds:
-        lent._values = values
-        lent._take(kinds, read=read, written=written)
+        return Lent(data)
+    values: Any = data.values() if isinstance(data, Mapping) else data if isinstance(data, list | tuple) else (data,)
+    types = set(map(type, values))
+    kinds = {kind: libraries_of(kind) for kind in types if kind is not np.ndarray and is_foreign(kind)}
+    if not kinds:
+        return Lent(data)
+    lent = _LentByOthers(data, list(values))
+    lent._take(kinds, read=read, written=written, in_place=in_place)
     return lent
 
 
-def lend_for(kind: str, data: D, *, root: object = None, rank: int | None = None) -> Lent[D]:
-    """Return what :func:`lend` does for a collective, of the ``root`` of which this ``rank`` may be.
+def lend_for(kind: str, data: D, *, at_root: bool = False) -> Lent[D]:
+    """Return what :func:`lend` does for a collective, at the rank that is its root or at another.
 
     What cannot be lent becomes :class:`Refused`: the call raises why, in its turn, because the others make theirs.
     """
-    at_root = isinstance(root, int | np.integer) and root == rank
+    if type(data) is np.ndarray:
+        return Lent(data)
     read = kind not in _GIVEN_BY_ROOT or at_root
     written = kind == "all_reduce" or (at_root if kind == "reduce" else kind in _GIVEN_BY_ROOT and not at_root)
     try:
@@ -208,10 +256,11 @@ def lend_for(kind: str, data: D, *, root: object = None, rank: int | None = None
         return lent
 
 
-def _values(data: object) -> list[Any]:
+def label_of(data: object, key: object = None) -> str:
+    """Return what people call the array of ``data`` that has this key, or number."""
     if isinstance(data, Mapping):
-        return list(data.values())
-    return list(data) if isinstance(data, list | tuple) else [data]
+        return f"the value of {key!r}"
+    return f"item {key}" if isinstance(data, list | tuple) else "the data"
 
 
 def _in_form(data: object, values: list[Any]) -> object:
@@ -221,14 +270,6 @@ def _in_form(data: object, values: list[Any]) -> object:
     if isinstance(data, list | tuple):
         return values if isinstance(data, list) else tuple(values)
     return values[0]
-
-
-def _labels(data: object) -> Callable[[int], str]:
-    """Return what gives the name of an array, for people, by its place."""
-    if isinstance(data, Mapping):
-        names = list(data)
-        return lambda place: f"the value of {names[place]!r}"
-    return (lambda place: f"item {place}") if isinstance(data, list | tuple) else (lambda place: "the data")
 
 
 def _without_gradient(value: Any, what: str) -> Any:
@@ -263,6 +304,16 @@ def _on_host(value: Any, what: str) -> Array | None:
         raise
 
 
+def _writable_view(value: Any, what: str) -> Array:
+    """Return the memory of an array on the processor, that may be written to. Raises UsageError if there is none."""
+    device = device_of(value)
+    if device is None or device[0] in HOST_DEVICES:
+        host = host_view(value, what)
+        if host.flags.writeable:
+            return host
+    raise UsageError(f"{what} is on a GPU, or cannot be written to; give arrays on the CPU that can be, and copy back")
+
+
 def _check_can_be_remade(value: Any, what: str) -> None:
     if not hasattr(value, "__array_namespace__"):
         raise UsageError(
@@ -272,7 +323,10 @@ def _check_can_be_remade(value: Any, what: str) -> None:
 
 
 def _remade(value: Any, result: Array) -> object:
-    return value.__array_namespace__().asarray(result, device=value.device)
+    try:
+        return value.__array_namespace__().asarray(result, device=value.device)
+    except (*REFUSALS, MemoryError) as error:
+        raise DeviceError(f"the result cannot be made a {type_name(type(value))} on {value.device}: {error}") from error
 
 
 def _made_like(value: Any, result: Array) -> object:

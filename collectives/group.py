@@ -25,8 +25,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Callable, Hashable
-from contextlib import asynccontextmanager
-from dataclasses import replace
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import trio
@@ -48,7 +48,7 @@ from sparkle_mesh.collectives.group_state import ALL
 from sparkle_mesh.collectives.group_views import GroupViews
 from sparkle_mesh.collectives.messages import Stream
 from sparkle_mesh.collectives.operation import Operation, Outcome
-from sparkle_mesh.collectives.parts_call import PartsCall, check_other, check_rank, parts_call, point_to_point_call
+from sparkle_mesh.collectives.parts_call import PartsCall, check_other, check_root, parts_call, point_to_point_call
 from sparkle_mesh.collectives.pending import AsyncPendingReduction
 from sparkle_mesh.collectives.tickets import Ticket
 from sparkle_mesh.collectives.weighted import weigh
@@ -58,11 +58,25 @@ from sparkle_mesh.errors import (
     UsageError,
 )
 
-__all__ = ["CollectiveGroup", "Outcome"]
+__all__ = ["CollectiveGroup", "Outcome", "Root"]
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Root:
+    """Whom a caller means by a rank, whatever ranks the next view has.
+
+    Attributes
+    ----------
+    is_here
+        Whether it is the caller.
+    """
+
+    member: Hashable
+    is_here: bool
 
 
 class CollectiveGroup(GroupViews):
@@ -196,14 +210,16 @@ class CollectiveGroup(GroupViews):
             weighted.commit()
         return operation.ended_with
 
-    async def broadcast(self, data: T, root: int = 0, *, timeout_s: float | None = None, epoch: int | None = None) -> T:
+    async def broadcast(
+        self, data: T, root: int | Root = 0, *, timeout_s: float | None = None, epoch: int | None = None
+    ) -> T:
         """Overwrite the arrays of all ranks with those of ``root``.
 
         Parameters and errors are as for :meth:`all_reduce`; the root's own arrays may be read-only. ``epoch`` is the
         only one in which the call may begin and end, if not None.
         """
         async with self._refusals("broadcast"):
-            member = self._member("root", root)
+            member = self._member(root)
 
             def make() -> Call:
                 call = broadcast_call(data, self._rank_of(member), self.rank, self.topology)
@@ -213,13 +229,13 @@ class CollectiveGroup(GroupViews):
         await self.perform(call, deadline_s, remake=make, bound_to=epoch)
         return data
 
-    async def reduce(self, data: T, op: str = "sum", root: int = 0, *, timeout_s: float | None = None) -> T:
+    async def reduce(self, data: T, op: str = "sum", root: int | Root = 0, *, timeout_s: float | None = None) -> T:
         """Combine the arrays of all ranks in those of ``root``; the others' stay as they are.
 
         Parameters and errors are as for :meth:`all_reduce`; arrays of ranks other than the root may be read-only.
         """
         async with self._refusals("reduce"):
-            member = self._member("root", root)
+            member = self._member(root)
 
             def make() -> Call:
                 return reduce_call(data, op, self._rank_of(member), self.rank, self.topology)
@@ -242,11 +258,11 @@ class CollectiveGroup(GroupViews):
         """
         return await self._parts("all_gather", data, timeout_s, epoch=epoch)
 
-    async def gather(self, data: Any, root: int = 0, *, timeout_s: float | None = None) -> Any:
+    async def gather(self, data: Any, root: int | Root = 0, *, timeout_s: float | None = None) -> Any:
         """Return at ``root`` what :meth:`all_gather` does, and None in each array's place elsewhere."""
         return await self._parts("gather", data, timeout_s, root=root)
 
-    async def scatter(self, data: Any, root: int = 0, *, timeout_s: float | None = None) -> Any:
+    async def scatter(self, data: Any, root: int | Root = 0, *, timeout_s: float | None = None) -> Any:
         """Give each rank its row of the arrays of ``root``.
 
         At ``root`` arrays are of shape ``(size, …)``, and its own rows are returned as views; elsewhere they are of
@@ -282,7 +298,7 @@ class CollectiveGroup(GroupViews):
             return call
 
         async with self._refusals(kind):
-            member = None if root is None else self._member("root", root)
+            member = None if root is None else self._member(root)
             make()
             deadline_s = check_timeout(timeout_s)
         result = call.result((await self.perform(call, deadline_s, remake=make, bound_to=epoch)).lanes)
@@ -342,10 +358,21 @@ class CollectiveGroup(GroupViews):
             await self.until_may_begin()
             yield
 
-    def _member(self, name: str, rank: object) -> Hashable:
+    def root(self, rank: Any) -> Any:
+        """Return the :class:`Root` of a call that is about to be made; from any thread.
+
+        What is no rank is returned as it is: the call refuses it in its turn.
+        """
+        ranks = self.shown[1]
+        with suppress(UsageError):
+            member = ranks[check_root(rank, len(ranks))]
+            return Root(member, is_here=member == self.own_member)
+        return rank
+
+    def _member(self, root: object) -> Hashable:
         """Return whom the caller means, who knows the ranks of the last call. Raises UsageError."""
         ranks = self.shown[1]
-        return ranks[check_rank(name, rank, len(ranks))]
+        return root.member if isinstance(root, Root) else ranks[check_root(root, len(ranks))]
 
     def _check_ranks_are_known(self) -> None:
         """Raise PeerLostError if ranks are lost of which the caller, whose call depends on them, does not know."""
@@ -365,7 +392,7 @@ class CollectiveGroup(GroupViews):
     @property
     def shown_rank(self) -> int:
         """This rank, as the caller knows it: in the view of its last call."""
-        return self.shown[1].index(self.members[self.rank])
+        return self.shown[1].index(self.own_member)
 
     def _rank_of(self, member: Hashable) -> int:
         """Return the rank of ``member`` now. Raises PeerLostError if it has none."""

@@ -81,8 +81,8 @@ class GroupState:
         Those in flight, by number, in the order in which they began here.
     hosted
         The one of them that goes over shared memory, if there is one.
-    members
-        Who the ranks are, whatever the next view's ranks will be.
+    members, own_member
+        Who the ranks are, whatever the next view's ranks will be; and which of them this one is.
     """
 
     def __init__(
@@ -112,6 +112,7 @@ class GroupState:
         self.lineage = lineage
         self.epoch = epoch
         self.members: Sequence[Hashable] = range(size)
+        self.own_member: Hashable = rank
         #: Whether other views can follow.
         self.supervised = ledger is not None
         self.ledger: Ledger = ledger or OneView()

@@ -162,6 +162,7 @@ class GroupViews(GroupThreads):
         """
         standing = {id(exchange.link): exchange for old, exchange in self._exchanges.items() if old not in self.lost}
         self.rank, self.size, self.epoch, self.members = rank, len(members), epoch, tuple(members)
+        self.own_member = members[rank]
         self.topology = Topology(self.size)
         self.lost, self.is_over = {}, False
         self._exchanges = {}

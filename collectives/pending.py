@@ -34,6 +34,7 @@ class AsyncPendingReduction(Generic[D]):
         self._error: BaseException | None = None
         self._told = False
         self._settle: Callable[[], D] = lambda: data
+        self._release: Callable[[], None] = lambda: None
         self._ended = trio.Event()
 
     def __repr__(self) -> str:
@@ -105,6 +106,10 @@ class AsyncPendingReduction(Generic[D]):
         """Let :meth:`result` return what ``settle`` does, where that is not what was reduced."""
         self._settle = settle
 
+    def releases(self, release: Callable[[], None]) -> None:
+        """Call ``release`` as soon as it has failed, whether anybody waits for it or not."""
+        self._release = release
+
     def given_up_by_waiter(self) -> None:
         """Whoever waited was told that the mesh is closed: nobody else need be."""
         self._told = True
@@ -128,4 +133,6 @@ class AsyncPendingReduction(Generic[D]):
             self._error = error
         finally:
             self._operation = None
+            if self._error is not None:
+                self._release()
             self._ended.set()

@@ -19,15 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sklearn.datasets import load_digits
+from digits import initial_weights, load_data
 
 import sparkle_mesh as sparkle
 from sparkle_mesh.errors import SparkleError
 
-HIDDEN_UNITS = 96
 LEARNING_RATE = 0.1
 MOMENTUM = 0.9
-TEST_SHARE = 0.2
 
 Weights = dict[str, Any]  # NumPy's arrays at first, then Sparkle's; all float32
 
@@ -56,26 +54,6 @@ def train_step(weights: Weights, velocity: Weights, images: Any, targets: Any, r
     loss, gradients = loss_and_gradients(weights, images, targets)
     velocity = {name: MOMENTUM * velocity[name] - rate * gradient for name, gradient in gradients.items()}
     return loss, {name: weights[name] + velocity[name] for name in weights}, velocity
-
-
-def load_data(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return train images (n, 64) and labels (n,), then those held out."""
-    digits = load_digits()
-    order = np.random.default_rng(seed).permutation(len(digits.target))
-    images, labels = (digits.data[order] / 16.0).astype(np.float32), digits.target[order]
-    held_out = int(len(labels) * TEST_SHARE)
-    return images[held_out:], labels[held_out:], images[:held_out], labels[:held_out]
-
-
-def initial_weights(random: np.random.Generator) -> Weights:
-    """Return weights of a 64-96-10 network, He-initialised."""
-
-    def layer(inputs: int, outputs: int) -> np.ndarray:
-        scale = np.float32(np.sqrt(2.0 / inputs))
-        return scale * random.standard_normal((inputs, outputs), dtype=np.float32)
-
-    first, second = layer(64, HIDDEN_UNITS), layer(HIDDEN_UNITS, 10)
-    return {"w1": first, "b1": np.zeros(HIDDEN_UNITS, np.float32), "w2": second, "b2": np.zeros(10, np.float32)}
 
 
 def batches(

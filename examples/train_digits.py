@@ -25,42 +25,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sklearn.datasets import load_digits
+from digits import initial_weights, load_data
 
 import sparkle_mesh as sparkle
 from sparkle_mesh.errors import SparkleError
 
-HIDDEN_UNITS = 96
 LEARNING_RATE = 0.08
 MOMENTUM = 0.9
-TEST_SHARE = 0.2
 LOOK_FOR_MISSING_S = 0.05
 
 Weights = dict[str, np.ndarray]  # every array float32
-
-
-def load_data(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return train images (n, 64) and labels (n,), then test images and labels, split alike on every rank."""
-    digits = load_digits()
-    order = np.random.default_rng(seed).permutation(len(digits.target))
-    images, labels = (digits.data[order] / 16.0).astype(np.float32), digits.target[order]
-    held_out = int(len(labels) * TEST_SHARE)
-    return images[held_out:], labels[held_out:], images[:held_out], labels[:held_out]
-
-
-def initial_weights(random: np.random.Generator) -> Weights:
-    """Return weights of a 64-96-10 network, He-initialised."""
-
-    def layer(inputs: int, outputs: int) -> np.ndarray:
-        scale = np.float32(np.sqrt(2.0 / inputs))
-        return scale * random.standard_normal((inputs, outputs), dtype=np.float32)
-
-    return {
-        "w1": layer(64, HIDDEN_UNITS),
-        "b1": np.zeros(HIDDEN_UNITS, np.float32),
-        "w2": layer(HIDDEN_UNITS, 10),
-        "b2": np.zeros(10, np.float32),
-    }
 
 
 def loss_and_gradients(weights: Weights, images: np.ndarray, labels: np.ndarray) -> tuple[float, Weights]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterable, AsyncIterator, Iterable
-from typing import Any, TypeVar
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
+from typing import Any, TypeVar, cast
 
 import trio
 
 from sparkle_mesh.collectives.compression import Compression
 from sparkle_mesh.collectives.explanation import Explanation
 from sparkle_mesh.collectives.foreign import Lent, lend_for
-from sparkle_mesh.collectives.group import CollectiveGroup
+from sparkle_mesh.collectives.group import CollectiveGroup, Root
 from sparkle_mesh.collectives.pending import AsyncPendingReduction
+from sparkle_mesh.errors import SparkleError
 from sparkle_mesh.uneven import AsyncUneven, UnevenSteps
 
 B = TypeVar("B")
@@ -29,9 +30,18 @@ class AsyncCollectives(ABC):
     def _check_process(self) -> None:
         """Raises ForkedProcessError in another process than that which joined."""
 
-    def _lend(self, kind: str, data: D, root: object = None) -> Lent[D]:
-        """Return NumPy arrays in the form of ``data``, for the collective ``kind``."""
-        return lend_for(kind, data, root=root, rank=None if root is None else self._group.shown_rank)
+    async def _call_with(
+        self, kind: str, data: Any, function: Callable[[Any, Any], Awaitable[Any]], root: object = None
+    ) -> Any:
+        """Await ``function`` with NumPy arrays in the form of ``data`` and the root, if the collective has one.
+
+        Returns what the caller gets for its result.
+        """
+        self._check_process()
+        # Meant now: between here and where the call begins, ranks may change.
+        root = None if root is None else self._group.root(root)
+        lent = lend_for(kind, data, at_root=isinstance(root, Root) and root.is_here)
+        return lent.returned(await lent.run(lambda arrays: function(arrays, root)))
 
     async def all_reduce(
         self,
@@ -57,7 +67,7 @@ class AsyncCollectives(ABC):
             different libraries. They hold the result when this returns, and are untouched when it raises; only after
             OutcomeUnknownError it is undefined what arrays of :meth:`allocate` hold. In the place of arrays that
             cannot be written to, such as JAX's, new ones of their library and device are returned, in a container of
-            the same form.
+            the same form. Arrays of GPUs are copied in trio's thread, and block it meanwhile: no other task runs.
         op
             ``"sum"``, ``"mean"`` (not of integers), ``"min"``, ``"max"`` or ``"prod"``. float16 and bfloat16 are added
             up in float32.
@@ -104,13 +114,24 @@ class AsyncCollectives(ABC):
             If the results differ between ranks, another rank gave up, or the mesh was closed.
         """
         self._check_process()
-        lent = self._lend("all_reduce", data)
         how: dict[str, Any] = {"algorithm": algorithm, "compression": compression, "tag": tag}
-        terms: dict[str, Any] = {"on_failure": on_failure, "min_contributors": min_contributors}
-        if self._uneven is not None and self._uneven.owner is trio.lowlevel.current_task():
-            weight = self._uneven.note(lent.arrays, op, weight, **how)
-        await self._group.all_reduce(lent.arrays, op, weight=weight, timeout_s=timeout_s, **how, **terms)
+        terms: dict[str, Any] = {"timeout_s": timeout_s, "on_failure": on_failure, "min_contributors": min_contributors}
+        return await self._all_reduce(lend_for("all_reduce", data), op, weight, how, terms)
+
+    async def _all_reduce(
+        self, lent: Lent[D], op: str, weight: float | None, how: dict[str, Any], terms: dict[str, Any]
+    ) -> D:
+        async def all_reduce(arrays: Any) -> None:
+            await self._group.all_reduce(arrays, op, weight=self._note(arrays, op, weight, **how), **how, **terms)
+
+        await lent.run(all_reduce)
         return lent.settle()
+
+    def _note(self, arrays: Any, op: str, weight: float | None, **how: Any) -> float | None:
+        """Note a reduction of a loop over :meth:`uneven`; return the weight that it is to have."""
+        if self._uneven is None or self._uneven.owner is not trio.lowlevel.current_task():
+            return weight
+        return self._uneven.note(arrays, op, weight, **how)
 
     def all_reduce_async(
         self,
@@ -132,15 +153,19 @@ class AsyncCollectives(ABC):
         between, in the same order on every rank for each tag.
         """
         self._check_process()
-        lent = self._lend("all_reduce", data)
+        lent = lend_for("all_reduce", data)
         how: dict[str, Any] = {"algorithm": algorithm, "compression": compression, "tag": tag}
         terms: dict[str, Any] = {"on_failure": on_failure, "min_contributors": min_contributors}
-        if self._uneven is not None and self._uneven.owner is trio.lowlevel.current_task():
-            weight = self._uneven.note(lent.arrays, op, weight, **how)
-        pending: AsyncPendingReduction[D] = self._group.all_reduce_async(
-            lent.arrays, op, weight=weight, timeout_s=timeout_s, **how, **terms
-        )
+        try:
+            weight = self._note(lent.arrays, op, weight, **how)
+            pending: AsyncPendingReduction[D] = self._group.all_reduce_async(
+                lent.arrays, op, weight=weight, timeout_s=timeout_s, **how, **terms
+            )
+        except SparkleError:
+            lent.release()
+            raise
         pending.gives(lent.settle)
+        pending.releases(lent.release)
         return pending
 
     def uneven(self, batches: Iterable[B] | AsyncIterable[B]) -> AsyncIterator[B]:
@@ -156,20 +181,22 @@ class AsyncCollectives(ABC):
 
     async def broadcast(self, data: D, root: int = 0, *, timeout_s: float | None = None) -> D:
         """Copy ``data`` of rank ``root`` into ``data`` of every rank; returns it. Errors as :meth:`all_reduce`."""
-        self._check_process()
-        lent = self._lend("broadcast", data, root)
-        await self._group.broadcast(lent.arrays, root, timeout_s=timeout_s)
-        return lent.settle()
+
+        def broadcast(arrays: Any, root: Any) -> Awaitable[Any]:
+            return self._group.broadcast(arrays, root, timeout_s=timeout_s)
+
+        return cast(D, await self._call_with("broadcast", data, broadcast, root))
 
     async def reduce(self, data: D, op: str = "sum", root: int = 0, *, timeout_s: float | None = None) -> D:
         """Combine the arrays of all ranks into those of rank ``root``; returns ``data``. Errors as :meth:`all_reduce`.
 
         The others' arrays stay as they are, and may be read-only.
         """
-        self._check_process()
-        lent = self._lend("reduce", data, root)
-        await self._group.reduce(lent.arrays, op, root, timeout_s=timeout_s)
-        return lent.settle()
+
+        def reduce(arrays: Any, root: Any) -> Awaitable[Any]:
+            return self._group.reduce(arrays, op, root, timeout_s=timeout_s)
+
+        return cast(D, await self._call_with("reduce", data, reduce, root))
 
     async def reduce_scatter(self, data: Any, op: str = "sum", *, timeout_s: float | None = None) -> Any:
         """Combine the arrays of all ranks, and return this rank's part of the result: a new array for each given.
@@ -177,24 +204,30 @@ class AsyncCollectives(ABC):
         Parts are those that :func:`numpy.array_split` makes along the first axis, of equal rows or nearly so. New
         arrays are of the library and on the device of what was given, here and below. Errors as :meth:`all_reduce`.
         """
-        self._check_process()
-        lent = self._lend("reduce_scatter", data)
-        return lent.returned(await self._group.reduce_scatter(lent.arrays, op, timeout_s=timeout_s))
+
+        def reduce_scatter(arrays: Any, _: None) -> Awaitable[Any]:
+            return self._group.reduce_scatter(arrays, op, timeout_s=timeout_s)
+
+        return await self._call_with("reduce_scatter", data, reduce_scatter)
 
     async def all_gather(self, data: Any, *, timeout_s: float | None = None) -> Any:
         """Return the arrays of all ranks: for each of shape ``(…)`` a new one of shape ``(size, …)``.
 
         Every rank gives the same shapes and dtypes. Errors as :meth:`all_reduce`.
         """
-        self._check_process()
-        lent = self._lend("all_gather", data)
-        return lent.returned(await self._group.all_gather(lent.arrays, timeout_s=timeout_s))
+
+        def all_gather(arrays: Any, _: None) -> Awaitable[Any]:
+            return self._group.all_gather(arrays, timeout_s=timeout_s)
+
+        return await self._call_with("all_gather", data, all_gather)
 
     async def gather(self, data: Any, root: int = 0, *, timeout_s: float | None = None) -> Any:
         """Return the arrays of all ranks at rank ``root``, as :meth:`all_gather` does, and None for each elsewhere."""
-        self._check_process()
-        lent = self._lend("gather", data)
-        return lent.returned(await self._group.gather(lent.arrays, root, timeout_s=timeout_s))
+
+        def gather(arrays: Any, root: Any) -> Awaitable[Any]:
+            return self._group.gather(arrays, root, timeout_s=timeout_s)
+
+        return await self._call_with("gather", data, gather, root)
 
     async def scatter(self, data: Any, root: int = 0, *, timeout_s: float | None = None) -> Any:
         """Hand out rows of the arrays of rank ``root``, which are of shape ``(size, …)``: row ``r`` to rank ``r``.
@@ -202,18 +235,22 @@ class AsyncCollectives(ABC):
         Other ranks give arrays of shape ``(…)``, which are filled in place and returned; ``root`` gets views of its own
         rows (for arrays of other libraries than NumPy: new arrays). Errors as :meth:`all_reduce`.
         """
-        self._check_process()
-        lent = self._lend("scatter", data, root)
-        return lent.returned(await self._group.scatter(lent.arrays, root, timeout_s=timeout_s))
+
+        def scatter(arrays: Any, root: Any) -> Awaitable[Any]:
+            return self._group.scatter(arrays, root, timeout_s=timeout_s)
+
+        return await self._call_with("scatter", data, scatter, root)
 
     async def all_to_all(self, data: Any, *, timeout_s: float | None = None) -> Any:
         """Give row ``r`` of each array of shape ``(size, …)`` to rank ``r``; return new ones: row ``r`` is from ``r``.
 
         Errors as :meth:`all_reduce`.
         """
-        self._check_process()
-        lent = self._lend("all_to_all", data)
-        return lent.returned(await self._group.all_to_all(lent.arrays, timeout_s=timeout_s))
+
+        def all_to_all(arrays: Any, _: None) -> Awaitable[Any]:
+            return self._group.all_to_all(arrays, timeout_s=timeout_s)
+
+        return await self._call_with("all_to_all", data, all_to_all)
 
     async def send(self, data: D, to: int, *, timeout_s: float | None = None, tag: str | None = None) -> D:
         """Give arrays to rank ``to`` alone, which must :meth:`receive` them; returns ``data`` once it has them.
@@ -238,20 +275,22 @@ class AsyncCollectives(ABC):
         MismatchError, CollectiveTimeoutError, CollectiveAbortedError, PeerLostError, OutcomeUnknownError
             As :meth:`all_reduce`, on these two ranks: nothing was received.
         """
-        self._check_process()
-        lent = self._lend("send", data)
-        await self._group.send(lent.arrays, to, timeout_s=timeout_s, tag=tag)
-        return lent.settle()
+
+        def send(arrays: Any, _: None) -> Awaitable[Any]:
+            return self._group.send(arrays, to, timeout_s=timeout_s, tag=tag)
+
+        return cast(D, await self._call_with("send", data, send))
 
     async def receive(self, data: D, source: int, *, timeout_s: float | None = None, tag: str | None = None) -> D:
         """Fill arrays with what rank ``source`` gives to :meth:`send`, and return them.
 
         ``data`` has the shapes, dtypes and keys of what is sent. Parameters and errors are as there.
         """
-        self._check_process()
-        lent = self._lend("receive", data)
-        await self._group.receive(lent.arrays, source, timeout_s=timeout_s, tag=tag)
-        return lent.settle()
+
+        def receive(arrays: Any, _: None) -> Awaitable[Any]:
+            return self._group.receive(arrays, source, timeout_s=timeout_s, tag=tag)
+
+        return cast(D, await self._call_with("receive", data, receive))
 
     async def barrier(self, *, timeout_s: float | None = None) -> None:
         """Wait until every rank has called it. Errors as :meth:`all_reduce`."""

@@ -14,7 +14,8 @@ import numpy as np
 from sparkle_mesh import limits
 from sparkle_mesh.clock import SYSTEM_CLOCK
 from sparkle_mesh.collectives.foreign import Lent, lend_for
-from sparkle_mesh.errors import CollectiveTimeoutError, MeshClosedError, UsageError
+from sparkle_mesh.collectives.group import CollectiveGroup, Root
+from sparkle_mesh.errors import CollectiveTimeoutError, MeshClosedError, SparkleError, UsageError
 from sparkle_mesh.portal import Portal
 from sparkle_mesh.uneven import NO_BATCH, UnevenSteps
 
@@ -177,8 +178,7 @@ class Collectives:
         ``on_progress`` is called in this thread now and then, with how much is done, from 0 to 1.
         """
         lent = self._lend("all_reduce", data)
-        if self._uneven is not None and self._uneven.owner == get_ident():
-            weight = self._uneven.note(lent.arrays, op, weight, algorithm=algorithm, compression=compression, tag=tag)
+        weight = self._note(lent, op, weight, algorithm=algorithm, compression=compression, tag=tag)
         options: dict[str, Any] = {
             "algorithm": algorithm,
             "compression": compression,
@@ -194,14 +194,24 @@ class Collectives:
         if compression is None and weight is None and tag is None and as_usual:
             quick = self._mesh._group.quick_all_reduce(lent.arrays, op, algorithm, timeout_s)
             if quick is not None:
-                self._run_quickly(quick)
+                self._run_quickly(quick, lent)
                 return lent.settle()
 
-        async def all_reduce() -> Any:
-            return await self._mesh.all_reduce(lent.arrays, op, **options)
+        def all_reduce(arrays: Any) -> Awaitable[Any]:
+            return self._mesh._group.all_reduce(arrays, op, **options)
 
-        self._call(all_reduce)
+        self._call(lambda: lent.run(all_reduce))
         return lent.settle()
+
+    def _note(self, lent: Lent[Any], op: str, weight: float | None, **how: Any) -> float | None:
+        """Note a reduction of a loop over :meth:`uneven`; return the weight that it is to have."""
+        if self._uneven is None or self._uneven.owner != get_ident():
+            return weight
+        try:
+            return self._uneven.note(lent.arrays, op, weight, **how)
+        except UsageError:
+            lent.release()
+            raise
 
     def all_reduce_async(
         self,
@@ -228,8 +238,7 @@ class Collectives:
         """
 
         lent = self._lend("all_reduce", data)
-        if self._uneven is not None and self._uneven.owner == get_ident():
-            weight = self._uneven.note(lent.arrays, op, weight, algorithm=algorithm, compression=compression, tag=tag)
+        weight = self._note(lent, op, weight, algorithm=algorithm, compression=compression, tag=tag)
         return self._begin(
             lent,
             op,
@@ -244,19 +253,32 @@ class Collectives:
 
     def _begin(self, lent: Lent[D], op: str, **options: Any) -> PendingReduction[D]:
         async def begin() -> AsyncPendingReduction[Any]:
-            return self._mesh.all_reduce_async(lent.arrays, op, **options)
+            try:
+                pending = self._mesh._group.all_reduce_async(lent.arrays, op, **options)
+            except SparkleError:
+                lent.release()
+                raise
+            pending.releases(lent.release)
+            return pending
 
         return PendingReduction(self._call(begin), lent, self._portal, self._call_ended)
 
-    def _lend(self, kind: str, data: D, root: object = None) -> Lent[D]:
+    def _lend(self, kind: str, data: D, *, at_root: bool = False) -> Lent[D]:
         """Return NumPy arrays in the form of ``data``; in this thread, whose streams count on a GPU."""
         self._mesh._check_process()
-        return lend_for(kind, data, root=root, rank=None if root is None else self._mesh.rank)
+        return lend_for(kind, data, at_root=at_root)
 
-    def _call_with(self, kind: str, data: Any, function: Callable[[Any], Awaitable[Any]], root: object = None) -> Any:
-        """Await ``function`` with NumPy arrays in the form of ``data``; return what the caller gets for its result."""
-        lent = self._lend(kind, data, root)
-        return lent.returned(self._call(lambda: function(lent.arrays)))
+    def _call_with(
+        self, kind: str, data: Any, function: Callable[[CollectiveGroup, Any, Any], Awaitable[Any]], root: object = None
+    ) -> Any:
+        """Await ``function`` with NumPy arrays in the form of ``data`` and the root, if the collective has one.
+
+        Returns what the caller gets for its result.
+        """
+        # Meant now: between here and where the call begins, ranks may change.
+        root = None if root is None else self._mesh._group.root(root)
+        lent = self._lend(kind, data, at_root=isinstance(root, Root) and root.is_here)
+        return lent.returned(self._call(lambda: lent.run(lambda arrays: function(self._mesh._group, arrays, root))))
 
     def explain(self, nbytes: int) -> Explanation:
         """Return how ``all_reduce`` of ``nbytes`` would be done, for printing; see :meth:`AsyncMesh.explain`."""
@@ -265,60 +287,72 @@ class Collectives:
     def broadcast(self, data: D, root: int = 0, *, timeout_s: float | None = None) -> D:
         """Copy ``data`` of rank ``root`` to every rank in place; see :meth:`AsyncMesh.broadcast`."""
 
-        def broadcast(arrays: Any) -> Awaitable[Any]:
-            return self._mesh.broadcast(arrays, root, timeout_s=timeout_s)
+        def broadcast(group: CollectiveGroup, arrays: Any, root: Any) -> Awaitable[Any]:
+            return group.broadcast(arrays, root, timeout_s=timeout_s)
 
         return cast(D, self._call_with("broadcast", data, broadcast, root))
 
     def reduce(self, data: D, op: str = "sum", root: int = 0, *, timeout_s: float | None = None) -> D:
         """Combine the arrays of all ranks into those of ``root``; see :meth:`AsyncMesh.reduce`."""
 
-        def reduce(arrays: Any) -> Awaitable[Any]:
-            return self._mesh.reduce(arrays, op, root, timeout_s=timeout_s)
+        def reduce(group: CollectiveGroup, arrays: Any, root: Any) -> Awaitable[Any]:
+            return group.reduce(arrays, op, root, timeout_s=timeout_s)
 
         return cast(D, self._call_with("reduce", data, reduce, root))
 
     def reduce_scatter(self, data: Any, op: str = "sum", *, timeout_s: float | None = None) -> Any:
         """Return this rank's part of the arrays of all ranks combined; see :meth:`AsyncMesh.reduce_scatter`."""
 
-        def reduce_scatter(arrays: Any) -> Awaitable[Any]:
-            return self._mesh.reduce_scatter(arrays, op, timeout_s=timeout_s)
+        def reduce_scatter(group: CollectiveGroup, arrays: Any, _: None) -> Awaitable[Any]:
+            return group.reduce_scatter(arrays, op, timeout_s=timeout_s)
 
         return self._call_with("reduce_scatter", data, reduce_scatter)
 
     def all_gather(self, data: Any, *, timeout_s: float | None = None) -> Any:
         """Return the arrays of all ranks; see :meth:`AsyncMesh.all_gather`."""
-        return self._call_with("all_gather", data, lambda arrays: self._mesh.all_gather(arrays, timeout_s=timeout_s))
+
+        def all_gather(group: CollectiveGroup, arrays: Any, _: None) -> Awaitable[Any]:
+            return group.all_gather(arrays, timeout_s=timeout_s)
+
+        return self._call_with("all_gather", data, all_gather)
 
     def gather(self, data: Any, root: int = 0, *, timeout_s: float | None = None) -> Any:
         """Return the arrays of all ranks at ``root``; see :meth:`AsyncMesh.gather`."""
-        return self._call_with("gather", data, lambda arrays: self._mesh.gather(arrays, root, timeout_s=timeout_s))
+
+        def gather(group: CollectiveGroup, arrays: Any, root: Any) -> Awaitable[Any]:
+            return group.gather(arrays, root, timeout_s=timeout_s)
+
+        return self._call_with("gather", data, gather, root)
 
     def scatter(self, data: Any, root: int = 0, *, timeout_s: float | None = None) -> Any:
         """Hand out rows of the arrays of ``root``; see :meth:`AsyncMesh.scatter`."""
 
-        def scatter(arrays: Any) -> Awaitable[Any]:
-            return self._mesh.scatter(arrays, root, timeout_s=timeout_s)
+        def scatter(group: CollectiveGroup, arrays: Any, root: Any) -> Awaitable[Any]:
+            return group.scatter(arrays, root, timeout_s=timeout_s)
 
         return self._call_with("scatter", data, scatter, root)
 
     def all_to_all(self, data: Any, *, timeout_s: float | None = None) -> Any:
         """Give each rank its row of these arrays, and return theirs; see :meth:`AsyncMesh.all_to_all`."""
-        return self._call_with("all_to_all", data, lambda arrays: self._mesh.all_to_all(arrays, timeout_s=timeout_s))
+
+        def all_to_all(group: CollectiveGroup, arrays: Any, _: None) -> Awaitable[Any]:
+            return group.all_to_all(arrays, timeout_s=timeout_s)
+
+        return self._call_with("all_to_all", data, all_to_all)
 
     def send(self, data: D, to: int, *, timeout_s: float | None = None, tag: str | None = None) -> D:
         """Give arrays to rank ``to``, which must :meth:`receive` them; see :meth:`AsyncMesh.send`."""
 
-        def send(arrays: Any) -> Awaitable[Any]:
-            return self._mesh.send(arrays, to, timeout_s=timeout_s, tag=tag)
+        def send(group: CollectiveGroup, arrays: Any, _: None) -> Awaitable[Any]:
+            return group.send(arrays, to, timeout_s=timeout_s, tag=tag)
 
         return cast(D, self._call_with("send", data, send))
 
     def receive(self, data: D, source: int, *, timeout_s: float | None = None, tag: str | None = None) -> D:
         """Fill arrays with what rank ``source`` sends; see :meth:`AsyncMesh.receive`."""
 
-        def receive(arrays: Any) -> Awaitable[Any]:
-            return self._mesh.receive(arrays, source, timeout_s=timeout_s, tag=tag)
+        def receive(group: CollectiveGroup, arrays: Any, _: None) -> Awaitable[Any]:
+            return group.receive(arrays, source, timeout_s=timeout_s, tag=tag)
 
         return cast(D, self._call_with("receive", data, receive))
 
@@ -351,14 +385,14 @@ class Collectives:
             for callback in self._view_callbacks:
                 callback(self._mesh.view)
 
-    def _run_quickly(self, call: QuickCall) -> None:
+    def _run_quickly(self, call: QuickCall, lent: Lent[Any] | None = None) -> None:
         done = False
         try:
             done = call.run()
         finally:
             if not done:
                 try:
-                    self._portal.call(call.finish)
+                    self._portal.call(call.finish if lent is None else lambda: lent.run(lambda _: call.finish()))
                 finally:
                     self._call_ended()
 

@@ -46,7 +46,7 @@ class StateChunks:
     def __init__(self, state: object) -> None:
         self._arrays: Arrays = NO_ARRAYS
         if state is not None:
-            self._arrays = check_arrays(lend(state).in_place(), _check_dtype)
+            self._arrays = check_arrays(lend(state, in_place=True).arrays, _check_dtype)
 
     # Nothing of this is needed where all members are alike, at every step.
 

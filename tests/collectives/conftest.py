@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
@@ -286,6 +287,14 @@ def host() -> Callable[..., AbstractAsyncContextManager[Host]]:
 
 
 # --- Arrays of other libraries ----------------------------------------------------------------------
+
+
+def imported(name: str, needed: str) -> Any:
+    """Import a library; where that cannot be, skip the test, which needs what is ``needed``."""
+    # What it warns of when it is imported is none of ours.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip(name, reason=f"needs {needed}", exc_type=ImportError)
 
 
 class Lender:

@@ -18,6 +18,10 @@ class OutOfMemoryError(RuntimeError):
     pass
 
 
+class CompileException(Exception):
+    pass
+
+
 class Stream:
     def __init__(self, ptr: int, device: int) -> None:
         self.ptr, self.device = ptr, device
@@ -40,6 +44,8 @@ class Gpus:
         self.pinned: list[int] = []
         self.fetched_bytes = 0
         self.full = False
+        #: What the next copies to arrays raise.
+        self.failures: list[BaseException] = []
         gpus = self
 
         class Device:
@@ -72,6 +78,7 @@ class Gpus:
             UnownedMemory=lambda ptr, size, owner, device: SimpleNamespace(ptr=ptr, owner=owner, device=device),
             MemoryPointer=lambda memory, offset: (memory, offset),
             get_current_stream=self.stream,
+            compiler=SimpleNamespace(CompileException=CompileException),
         )
 
     def stream(self) -> Stream:
@@ -116,7 +123,8 @@ class Gpus:
             name: property(lambda self, name=name: getattr(self.memory, name))
             for name in ("shape", "dtype", "nbytes", "flags")
         }
-        words |= {"__init__": create, "__setitem__": setitem, "__dlpack__": export, "__dlpack_device__": export}
+        words |= {"__init__": create, "__setitem__": setitem, "__dlpack__": export}
+        words["__dlpack_device__"] = lambda self: (2, self.device.id)
         return type("ndarray", (), {**words, "__module__": "cupy"})
 
 
@@ -136,5 +144,7 @@ class Pointer:
     def copy_from_host_async(self, address: int, nbytes: int, stream: Stream) -> None:
         assert self.memory.flags.c_contiguous
         assert stream.device == self.device == self.gpus.current
+        if self.gpus.failures:
+            raise self.gpus.failures.pop(0)
         target = self.memory
         stream.queue.append(lambda: ctypes.memmove(target.ctypes.data, address, nbytes))

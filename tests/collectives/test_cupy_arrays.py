@@ -11,13 +11,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import trio
 
 from sparkle_mesh import limits
 from sparkle_mesh.collectives import cupy_arrays
 from sparkle_mesh.collectives.executor import BufferPool
 from sparkle_mesh.collectives.foreign import lend, lend_for
-from sparkle_mesh.errors import CollectiveAbortedError, MismatchError, UsageError
-from tests.collectives.fake_cupy import Gpus
+from sparkle_mesh.errors import CollectiveAbortedError, DeviceError, MismatchError, UsageError
+from sparkle_mesh.state_chunks import StateChunks
+from tests.collectives.fake_cupy import CompileException, Gpus, OutOfMemoryError
 from tests.collectives.test_dlpack import BFLOAT, FLOAT, ByHand
 from tests.mesh.test_mesh_collectives import on_both
 
@@ -87,10 +89,72 @@ def test_the_arrays_of_a_call_share_one_block_which_is_kept(gpus: Gpus) -> None:
         assert all((array == n).all() for n, array in enumerate(lent.arrays.values()))
         lent.settle()
     assert len(gpus.pinned) == 1
-    # What is not settled is not reused: links may be sending it yet.
+    # What is neither settled nor released is not reused: a call may be writing to it yet.
     for _ in range(2):
         lend(gpus.array(np.ones(100)))
     assert len(gpus.pinned) == 3
+
+
+def test_a_state_on_a_gpu_is_refused_before_it_is_fetched(gpus: Gpus) -> None:
+    tensor = Tensor(np.ones(2), FLOAT, (2,), device=(2, 0))
+    for state in (gpus.array(np.ones(100)), tensor):
+        with pytest.raises(UsageError, match="the value of 'w' is on a GPU, or cannot be written to"):
+            StateChunks({"a": np.zeros(1), "w": state})
+    assert not gpus.pinned
+    assert not gpus.fetched_bytes
+
+
+async def test_memory_of_calls_that_fail_is_kept_for_the_next(gpus: Gpus, on_ranks: Any) -> None:
+    async def call(rank: int, mesh: Any) -> None:
+        array = gpus.array(np.full(500, 1.0 + rank))
+        with pytest.raises(MismatchError):
+            await mesh.all_reduce(array, "sum" if rank else "max")
+        with pytest.raises(MismatchError):
+            await mesh.all_gather(array if rank else [array])
+        mesh.all_reduce_async(array, "sum" if rank else "max")  # for which nobody waits
+        await mesh.barrier()
+        with pytest.raises(UsageError):
+            mesh.all_reduce_async(array, tag="")
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await mesh.all_reduce(array)
+        assert scope.cancelled_caught
+        await mesh.barrier()
+        async for _ in mesh.uneven([1]):
+            with pytest.raises(UsageError):
+                await mesh.all_reduce(array, "max")
+        assert await mesh.all_reduce(array) is array
+        assert (array.memory == 6).all()
+
+    assert await on_ranks(call) == [None] * 3
+    assert len(gpus.pinned) == 3
+
+
+@pytest.mark.parametrize("links", [["tcp"], ["shared_memory", "tcp"]])
+def test_memory_of_calls_of_threads_that_fail_is_kept_for_the_next(
+    gpus: Gpus, tmp_path: Path, links: list[str]
+) -> None:
+    def call(mesh: Any) -> None:
+        array = gpus.array(np.full(500, 1.0 + mesh.rank))
+        with pytest.raises(MismatchError):
+            mesh.all_reduce(array, "max" if mesh.rank else "sum")
+        with pytest.raises(MismatchError):
+            mesh.all_reduce(array, "max" if mesh.rank else "sum", tag="tagged")
+        with pytest.raises(MismatchError):
+            mesh.all_gather([array] if mesh.rank else array)
+        pending = mesh.all_reduce_async(array, "max" if mesh.rank else "sum")
+        with pytest.raises(MismatchError):
+            pending.wait()
+        with pytest.raises(UsageError):
+            mesh.all_reduce_async(array, tag="")
+        for _ in mesh.uneven([1]):
+            with pytest.raises(UsageError):
+                mesh.all_reduce(array, "max")
+        assert mesh.all_reduce(array) is array
+        assert (array.memory == 3).all()
+
+    assert on_both(tmp_path, call, links=links) == [None, None]
+    assert len(gpus.pinned) == 2
 
 
 def test_each_device_has_its_own_stream(gpus: Gpus) -> None:
@@ -119,12 +183,12 @@ def test_other_libraries_export_to_the_current_stream(gpus: Gpus, device: tuple[
 
 def test_what_is_only_written_to_is_not_fetched_and_the_other_way_round(gpus: Gpus) -> None:
     array = gpus.array(np.ones(10))
-    lent = lend_for("broadcast", array, root=0, rank=1)
+    lent = lend_for("broadcast", array, at_root=False)
     assert gpus.fetched_bytes == 0
     lent.arrays[:] = 3
     lent.settle()
     assert (array.memory == 3).all()
-    lent = lend_for("broadcast", array, root=0, rank=0)
+    lent = lend_for("broadcast", array, at_root=True)
     assert gpus.fetched_bytes == 80
     lent.arrays[:] = 4
     assert lent.settle() is array
@@ -171,6 +235,32 @@ def test_threads_use_their_own_streams(gpus: Gpus, tmp_path: Path) -> None:
     assert set(on_both(tmp_path, call)) == gpus.threads
 
 
+def test_the_root_is_whom_the_caller_meant(gpus: Gpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def call(mesh: Any) -> list[Any]:
+        rank, group, run = mesh.rank, mesh._mesh._group, mesh._call
+
+        def run_later(function: Any) -> Any:
+            # Another thread's call ended meanwhile, in a view with other ranks.
+            epoch, members = group.shown
+            group.shown = (epoch, members[::-1])
+            try:
+                return run(function)
+            finally:
+                group.shown = (epoch, members)
+
+        monkeypatch.setattr(mesh, "_call", run_later)
+        sent, reduced = gpus.array(np.full(3, rank + 1.0)), gpus.array(np.full(3, rank + 1.0))
+        row = gpus.array(np.array([7.0, 8.0]) if rank == 1 else np.zeros(()))
+        mesh.broadcast(sent, root=1)
+        mesh.reduce(reduced, root=1)
+        got = [sent.memory[0], reduced.memory[0], float(mesh.scatter(row, root=1).memory)]
+        with pytest.raises(UsageError, match="root 7 is not a rank"):
+            mesh.broadcast(sent, root=7)
+        return got
+
+    assert on_both(tmp_path, call) == [[2, 1, 7], [2, 3, 8]]
+
+
 @pytest.mark.parametrize("broken", ["no CuPy", "full", "read-only", "gradient"])
 async def test_what_cannot_be_copied_is_refused_in_its_turn(
     gpus: Gpus, on_ranks: Any, monkeypatch: pytest.MonkeyPatch, broken: str
@@ -195,6 +285,30 @@ async def test_what_cannot_be_copied_is_refused_in_its_turn(
 
     assert await on_ranks(call) == [None] * 3
     assert (tensor.memory == 1).all()
+
+
+@pytest.mark.parametrize("kind", [CompileException, OutOfMemoryError])
+def test_a_result_that_cannot_be_copied_back_is_told_every_time(gpus: Gpus, kind: type[Exception]) -> None:
+    arrays = [gpus.array(np.ones(100)) for _ in range(2)]
+    lent = lend(arrays)
+    gpus.failures = [kind("an illegal memory access")]
+    for _ in range(3):
+        with pytest.raises(DeviceError, match="item 0 cannot be copied back to its GPU: an illegal memory access"):
+            lent.settle()
+    # Its memory is there for the next call.
+    assert lend(arrays).settle() is arrays
+    assert len(gpus.pinned) == 1
+
+
+def test_copying_back_that_was_interrupted_is_done_again(gpus: Gpus) -> None:
+    array = gpus.array(np.ones(100))
+    lent = lend(array)
+    lent.arrays[:] = 5
+    gpus.failures = [KeyboardInterrupt()]
+    with pytest.raises(KeyboardInterrupt):
+        lent.settle()
+    assert lent.settle() is array
+    assert (array.memory == 5).all()
 
 
 def test_parameters_on_gpus_are_taken_as_numbers(gpus: Gpus) -> None:

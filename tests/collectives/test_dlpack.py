@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from sparkle_mesh.collectives import dlpack
-from sparkle_mesh.collectives.dlpack import export, host_view
+from sparkle_mesh.collectives.dlpack import byte_span, export, host_view
 from sparkle_mesh.collectives.foreign import lend
 from sparkle_mesh.errors import UsageError
 
@@ -240,3 +240,12 @@ def test_arrays_of_devices_that_give_copies_come_back_as_new_ones() -> None:
         lent.arrays[:] = 4
         assert lent.settle() == ("tpu:0", [4.0, 4.0])
         assert value.memory.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "view", [np.s_[:], np.s_[::-1, 1::2], np.s_[2, ::-3], np.s_[:, :0], np.s_[1:2, 3], np.s_[..., None, :2]]
+)
+def test_the_span_of_an_array_is_that_of_its_bytes(view: Any) -> None:
+    array = np.zeros((4, 6), np.int32)[view]
+    expected = np.lib.array_utils.byte_bounds(array) if array.size else (array.ctypes.data, array.ctypes.data)
+    assert byte_span(array.ctypes.data, array.shape, array.strides, 4) == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from sparkle_mesh import async_collectives, mesh_collectives
 from sparkle_mesh.collectives.arrays import check_arrays
-from sparkle_mesh.collectives.foreign import lend, lend_for
+from sparkle_mesh.collectives.foreign import Lent, lend, lend_for
 from sparkle_mesh.collectives.reduction import check_dtype
-from sparkle_mesh.errors import CollectiveAbortedError, MismatchError, UsageError
+from sparkle_mesh.errors import CollectiveAbortedError, DeviceError, MismatchError, UsageError
+from tests.mesh.test_mesh_collectives import on_both
 
 DTYPES = ["i1", "u2", "i4", "i8", "f2", "f4", "f8", "c8", "c16"]
 SHAPES: list[tuple[int, ...]] = [(), (0,), (3, 0), (1,), (5,), (40, 50)]
@@ -224,13 +227,54 @@ def test_arrays_that_share_memory_are_refused(lender: Any) -> None:
 def test_what_is_only_read_may_be_read_only(lender: Any, immutable: Any) -> None:
     array = np.ones(3)
     array.flags.writeable = False
-    for kind, root, rank in (("send", None, None), ("broadcast", 1, 1), ("reduce", 0, 1), ("all_gather", None, None)):
-        lent = lend_for(kind, lender(array), root=root, rank=rank)
+    for kind, at_root in (("send", False), ("broadcast", True), ("reduce", False), ("all_gather", False)):
+        lent = lend_for(kind, lender(array), at_root=at_root)
         assert np.shares_memory(lent.arrays, array)
         assert not lent.arrays.flags.writeable
     fixed = immutable(np.ones(2))
-    assert lend_for("broadcast", fixed, root=0, rank=0).settle() is fixed
-    assert lend_for("broadcast", fixed, root=0, rank=1).settle() is not fixed
+    assert lend_for("broadcast", fixed, at_root=True).settle() is fixed
+    assert lend_for("broadcast", fixed, at_root=False).settle() is not fixed
+
+
+def test_new_arrays_that_cannot_be_made_are_told_every_time(immutable: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(array: Any, *, device: Any) -> Any:
+        raise RuntimeError(f"{device} is full")
+
+    fixed = immutable(np.ones(2))
+    lent = lend([fixed])
+    monkeypatch.setattr(immutable, "asarray", refuse)
+    for _ in range(2):
+        with pytest.raises(DeviceError, match=r"the result cannot be made a .*Immutable on here: here is full"):
+            lent.settle()
+    monkeypatch.undo()
+    assert lent.settle()[0].array.tolist() == [1, 1]
+
+
+def test_arrays_of_numpy_lend_nothing() -> None:
+    for data in (np.ones(2), [np.ones(2)] * 3, (np.ones(2),), {"a": np.ones(2)}):
+        lent = lend_for("all_reduce", data)
+        assert type(lent) is Lent
+        assert lent.arrays is lent.settle() is data
+
+
+@pytest.mark.parametrize("links", [["tcp"], ["shared_memory", "tcp"]])
+def test_threads_lend_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lender: Any, links: list[str]) -> None:
+    lent: list[str] = []
+
+    def counted(kind: str, data: Any, **options: Any) -> Lent[Any]:
+        lent.append(kind)
+        return lend_for(kind, data, **options)
+
+    def call(mesh: Any) -> None:
+        mesh.all_reduce(np.ones(2))
+        mesh.all_reduce(lender(np.ones(2)), tag="tagged")
+        mesh.all_reduce_async(np.ones(2)).wait()
+        mesh.broadcast([lender(np.ones(2))])
+
+    monkeypatch.setattr(mesh_collectives, "lend_for", counted)
+    monkeypatch.setattr(async_collectives, "lend_for", counted)
+    assert on_both(tmp_path, call, links=links) == [None, None]
+    assert sorted(lent) == ["all_reduce"] * 6 + ["broadcast"] * 2
 
 
 def test_what_is_no_array_stays_as_it_is(lender: Any) -> None:

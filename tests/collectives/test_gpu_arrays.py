@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +10,23 @@ import numpy as np
 import pytest
 
 from sparkle_mesh.collectives.foreign import lend
+from tests.collectives.conftest import imported
 from tests.mesh.test_mesh_collectives import on_both
 
-
-def imported(name: str) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return pytest.importorskip(name, exc_type=ImportError)
+GPU = "an NVIDIA or AMD GPU that CuPy sees"
 
 
 @pytest.fixture
 def cupy() -> Any:
-    module = imported("cupy")
+    module = imported("cupy", f"{GPU}, and CuPy (pip install cupy-cuda13x, cupy-cuda12x or cupy-rocm-7-0)")
     if not module.cuda.is_available():
-        pytest.skip("needs a GPU")
+        pytest.skip(f"needs {GPU}")
     return module
 
 
 @pytest.fixture
 def torch(cupy: Any) -> Any:
-    module = imported("torch")
+    module = imported("torch", "a PyTorch that sees the GPU")
     if not module.cuda.is_available():
         pytest.skip("needs a PyTorch that sees the GPU")
     return module
@@ -40,7 +36,7 @@ def torch(cupy: Any) -> Any:
 def jnp(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     # The others need the memory, too.
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    jax = imported("jax")
+    jax = imported("jax", "a JAX that sees the GPU")
     if jax.default_backend() != "gpu":
         pytest.skip("needs a JAX that sees the GPU")
     return jax.numpy

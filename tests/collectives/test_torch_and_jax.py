@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import ml_dtypes
@@ -11,23 +10,17 @@ import pytest
 
 from sparkle_mesh.collectives.foreign import lend, lend_for
 from sparkle_mesh.errors import UsageError
-
-
-def imported(name: str) -> Any:
-    # What they warn of when they are imported is none of ours.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return pytest.importorskip(name)
+from tests.collectives.conftest import imported
 
 
 @pytest.fixture
 def torch() -> Any:
-    return imported("torch")
+    return imported("torch", "PyTorch (pip install torch)")
 
 
 @pytest.fixture
 def jnp() -> Any:
-    return imported("jax.numpy")
+    return imported("jax.numpy", "JAX (pip install jax)")
 
 
 def numbers(rank: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray[Any, Any]:

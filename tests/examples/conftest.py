@@ -110,7 +110,7 @@ def root() -> Path:
 
 
 @pytest.fixture
-def load_example() -> Callable[[str], ModuleType]:
+def load_example(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     """Return a function that imports an example by its file's name, without running it."""
 
     def load(name: str) -> ModuleType:
@@ -121,4 +121,6 @@ def load_example() -> Callable[[str], ModuleType]:
         spec.loader.exec_module(module)
         return module
 
+    # As for a program that is run: examples import what lies beside them.
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
     return load
