@@ -327,10 +327,10 @@ class Context:
 
     # --- Life -------------------------------------------------------------------------------------
 
-    def execute(self, graph: Graph, operands: Sequence[Any], /) -> Sequence[Any]:
+    def execute(self, graph: Graph, operands: Sequence[Any], name: str, /) -> Sequence[Any]:
         """Run the graph of a kernel that was called by itself; NumPy arrays if there are no others among operands."""
         self._check_open()
-        results = self._runtime.run(graph, operands, Order())
+        results = self._runtime.run(graph, operands, Order(name))
         if any(isinstance(operand, Array) for operand in operands):
             return results
         return [result.buffer_on(self.host).view().reshape(result.shape) for result in results]

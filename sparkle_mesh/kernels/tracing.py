@@ -35,16 +35,16 @@ _WEAK = {bool: "bool", int: "int64", float: "float64"}
 
 
 class Execute(Protocol):
-    """Computes a graph.
+    """Computes a graph; ``name`` is the kernel's, for those who measure.
 
     Operands are as the caller gave them, arrays or what has a shape and a dtype, but for plain numbers, which are NumPy
     arrays of the graph's dtypes; results are in the order of the graph's outputs.
     """
 
-    def __call__(self, graph: Graph, operands: Sequence[Any], /) -> Sequence[Any]: ...
+    def __call__(self, graph: Graph, operands: Sequence[Any], name: str, /) -> Sequence[Any]: ...
 
 
-def execute_by_numpy(graph: Graph, operands: Sequence[Any]) -> list[np.ndarray[Any, Any]]:
+def execute_by_numpy(graph: Graph, operands: Sequence[Any], name: str = "") -> list[np.ndarray[Any, Any]]:
     """Compute ``graph`` by NumPy in this thread, one operation after the other; results share no memory."""
     arrays = [np.asarray(operand) for operand in operands]
     return [np.array(result, order="C") for result in evaluate(graph, arrays)]
@@ -175,7 +175,7 @@ class Kernel:
         if is_tracing() or any(isinstance(value, Value) for _, value in named):
             return self._become_part(structure, named)
         call = self._call(structure, named)
-        return call.rebuild(_execute(call.graph, call.operands))
+        return call.rebuild(_execute(call.graph, call.operands, self.name))
 
     def trace(self, *arguments: Any, **keywords: Any) -> Graph:
         """Return the graph for arguments of these types: arrays, numbers, or :class:`TensorType` in their place."""

@@ -68,6 +68,9 @@ def test_kernels_called_by_themselves_run_on_the_context_and_give_what_they_were
         assert set(found) == {"rows", "all", "most"}
         assert all(isinstance(value, np.ndarray) for value in found.values())
         found["rows"][0] = 5.0
+        with current.profile() as profile:
+            sums(drawn(3, 4))
+        assert [event.name for event in profile.events] == ["sums"]
     # Without a context NumPy does it.
     assert isinstance(before(drawn(3)), np.ndarray)
 
