@@ -300,10 +300,12 @@ def test_kernels_become_part_of_others():
 
 
 def test_kernels_are_computed_by_what_was_set():
-    calls = []
+    calls: list[Graph] = []
+    names: list[str] = []
 
-    def execute(graph: Graph, operands: Any) -> Any:
+    def execute(graph: Graph, operands: Any, name: str) -> Any:
         calls.append(graph)
+        names.append(name)
         return tracing.execute_by_numpy(graph, operands)
 
     double = sparkle.kernel(lambda x: x * 2)
@@ -313,6 +315,7 @@ def test_kernels_are_computed_by_what_was_set():
     finally:
         assert tracing.set_execute(before) is execute
     assert calls == [double.trace(np.ones(2))]
+    assert names == [double.name]
     call = double.prepare(np.ones(2))
     assert call.rebuild([1.0]) == 1.0
     assert as_kernel(double) is double
