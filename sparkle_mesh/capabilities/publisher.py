@@ -96,6 +96,9 @@ class Publisher:
         self._full: dict[bytes, set[PeerId]] = {}
         self._holders: dict[PeerId, _Holder] = {}
         self._told: dict[PeerId, _Told] = {}
+        # Under which keys they were to hold it before the last look. They do until the next one: between its former
+        # place and the next, whoever searches would miss it.
+        self._former: dict[PeerId, frozenset[bytes]] = {}
         self._looked_at = float("-inf")
         # Soon at first: while a mesh grows, who is closest to a key changes, and nobody tells.
         self._republish_s = min(limits.CAPABILITY_REPUBLISH_MIN_S, limits.CAPABILITY_REPUBLISH_S)
@@ -184,6 +187,7 @@ class Publisher:
             return
         if record != self._record or self._signed is None:
             self._sign(record, self.sequence)
+        await self._release_former()
         now = trio.current_time()
         # Not all at once that have started together.
         if now - self._looked_at >= self._republish_s * self._entropy.uniform(0.75, 1.25):
@@ -199,11 +203,14 @@ class Publisher:
         await self._renew()
         while new := self._place({label: self._deeper(label, depths) for label, depths in self._depths.items()}):
             await self._keep(self._take_on(await self._look_for_holders(new)))
-        await self._release_former()
 
     async def _release_former(self) -> None:
-        """Have those forget the record who are not to hold it any more."""
+        """Have those forget the record who are not to hold it any more, or under some keys no more."""
         now = trio.current_time()
+        for peer_id in self._former.keys() & self._holders.keys():
+            if self._former[peer_id] - self._holders[peer_id].keys:
+                self._holders[peer_id].told_at = float("-inf")
+        self._former.clear()
         for peer_id, told in list(self._told.items()):
             if peer_id not in self._holders and now - told.heard_at >= limits.CAPABILITY_LIFETIME_S:
                 del self._told[peer_id]
@@ -227,6 +234,8 @@ class Publisher:
         """Have the record held at these depths, by whoever is to hold it there now."""
         found = await self._look_for_holders(self._keys_at(depths))
         # Until then those before are told as ever.
+        for peer_id, holder in self._holders.items():
+            self._former[peer_id] = self._former.get(peer_id, frozenset()) | holder.keys
         self._place(depths)
         self._holders.clear()
         await self._keep(self._take_on(found))
@@ -310,16 +319,17 @@ class Publisher:
         assert self._signed is not None
         signed, peer, keys = self._signed, holder.peer, holder.keys
         self._told[peer.peer_id] = _Told(peer, trio.current_time())
-        renewed = await self._tell(peer, Renew(sequence=signed.sequence, keys=tuple(sorted(keys))))
+        renewed = await self._tell(peer, Renew(sequence=signed.sequence, keys=self._with_former(peer.peer_id, keys)))
         if not isinstance(renewed, Done):
             return
-        for key in keys - frozenset(renewed.missing):
+        missing = tuple(key for key in renewed.missing if key in keys)
+        for key in keys - frozenset(missing):
             self._full.get(key, set()).discard(peer.peer_id)
-        stored = await self._tell(peer, Store(record=signed, keys=renewed.missing)) if renewed.missing else None
+        stored = await self._tell(peer, Store(record=signed, keys=missing)) if missing else None
         if self._signed is signed:
             holder.told_at = holder.heard_at = trio.current_time()
         if isinstance(stored, Done):
-            for key in renewed.missing:
+            for key in missing:
                 has_room = key not in stored.missing
                 full = self._full.setdefault(key, set())
                 (full.discard if has_room else full.add)(peer.peer_id)
@@ -333,6 +343,11 @@ class Publisher:
             # It may have room, or time, before the next renewal is due.
             holder.told_at = trio.current_time() - limits.CAPABILITY_RENEW_S + limits.CAPABILITY_UNHEARD_S
             logger.info("peer %s does not hold this machine's record: %s", peer.peer_id, stored.reason)
+
+    def _with_former(self, peer_id: PeerId, keys: frozenset[bytes]) -> tuple[bytes, ...]:
+        """Return ``keys``, and those under which ``peer_id`` held the record before, as far as a message takes them."""
+        former = self._former.get(peer_id, frozenset()) - keys
+        return tuple(sorted(keys)) + tuple(sorted(former))[: limits.CAPABILITY_KEYS_MAX_COUNT - len(keys)]
 
     async def _tell(self, peer: PeerAddress, question: Question) -> Answer | None:
         try:

@@ -114,6 +114,10 @@ class Libp2pFabric:
         connections = self._connections.get(peer_id)
         return _remote_address(connections[0]) if connections else None
 
+    def is_direct(self, peer_id: PeerId) -> bool:
+        """Whether a connection to ``peer_id`` stands that goes through no relay."""
+        return any(not is_relayed(connection) for connection in self._connections.get(peer_id, ()))
+
     def events(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[FabricEvent]]:
         return self._events.subscribe(lambda: [_connected(peer, conns[0]) for peer, conns in self._connections.items()])
 

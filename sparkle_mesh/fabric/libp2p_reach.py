@@ -150,11 +150,15 @@ class Libp2pReach:
 
     async def _settle(self, connection: INetConn, peer_id: PeerId, settled: trio.Event) -> None:
         try:
-            if connection.muxed_conn.is_initiator:
+            invited = connection.muxed_conn.is_initiator
+            if invited:
                 await self.puncher.await_invitation(peer_id)
             else:
                 await self._invite(connection, peer_id)
-            if peer_id in self._fabric.connected_peers() or self.relays.carries_bytes(peer_id) is not None:
+            # One side alone decides that it is not needed, and not for another through a relay: where both have dialed
+            # each other, each would close the one that the other is using.
+            spare = not invited and self._fabric.is_direct(peer_id)
+            if spare or self.relays.carries_bytes(peer_id) is not None:
                 await connection.close()
             elif not connection.is_closed:
                 await self._fabric._add(connection)

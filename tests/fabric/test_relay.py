@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from sparkle_mesh import limits
 from sparkle_mesh.errors import LinkClosedError, UnreachableError
 from sparkle_mesh.fabric.circuits import parse_circuit
 from sparkle_mesh.fabric.identity import Identity
-from sparkle_mesh.fabric.interface import FabricStream, PeerConnected, PeerDisconnected, PeerId
+from sparkle_mesh.fabric.interface import FabricEvent, FabricStream, PeerConnected, PeerDisconnected, PeerId
 from sparkle_mesh.fabric.libp2p_fabric import Libp2pFabric, open_libp2p_fabric
 from sparkle_mesh.fabric.relay_book import RelayLimits
 
@@ -62,6 +63,14 @@ async def until_gone(fabric: Libp2pFabric, peer_id: PeerId) -> None:
         async with fabric.events() as events:
             while peer_id in fabric.connected_peers():
                 await events.receive()
+
+
+def drained(events: trio.MemoryReceiveChannel[FabricEvent]) -> list[FabricEvent]:
+    found = []
+    with contextlib.suppress(trio.WouldBlock):
+        while True:
+            found.append(events.receive_nowait())
+    return found
 
 
 async def echo(stream: FabricStream) -> None:
@@ -193,6 +202,40 @@ async def test_when_one_of_two_connections_ends_the_other_takes_its_place(three:
         stream = await three.other.open_stream(three.hidden.peer_id, "/echo")
         await stream.write(b"x")
         assert await stream.read(1) == b"x"
+
+
+async def test_two_that_dial_each_other_at_once_stay_connected(three: Trio, monkeypatch: pytest.MonkeyPatch) -> None:
+    three.serve()
+    ends = [three.hidden, three.other]
+    for fabric in ends:
+        await fabric.connect(three.relay.peer_id, three.relay.addresses)
+    addresses = [(await fabric.reach.relays.reserve(three.relay.peer_id)).address for fabric in ends]
+    both_came = [trio.Event(), trio.Event()]
+
+    # Each side is done first with the circuit that the other has opened: it is in use when its own is looked at.
+    async def invite(*_: object) -> None: ...
+
+    for own, fabric in enumerate(ends):
+
+        async def until_other_is_in_use(peer_id: PeerId, own: int = own) -> None:
+            async with ends[own].events() as events:
+                while peer_id not in ends[own].connected_peers():
+                    await events.receive()
+            both_came[own].set()
+            await both_came[1 - own].wait()
+
+        monkeypatch.setattr(fabric.reach, "_invite", invite)
+        monkeypatch.setattr(fabric.reach.puncher, "await_invitation", until_other_is_in_use)
+    with trio.fail_after(20):
+        async with three.hidden.events() as events, trio.open_nursery() as nursery:
+            nursery.start_soon(three.hidden.connect, three.other.peer_id, [addresses[1]])
+            nursery.start_soon(three.other.connect, three.hidden.peer_id, [addresses[0]])
+            await trio.testing.wait_all_tasks_blocked(0.3)
+            assert [event for event in drained(events) if isinstance(event, PeerDisconnected)] == []
+    three.hidden.handle("/echo", echo)
+    stream = await three.other.open_stream(three.hidden.peer_id, "/echo")
+    await stream.write(b"here")
+    assert await stream.read(4) == b"here"
 
 
 async def test_garbage_and_floods_leave_it_serving(three: Trio) -> None:
