@@ -10,6 +10,7 @@ from sparkle_mesh.devices.buffers import Buffer
 from sparkle_mesh.devices.compiled import CompiledKernel
 from sparkle_mesh.devices.detect import DeviceInfo
 from sparkle_mesh.devices.device import Backend, Device, DeviceCapabilities, Memory
+from sparkle_mesh.devices.products import Product
 from sparkle_mesh.kernels.ops import TensorType
 from sparkle_mesh.kernels.program import (
     Body,
@@ -38,6 +39,7 @@ __all__ = [
     "MatmulStep",
     "Memory",
     "Prepared",
+    "Product",
     "Program",
     "ReduceStep",
     "RunsPrograms",

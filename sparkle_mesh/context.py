@@ -173,7 +173,7 @@ class Context:
         if device != "auto":
             return self.device(device)
         nbytes = size * np.dtype(dtype).itemsize
-        usable = [one for one in self.devices if one.kind != "null"]
+        usable = [one for one in self.devices if not one.capabilities.keeps_nothing]
         if len(usable) == 1:
             return usable[0]
         roomy = [one for one in usable if one.free_memory_bytes() + one.pool.kept_bytes >= nbytes]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 from contextlib import suppress
 from pathlib import Path
 
 from sparkle_mesh.clock import Entropy
+
+logger = logging.getLogger(__name__)
 
 
 def make_private_folder(path: Path) -> None:
@@ -57,3 +60,13 @@ def read_bounded(path: Path, max_bytes: int) -> bytes:
         if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
             raise OSError(f"{path} is not a regular file")
         return stream.read(max_bytes + 1)
+
+
+def set_aside(path: Path, reason: str) -> None:
+    """Move a file that cannot be used out of the way, and tell why. Logs instead of raising."""
+    aside = path.with_suffix(".damaged")
+    logger.warning("%s is damaged (%s); moved to %s", path, reason, aside.name)
+    try:
+        path.replace(aside)
+    except OSError as problem:
+        logger.warning("%s cannot be moved: %s; going on without", path, problem)

@@ -676,6 +676,8 @@ KERNEL_STRUCTURE_MAX_DEPTH = 32
 
 # Products of matrices of certain shapes that are known to be right.
 CHECKED_PRODUCTS_MAX_COUNT = 1024
+# In one dimension: cuBLAS counts in 32 bits.
+CUBLAS_LENGTH_MAX_COUNT = 2**31 - 1
 
 # --- Generated kernels ----------------------------------------------------------------------------
 # Work items of a group: many enough to fill a processor of any GPU, few enough for the registers of each.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from sparkle_mesh import limits
-from sparkle_mesh.devices.detect import DeviceInfo, detect_cpu, free_memory_bytes
+from sparkle_mesh.devices.detect import DeviceInfo, detect_cpu, free_memory_bytes, usable_logical_cores
 from sparkle_mesh.devices.device import Backend, Device, DeviceCapabilities, Native, Shape
+from sparkle_mesh.devices.products import Product
 from sparkle_mesh.devices.threads import in_threads
 
 _INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
@@ -23,7 +25,11 @@ class CpuDevice(Device):
 
     def __init__(self, info: DeviceInfo | None = None) -> None:
         capabilities = DeviceCapabilities(
-            dtypes=NUMERIC_DTYPES, matmul_dtypes=NUMERIC_DTYPES, memory_is_host=True, unified=True
+            dtypes=NUMERIC_DTYPES,
+            matmul_dtypes=NUMERIC_DTYPES,
+            memory_is_host=True,
+            host_cores=max(usable_logical_cores(), 1),
+            unified=True,
         )
         super().__init__(info or detect_cpu(), capabilities)
 
@@ -69,12 +75,16 @@ class CpuDevice(Device):
         exported = np.asarray(_Export(native, owner))
         return exported[: count * dtype.itemsize].view(dtype)
 
-    def _matmul(
-        self, a: Native, b: Native, out: Native, shape_a: Shape, shape_b: Shape, shape: Shape, dtype: np.dtype[Any]
-    ) -> None:
-        # As on other devices: infinities and NaNs tell, not warnings.
-        with np.errstate(all="ignore"):
-            np.matmul(_dense(a, shape_a, dtype), _dense(b, shape_b, dtype), out=_dense(out, shape, dtype))
+    def _multiplier(self, product: Product) -> Callable[[Native, Native, Native], None]:
+        dtype = product.dtype
+
+        def multiply(a: Native, b: Native, out: Native) -> None:
+            left, right = _dense(a, product.shape_a, dtype), _dense(b, product.shape_b, dtype)
+            # As on other devices: infinities and NaNs tell, not warnings.
+            with np.errstate(all="ignore"):
+                np.matmul(left, right, out=_dense(out, product.shape, dtype))
+
+        return multiply
 
 
 class CpuBackend(Backend):

@@ -1,4 +1,4 @@
-"""NVIDIA and AMD GPUs through CuPy. The only file that imports it.
+"""NVIDIA and AMD GPUs through CuPy, which this file and :mod:`.cupy_products` alone import.
 
 All work of a device goes into its null stream, which orders it with whatever else the process does with the GPU (but
 for streams that ask not to be). Blocks come from the driver itself, not from CuPy's own pool: ours sees all of them.
@@ -17,11 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from sparkle_mesh import limits
-from sparkle_mesh.devices.batches import batch_starts
 from sparkle_mesh.devices.compiled import CompiledKernel
 from sparkle_mesh.devices.cpu import NUMERIC_DTYPES
+from sparkle_mesh.devices.cupy_products import multiplier
 from sparkle_mesh.devices.detect import DeviceInfo
-from sparkle_mesh.devices.device import Backend, Device, DeviceCapabilities, Native, Shape
+from sparkle_mesh.devices.device import Backend, Device, DeviceCapabilities, Native
+from sparkle_mesh.devices.products import Product
 from sparkle_mesh.devices.staging import Staging
 from sparkle_mesh.errors import CompileError, DeviceError, UsageError
 
@@ -131,7 +132,8 @@ class CupyDevice(Device):
     def pin(self, nbytes: int) -> npt.NDArray[np.uint8] | None:
         """Return pinned host memory; None if there is none to have."""
         try:
-            block = cupy.cuda.alloc_pinned_memory(nbytes)
+            # Not from CuPy's pool, which would keep it for good.
+            block = cupy.cuda.PinnedMemoryPointer(cupy.cuda.PinnedMemory(nbytes), 0)
         except (_runtime.CUDARuntimeError, MemoryError):
             return None
         return np.frombuffer(block, dtype=np.uint8, count=nbytes)
@@ -226,9 +228,10 @@ class CupyDevice(Device):
         with self._peers_lock:
             if other.index not in self._peers:
                 with self.activated():
-                    self._peers[other.index] = bool(_runtime.deviceCanAccessPeer(self.index, other.index))
-                    if self._peers[other.index]:
+                    can = bool(_runtime.deviceCanAccessPeer(self.index, other.index))
+                    if can:
                         _enable_peer_access(other.index)
+                    self._peers[other.index] = can
             return self._peers[other.index]
 
     def _view(self, native: Native, dtype: np.dtype[Any], count: int, owner: object) -> Any:
@@ -248,53 +251,8 @@ class CupyDevice(Device):
             said = str(error)[: limits.COMPILER_OUTPUT_MAX_CHARS]
             raise CompileError(f"{self} ({self.name}) cannot compile kernel {name}: {said}") from error
 
-    def _matmul(
-        self, a: Native, b: Native, out: Native, shape_a: Shape, shape_b: Shape, shape: Shape, dtype: np.dtype[Any]
-    ) -> None:
-        self._matmul_transposed(a, b, out, shape_a, shape_b, shape, dtype, (False, False))
-
-    def _matmul_transposed(
-        self,
-        a: Native,
-        b: Native,
-        out: Native,
-        shape_a: Shape,
-        shape_b: Shape,
-        shape: Shape,
-        dtype: np.dtype[Any],
-        transposed: tuple[bool, bool],
-    ) -> None:
-        if len(shape) == 2:
-            with self.activated():
-                left, right = (
-                    _matrices(a.data, shape_a, dtype, transposed[0]),
-                    _matrices(b.data, shape_b, dtype, transposed[1]),
-                )
-                cupy.matmul(left, right, out=_matrices(out.data, shape, dtype, False))
-            return
-        shapes = [tuple(dims) for dims in (shape_a, shape_b, shape)]
-        offsets: list[tuple[int, ...]] = [(0, 0, 0)]
-        if dtype == np.float16:
-            # CuPy would convert the whole batch to float32 and back.
-            offsets = [tuple(at * dtype.itemsize for at in starts) for starts in batch_starts(*shapes)]
-            shapes = [dims[-2:] for dims in shapes]
-        with self.activated():
-            for starts in offsets:
-                left, right, product = (
-                    _matrices(native.data + at, dims, dtype, exchanged)
-                    for native, dims, at, exchanged in zip(
-                        (a, b, out), shapes, starts, (*transposed, False), strict=True
-                    )
-                )
-                cupy.matmul(left, right, out=product)
-
-
-def _matrices(pointer: Any, shape: Shape, dtype: np.dtype[Any], exchanged: bool) -> Any:
-    """Return an array of ``shape`` at ``pointer``, where the last two axes may be exchanged."""
-    if not exchanged:
-        return cupy.ndarray(tuple(shape), dtype=dtype, memptr=pointer)
-    *batch, rows, columns = shape
-    return cupy.ndarray((*batch, columns, rows), dtype=dtype, memptr=pointer).swapaxes(-1, -2)
+    def _multiplier(self, product: Product) -> Callable[[Native, Native, Native], None]:
+        return multiplier(product, self.activated)
 
 
 class _Activated:

@@ -53,6 +53,11 @@ class DeviceCapabilities:
         nothing is compiled.
     memory_is_host
         Whether a block's ``native`` is a NumPy array.
+    host_cores
+        With how many of the host's processor cores it computes, as the CPU device does: devices that together have
+        more than there are slow each other down.
+    keeps_nothing
+        Whether it stands for memory alone: what is computed there, or read from it, means nothing.
     unified
         Whether its memory is the host's, so that copies cross no bus.
     local_size_max
@@ -66,6 +71,8 @@ class DeviceCapabilities:
     matmul_transposes: bool = False
     language: Literal["", "cuda", "opencl"] = ""
     memory_is_host: bool = False
+    host_cores: int = 0
+    keeps_nothing: bool = False
     unified: bool = False
     local_size_max: int = 0
     allocation_max_bytes: int = 2**63 - 1
@@ -319,11 +326,15 @@ class Device(ABC):
         key = (source, name, tuple(options))
         with self._compile_lock:
             kernel = self._kernels.get(key)
-            if kernel is None:
-                kernel = self._kernels[key] = self._compile(*key)
-                while len(self._kernels) > limits.COMPILED_KERNELS_MAX_COUNT:
-                    self._kernels.popitem(last=False)
-            self._kernels.move_to_end(key)
+            if kernel is not None:
+                self._kernels.move_to_end(key)
+                return kernel
+        # Others go on meanwhile. Of two threads that compile the same, one does so for nothing.
+        compiled = self._compile(*key)
+        with self._compile_lock:
+            kernel = self._kernels.setdefault(key, compiled)
+            while len(self._kernels) > limits.COMPILED_KERNELS_MAX_COUNT:
+                self._kernels.popitem(last=False)
         return kernel
 
     def matmul(
@@ -350,14 +361,14 @@ class Device(ABC):
         Raises
         ------
         UsageError
-            If the shapes do not fit each other, the dtype, or the blocks.
+            If the shapes do not fit each other, the dtype, or the blocks, or this device takes no such factors.
         """
         if out is a or out is b:
             raise UsageError("out is one of the factors; give it a block of its own")
-        product = self._product(shape_a, shape_b, dtype)
+        product = self._product(shape_a, shape_b, dtype, transposed)
         ranges = zip((a, b, out), product.nbytes, strict=True)
         natives = [self._range(memory, 0, nbytes) for memory, nbytes in ranges]
-        self._bound_product(product, transposed)(natives[0], natives[1], natives[2])
+        self._bound_product(product)(natives[0], natives[1], natives[2])
 
     def bound_matmul(
         self, shape_a: Shape, shape_b: Shape, dtype: npt.DTypeLike, *, transposed: tuple[bool, bool] = (False, False)
@@ -366,23 +377,22 @@ class Device(ABC):
 
         It takes blocks as the backend's library knows them (``memory.native``), unchecked.
         """
-        return self._bound_product(self._product(shape_a, shape_b, dtype), transposed)
+        return self._bound_product(self._product(shape_a, shape_b, dtype, transposed))
 
-    def _product(self, shape_a: Shape, shape_b: Shape, dtype: npt.DTypeLike) -> Product:
-        known = self.capabilities.matmul_dtypes
-        return checked_product(str(self), known, tuple(shape_a), tuple(shape_b), np.dtype(dtype))
+    def _product(self, shape_a: Shape, shape_b: Shape, dtype: npt.DTypeLike, transposed: tuple[bool, bool]) -> Product:
+        can = self.capabilities
+        if any(transposed) and not can.matmul_transposes:
+            raise UsageError(f"{self} multiplies no matrices that lie transposed; copy them to their own order first")
+        return checked_product(
+            str(self), can.matmul_dtypes, tuple(shape_a), tuple(shape_b), np.dtype(dtype), transposed
+        )
 
-    def _bound_product(
-        self, product: Product, transposed: tuple[bool, bool]
-    ) -> Callable[[Native, Native, Native], None]:
+    def _bound_product(self, product: Product) -> Callable[[Native, Native, Native], None]:
         if product.is_empty:
             return lambda a, b, out: None
         if product.is_zero:
             return lambda a, b, out: self._clear(out, product.nbytes[2])
-        shapes = product.shape_a, product.shape_b, product.shape
-        if any(transposed):
-            return lambda a, b, out: self._matmul_transposed(a, b, out, *shapes, product.dtype, transposed)
-        return lambda a, b, out: self._matmul(a, b, out, *shapes, product.dtype)
+        return self._multiplier(product)
 
     def measure(self, work: Callable[[], object]) -> float:
         """Return the seconds that the device takes for what ``work`` queues, by its own clock where it has one.
@@ -437,23 +447,9 @@ class Device(ABC):
     def _compile(self, source: str, name: str, options: tuple[str, ...]) -> CompiledKernel:
         raise DeviceError(f"the backend of {self} says that it compiles {self.capabilities.language}, and does not")
 
-    def _matmul(
-        self, a: Native, b: Native, out: Native, shape_a: Shape, shape_b: Shape, shape: Shape, dtype: np.dtype[Any]
-    ) -> None:
-        raise DeviceError(f"the backend of {self} says that it multiplies {dtype}, and does not")
-
-    def _matmul_transposed(
-        self,
-        a: Native,
-        b: Native,
-        out: Native,
-        shape_a: Shape,
-        shape_b: Shape,
-        shape: Shape,
-        dtype: np.dtype[Any],
-        transposed: tuple[bool, bool],
-    ) -> None:
-        raise UsageError(f"{self} multiplies no matrices that lie transposed; copy them to their own order first")
+    def _multiplier(self, product: Product) -> Callable[[Native, Native, Native], None]:
+        """Return what queues ``out = a @ b``; there is something to multiply, and to sum over."""
+        raise DeviceError(f"the backend of {self} says that it multiplies {product.dtype}, and does not")
 
     def _count(self, change: int) -> None:
         self._changes.append(change)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +13,8 @@ import numpy.typing as npt
 from sparkle_mesh.devices.compiled import CompiledKernel
 from sparkle_mesh.devices.cpu import NUMERIC_DTYPES
 from sparkle_mesh.devices.detect import DeviceInfo
-from sparkle_mesh.devices.device import Backend, Device, DeviceCapabilities, Native, Shape
+from sparkle_mesh.devices.device import Backend, Device, DeviceCapabilities, Native
+from sparkle_mesh.devices.products import Product
 
 
 class NullDevice(Device):
@@ -41,6 +42,7 @@ class NullDevice(Device):
             dtypes=NUMERIC_DTYPES,
             matmul_dtypes=NUMERIC_DTYPES,
             language=language,
+            keeps_nothing=True,
             local_size_max=1024 if language else 0,
         )
         self.counts: Counter[str] = Counter()
@@ -80,10 +82,8 @@ class NullDevice(Device):
         self._note("compile")
         return _NullKernel(self, name)
 
-    def _matmul(
-        self, a: Native, b: Native, out: Native, shape_a: Shape, shape_b: Shape, shape: Shape, dtype: np.dtype[Any]
-    ) -> None:
-        self._note("matmul")
+    def _multiplier(self, product: Product) -> Callable[[Native, Native, Native], None]:
+        return lambda a, b, out: self._note("matmul")
 
     def _note(self, what: str, nbytes: int | None = None) -> None:
         # Reentrant: a finalizer may free in the midst of it.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,8 @@ from sparkle_mesh.devices import opencl_source
 from sparkle_mesh.devices.batches import batch_starts
 from sparkle_mesh.devices.compiled import CompiledKernel
 from sparkle_mesh.devices.detect import DeviceInfo, free_memory_bytes
-from sparkle_mesh.devices.device import Backend, Device, DeviceCapabilities, Native, Shape
+from sparkle_mesh.devices.device import Backend, Device, DeviceCapabilities, Native
+from sparkle_mesh.devices.products import Product
 from sparkle_mesh.errors import CompileError, DeviceError, UsageError
 
 # Of PCI, which OpenCL's vendor_id is for GPUs. Whose GPUs another backend serves, by the kind of that.
@@ -67,7 +68,6 @@ class OpenClDevice(Device):
     """One OpenCL device; its blocks are ``pyopencl.Buffer``."""
 
     def __init__(self, index: int, device: Any) -> None:
-        self._is_processor = bool(device.type & cl.device_type.CPU)
         self._opencl = device
         with _translated(f"opencl:{index}"):
             self._context = cl.Context([device])
@@ -80,7 +80,7 @@ class OpenClDevice(Device):
     def free_memory_bytes(self) -> int:
         """Return an estimate: OpenCL tells what there is, not what others use."""
         left = max(self.info.memory_bytes - self.allocated_bytes, 0)
-        return min(left, free_memory_bytes()) if self._is_processor else left
+        return min(left, free_memory_bytes()) if self.capabilities.host_cores else left
 
     def synchronize(self) -> None:
         """Wait until all that was asked of the device is done."""
@@ -141,15 +141,19 @@ class OpenClDevice(Device):
             said = str(error)[: limits.COMPILER_OUTPUT_MAX_CHARS]
             raise CompileError(f"{self} ({self.name}) cannot compile kernel {name}: {said}") from error
 
-    def _matmul(
-        self, a: Native, b: Native, out: Native, shape_a: Shape, shape_b: Shape, shape: Shape, dtype: np.dtype[Any]
-    ) -> None:
-        kernel = self.compile(*opencl_source.matmul(dtype.name))
-        assert isinstance(kernel, _OpenClKernel)
-        rows, depth, columns = (np.uint64(size) for size in (*shape_a[-2:], shape_b[-1]))
-        size = opencl_source.matmul_size(dtype.name, int(rows), int(columns))
-        for starts in batch_starts(shape_a, shape_b, shape):
-            kernel.run(size, None, [a, b, out, rows, columns, depth, *map(np.uint64, starts)])
+    def _multiplier(self, product: Product) -> Callable[[Native, Native, Native], None]:
+        kernel = self.compile(*opencl_source.matmul(product.dtype.name))
+        shape_a, shape_b = product.shape_a, product.shape_b
+        rows, depth, columns = shape_a[-2], shape_a[-1], shape_b[-1]
+        run = kernel.bound(opencl_source.matmul_size(product.dtype.name, rows, columns), None)
+        sizes = [np.uint64(size) for size in (rows, columns, depth)]
+        starts = [list(map(np.uint64, ats)) for ats in batch_starts(shape_a, shape_b, product.shape)]
+
+        def multiply(a: Native, b: Native, out: Native) -> None:
+            for ats in starts:
+                run([a, b, out, *sizes, *ats])
+
+        return multiply
 
 
 class _OpenClKernel(CompiledKernel):
@@ -161,10 +165,6 @@ class _OpenClKernel(CompiledKernel):
         self._lock = threading.Lock()
 
     def _launch(self, global_size: tuple[int, ...], local_size: tuple[int, ...] | None, arguments: list[Any]) -> None:
-        self.run(global_size, local_size, arguments)
-
-    def run(self, global_size: tuple[int, ...], local_size: tuple[int, ...] | None, arguments: list[Any]) -> None:
-        """Queue it with OpenCL's own buffers."""
         if len(arguments) != self._kernel.num_args:
             raise UsageError(f"kernel {self.name} takes {self._kernel.num_args} arguments, not {len(arguments)}")
         with self._lock, _translated(f"kernel {self.name} on {self.device}"):
@@ -225,6 +225,7 @@ def _capabilities(device: Any) -> DeviceCapabilities:
         dtypes=frozenset({"bool", *opencl_source.INTEGERS, *floats}),
         matmul_dtypes=frozenset({*opencl_source.INTEGERS, *floats}),
         language="opencl",
+        host_cores=device.max_compute_units if device.type & cl.device_type.CPU else 0,
         unified=bool(device.host_unified_memory),
         local_size_max=device.max_work_group_size,
         allocation_max_bytes=device.max_mem_alloc_size,

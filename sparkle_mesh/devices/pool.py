@@ -92,8 +92,18 @@ class MemoryPool:
             return self._device.allocate(size)
         except OutOfMemoryError:
             if not self._reclaim(size):
-                raise
-        return self._device.allocate(size)
+                return self._exactly(nbytes, size)
+        try:
+            return self._device.allocate(size)
+        except OutOfMemoryError:
+            return self._exactly(nbytes, size)
+
+    def _exactly(self, nbytes: int, size: int) -> Memory:
+        """Return a block of just ``nbytes``: the rest of one of ``size`` may be what the device lacks."""
+        exact = whole_bytes(nbytes)
+        if exact == size:
+            raise self.out_of_memory(size)
+        return self._device.allocate(exact)
 
     def free(self, memory: Memory) -> None:
         """Take a block back. Nobody may use it after that."""

@@ -21,6 +21,8 @@ class Product:
     ----------
     shape_a, shape_b, shape
         Of the factors and the result, with as few dimensions as it takes.
+    transposed
+        Whether a, and b, lie in memory with their last two axes exchanged.
     nbytes
         Of the factors and the result.
     """
@@ -29,6 +31,7 @@ class Product:
     shape_b: tuple[int, ...]
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    transposed: tuple[bool, bool]
     nbytes: tuple[int, int, int]
 
     @property
@@ -44,7 +47,12 @@ class Product:
 
 @lru_cache(limits.CHECKED_PRODUCTS_MAX_COUNT)
 def checked_product(
-    device: str, dtypes: frozenset[str], shape_a: tuple[int, ...], shape_b: tuple[int, ...], dtype: np.dtype[Any]
+    device: str,
+    dtypes: frozenset[str],
+    shape_a: tuple[int, ...],
+    shape_b: tuple[int, ...],
+    dtype: np.dtype[Any],
+    transposed: tuple[bool, bool] = (False, False),
 ) -> Product:
     """Return the product of ``(..., m, k)`` and ``(..., k, n)``, as :func:`numpy.matmul` defines it.
 
@@ -58,6 +66,8 @@ def checked_product(
     UsageError
         If the shapes do not fit each other, or the dtype.
     """
+    if not dtype.isnative:
+        raise UsageError(f"dtype {dtype} is in the other byte order; convert first: array.astype({dtype.name!r})")
     if dtype.name not in dtypes:
         known = ", ".join(sorted(dtypes)) or "none"
         raise UsageError(f"{device} multiplies no matrices of {dtype}; those that it does: {known}")
@@ -70,8 +80,9 @@ def checked_product(
         raise UsageError(f"shapes {rows} and {columns} do not multiply: {error}") from error
     shape = (*batch, rows[-2], columns[-1])
     nbytes = prod(rows) * dtype.itemsize, prod(columns) * dtype.itemsize, prod(shape) * dtype.itemsize
-    if len(shape) > 2 and prod(columns[:-2]) == 1:
-        # One right factor for all: one product of two dimensions, which libraries do best.
+    if len(shape) > 2 and prod(columns[:-2]) == 1 and not transposed[0]:
+        # One right factor for all: one product of two dimensions, which libraries do best. The rows of left factors
+        # that lie transposed do not follow each other.
         rows, columns = (prod(rows[:-1]), rows[-1]), columns[-2:]
         shape = (rows[0], columns[1])
-    return Product(rows, columns, shape, dtype, nbytes)
+    return Product(rows, columns, shape, dtype, transposed, nbytes)

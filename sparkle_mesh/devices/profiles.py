@@ -21,7 +21,7 @@ from sparkle_mesh.devices import transfers
 from sparkle_mesh.devices.detect import DeviceInfo, GflopsByDtype
 from sparkle_mesh.devices.device import Device, Memory
 from sparkle_mesh.errors import OutOfMemoryError, ProtocolError, VersionError
-from sparkle_mesh.files import make_private_folder, read_bounded, write_private
+from sparkle_mesh.files import make_private_folder, read_bounded, set_aside, write_private
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class ProfileStore:
             if content.version != VERSION or content.profile.hardware != hardware:
                 raise VersionError(f"it is of version {content.version} or of other hardware")
         except ProtocolError as error:
-            set_aside(path, error)
+            set_aside(path, str(error))
             return None
         return content.profile
 
@@ -132,16 +132,6 @@ class ProfileStore:
     def path(self, hardware: str) -> Path:
         """Return the file for a hardware."""
         return self._folder / f"{sha256(hardware.encode()).hexdigest()[:32]}{SUFFIX}"
-
-
-def set_aside(path: Path, error: ProtocolError) -> None:
-    """Move a file that cannot be used out of the way."""
-    aside = path.with_suffix(".damaged")
-    logger.warning("%s is damaged (%s); moved to %s", path, error, aside.name)
-    try:
-        path.replace(aside)
-    except OSError as problem:
-        logger.warning("%s cannot be moved: %s; going on without", path, problem)
 
 
 def hardware_id(device: Device) -> str:

@@ -140,11 +140,3 @@ def _make_opencl(served_kinds: Iterable[str]) -> Backend:
     from sparkle_mesh.devices.opencl_device import OpenClBackend
 
     return OpenClBackend(served_kinds=tuple(served_kinds))
-
-
-_default = Registry()
-
-
-def default_registry() -> Registry:
-    """Return the registry of this process."""
-    return _default

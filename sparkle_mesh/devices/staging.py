@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import queue
 from collections import deque
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -106,40 +106,48 @@ class Staging:
         step = limits.STAGING_BLOCK_BYTES
 
         def work(pieces: range) -> None:
-            with self._bus.activated():
+            with self._bus.activated(), ExitStack() as stack:
                 places = self._take_places(2 if len(pieces) > 1 else 1)
+                stack.callback(self._put_back, places)
+                places[:] = [self._bus.pin(limits.STAGING_BLOCK_BYTES) if place is None else place for place in places]
                 blocks = deque(place for place in places if place is not None)
                 under_way: deque[tuple[slice, Bytes, Fence]] = deque()
-                try:
-                    for index in pieces:
-                        piece = slice(index * step, min((index + 1) * step, nbytes))
-                        if not blocks and not under_way:
-                            direct(piece).synchronize()
-                            continue
-                        if not blocks:
-                            blocks.append(_finished(under_way, finish))
-                        block = blocks.popleft()
-                        under_way.append((piece, block, start(piece, block)))
-                    while under_way:
-                        _finished(under_way, finish)
-                finally:
-                    # After an error: nobody may reuse a block that the bus still reads.
-                    for _, _, fence in under_way:
-                        fence.synchronize()
-                    for place in places:
-                        self._places.put(place)
+                # After an error: nobody may reuse a block that the bus still reads.
+                stack.callback(_wait_for, under_way)
+                for index in pieces:
+                    piece = slice(index * step, min((index + 1) * step, nbytes))
+                    if not blocks and not under_way:
+                        direct(piece).synchronize()
+                        continue
+                    if not blocks:
+                        blocks.append(_finished(under_way, finish))
+                    block = blocks.popleft()
+                    under_way.append((piece, block, start(piece, block)))
+                while under_way:
+                    _finished(under_way, finish)
 
         in_threads(-(-nbytes // step), work, workers=limits.STAGING_THREADS_MAX_COUNT)
 
     def _take_places(self, count: int) -> list[Bytes | None]:
-        """Return one place, waiting for it, and more if they are free; with blocks if there is pinned memory."""
+        """Return one place, waiting for it, and more if they are free."""
         places = [self._places.get()]
         while len(places) < count and not self._places.empty():
             try:
                 places.append(self._places.get_nowait())
             except queue.Empty:
                 break
-        return [self._bus.pin(limits.STAGING_BLOCK_BYTES) if place is None else place for place in places]
+        return places
+
+    def _put_back(self, places: Sequence[Bytes | None]) -> None:
+        for place in places:
+            self._places.put(place)
+
+
+def _wait_for(under_way: deque[tuple[slice, Bytes, Fence]]) -> None:
+    """Wait for all pieces, whether or not waiting for one fails."""
+    with ExitStack() as stack:
+        for _, _, fence in under_way:
+            stack.callback(fence.synchronize)
 
 
 def _finished(under_way: deque[tuple[slice, Bytes, Fence]], finish: Callable[[slice, Bytes], None]) -> Bytes:

@@ -20,7 +20,7 @@ from sparkle_mesh import limits, wire
 from sparkle_mesh.clock import Clock, Entropy
 from sparkle_mesh.errors import ProtocolError, VersionError
 from sparkle_mesh.fabric.interface import PeerId
-from sparkle_mesh.files import make_private_folder, read_bounded, write_private
+from sparkle_mesh.files import make_private_folder, read_bounded, set_aside, write_private
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class PeerCache:
             if content.version != VERSION or content.mesh_tag != self._mesh_tag:
                 raise VersionError(f"it is of version {content.version} or of another mesh")
         except ProtocolError as error:
-            self._set_aside(error)
+            set_aside(self.path, str(error))
             return ()
         now = self._clock.wall_time()
         # What is dated in the future was written under a wrong clock.
@@ -93,14 +93,6 @@ class PeerCache:
             self._prune()
         except OSError as error:
             logger.warning("peers cannot be cached in %s: %s; going on without", self.path, error)
-
-    def _set_aside(self, error: ProtocolError) -> None:
-        aside = self.path.with_suffix(".damaged")
-        logger.warning("cached peers in %s are damaged (%s); moved to %s", self.path, error, aside.name)
-        try:
-            self.path.replace(aside)
-        except OSError as problem:
-            logger.warning("%s cannot be moved: %s; going on without", self.path, problem)
 
     def _prune(self) -> None:
         """Keep the files of the meshes used last."""

@@ -10,6 +10,7 @@ operation, as NumPy has it, and bool as a byte of 0 or 1. In memory float16 is `
 from __future__ import annotations
 
 import hashlib
+import re
 import struct
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -131,6 +132,10 @@ typedef double f64;
 WORDS = {1: "u8", 2: "word2", 4: "word4", 8: "word8", 16: "word16"}
 
 
+# Not digits of constants, as 0x3f64u.
+_IS_DOUBLE = re.compile(r"\bf64\b|F64")
+
+
 @dataclass(frozen=True, slots=True)
 class KernelSource:
     """A kernel, ready to be compiled.
@@ -174,7 +179,7 @@ class Code:
         index = f"typedef {'i64' if wide else 'i32'} ix;\n"
         text = index + "\n".join([*self._functions.values(), body])
         head = _CUDA if self.language == "cuda" else _OPENCL
-        if self.language == "opencl" and ("f64" in text or "F64" in text):
+        if self.language == "opencl" and _IS_DOUBLE.search(text):
             head += _OPENCL_DOUBLE
         if "_half(" in text:
             head += _CUDA_HALF if self.language == "cuda" else _OPENCL_HALF

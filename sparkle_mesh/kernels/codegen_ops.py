@@ -137,13 +137,13 @@ def _comparison(sign: str, a: str, b: str, left: str, right: str) -> str:
 _TESTS: dict[str, Callable[[str, str], str]] = {
     "logical_not": lambda x, dtype: f"{x} == 0",
     "isnan": lambda x, dtype: f"{x} != {x}",
-    "isinf": lambda x, dtype: f"{_magnitude(x, dtype)} == {_infinity(dtype)}" if dtype in FLOATS else "0",
-    "isfinite": lambda x, dtype: f"{_magnitude(x, dtype)} < {_infinity(dtype)}" if dtype in FLOATS else "1",
+    "isinf": lambda x, dtype: f"{_magnitude(x)} == {_infinity(dtype)}" if dtype in FLOATS else "0",
+    "isfinite": lambda x, dtype: f"{_magnitude(x)} < {_infinity(dtype)}" if dtype in FLOATS else "1",
     "signbit": lambda x, dtype: f"BITS_OF_F64({x}) >> 63" if dtype == "float64" else f"BITS_OF_F32({x}) >> 31",
 }
 
 
-def _magnitude(x: str, dtype: str) -> str:
+def _magnitude(x: str) -> str:
     return f"({x} < 0 ? -{x} : {x})"
 
 

@@ -88,6 +88,7 @@ class PreparedProgram:
         self._given = frozenset(range(program.input_count)) | frozenset(program.outputs)
         # Blocks of our own, where they are first needed.
         self._written = tuple(sorted(blocks_written(step) - self._given) for step in program.steps)
+        self._has_integer_powers = any(map(_has_integer_powers, program.steps))
         self._dtypes = tuple(np.dtype(tensor.dtype) for tensor in program.blocks)
 
     def run(self, blocks: Sequence[Array | None], should_stop: Callable[[], object] | None = None) -> None:
@@ -116,7 +117,7 @@ class PreparedProgram:
             with silently():
                 self._run_steps(own, memory, place)
         except ValueError as error:
-            if isinstance(error, KernelError):
+            if isinstance(error, KernelError) or not self._has_integer_powers:
                 raise
             raise KernelError(f"this kernel cannot be computed for these values: {error}") from error
         finally:
@@ -146,6 +147,13 @@ class PreparedProgram:
                 raise KernelError(f"block {number} must be {tensor.size} {tensor.dtype}s in a row, not {found}")
             if number >= self.program.input_count and not block.flags.writeable:
                 raise KernelError(f"block {number} is an output, and may not be written to")
+
+
+def _has_integer_powers(step: Step) -> bool:
+    """Whether a step raises integers to powers, which NumPy refuses where these are negative."""
+    if not isinstance(step, (ElementwiseStep, ReduceStep)):
+        return False
+    return any(one.op == "power" and np.dtype(one.dtype).kind in "iu" for one in step.body.instructions)
 
 
 def _prepare(step: Step, program: Program, threads: int) -> PreparedStep:

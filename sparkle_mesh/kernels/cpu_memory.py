@@ -8,6 +8,7 @@ from collections import defaultdict
 import numpy as np
 
 from sparkle_mesh import limits
+from sparkle_mesh.errors import OutOfMemoryError
 from sparkle_mesh.kernels.cpu_tiles import Array
 
 _LINE_BYTES = 64
@@ -37,7 +38,14 @@ class BlockPool:
             if kept:
                 self.kept_bytes -= capacity
                 return kept.pop()
-        return aligned(capacity)
+        try:
+            return aligned(capacity)
+        except MemoryError as error:
+            self.clear()
+            raise OutOfMemoryError(
+                f"this machine has no {capacity} bytes for what a kernel computes on the way; use smaller arrays, or"
+                " release some"
+            ) from error
 
     def give_back(self, memory: Array) -> None:
         """Take back what :meth:`take` returned; nobody uses it any more."""

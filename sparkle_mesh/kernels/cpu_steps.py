@@ -96,7 +96,8 @@ class PreparedWrite:
 
     def __init__(self, step: WriteStep, result_size: int, threads: int) -> None:
         self._copies = [_copy(source, target, step.dtype, threads) for source, target in step.parts]
-        if step.fill:
+        covered = sum(prod(target.shape) for _, target in step.parts)
+        if step.fill and covered < result_size:
             zero = Instruction("constant", (), step.dtype, value=np.zeros((), step.dtype).item())
             body = Body((result_size,), (), (), (zero,))
             self._copies.insert(0, PreparedElementwise(body, [(0, Access(step.result, step.dtype, 0, (1,)))], threads))

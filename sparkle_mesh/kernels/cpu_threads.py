@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from weakref import WeakSet
@@ -95,21 +95,14 @@ class WorkerThreads:
         futures = [future for _ in range(helpers) if (future := self._submit(work, portions)) is not None]
         try:
             _work_quietly(work, portions)
-            # Those that have not begun have nothing left to do.
-            running = [future for future in futures if not future.cancel()]
-            wait(running)
-        except BaseException as error:
-            # Of this thread: an interruption of the wait, say.
-            portions.stop()
-            running = [future for future in futures if not future.cancel()]
-            wait(running)
-            failures = [failure for future in running if (failure := future.exception()) is not None]
-            causes = [failure for failure in failures if not isinstance(failure, KernelStoppedError)]
-            if isinstance(error, KernelStoppedError) and causes:
-                raise causes[0] from None
+        except KernelStoppedError:
+            # Another thread's failure, if there is one, is why.
+            _wait_for_all(portions, futures)
+            _raise_failure(futures)
             raise
-        for future in running:
-            future.result()
+        finally:
+            _wait_for_all(portions, futures)
+        _raise_failure(futures)
 
     def _submit(self, work: Callable[[Portions], None], portions: Portions) -> Future[None] | None:
         try:
@@ -133,14 +126,41 @@ class WorkerThreads:
         self._lock, self._pool = threading.Lock(), None
 
 
+def _wait_for_all(portions: Portions, futures: Sequence[Future[None]]) -> None:
+    """Return when no thread works any more, however often this thread is interrupted; raises the last interruption."""
+    interruption: BaseException | None = None
+    # Those that have not begun have nothing left to do.
+    running = [future for future in futures if not future.cancel()]
+    while True:
+        try:
+            wait(running)
+            break
+        except KeyboardInterrupt as error:
+            portions.stop()
+            interruption = error
+    if interruption is not None:
+        raise interruption
+
+
+def _raise_failure(futures: Sequence[Future[None]]) -> None:
+    """Raise what a thread failed with, if one did for another reason than that the task was given up."""
+    ended = [future for future in futures if not future.cancelled()]
+    failures = [failure for future in ended if (failure := future.exception()) is not None]
+    causes = [failure for failure in failures if not isinstance(failure, KernelStoppedError)]
+    if failures:
+        raise [*causes, *failures][0]
+
+
 def _work_quietly(work: Callable[[Portions], None], portions: Portions) -> None:
     """Run ``work``; if it fails, all others end as well."""
+    finished = False
     try:
         with silently():
             work(portions)
-    except BaseException:
-        portions.stop()
-        raise
+        finished = True
+    finally:
+        if not finished:
+            portions.stop()
 
 
 def silently() -> AbstractContextManager[object]:

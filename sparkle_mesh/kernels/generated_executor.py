@@ -15,7 +15,7 @@ import numpy as np
 
 from sparkle_mesh import limits
 from sparkle_mesh.devices.device import Device, Memory
-from sparkle_mesh.errors import KernelError
+from sparkle_mesh.errors import KernelError, KernelStoppedError
 from sparkle_mesh.kernels import codegen, codegen_elementwise, codegen_matmul, codegen_reduce
 from sparkle_mesh.kernels.codegen import KernelSource, Language
 from sparkle_mesh.kernels.codegen_access import blocks_of
@@ -127,7 +127,7 @@ class PreparedProgram:
         self._sizes = tuple(sizes)
         self._stages = tuple(stages)
 
-    def run(self, blocks: Sequence[Memory | None]) -> list[Memory]:
+    def run(self, blocks: Sequence[Memory | None], should_stop: Callable[[], object] | None = None) -> list[Memory]:
         """Queue the program, and return the blocks of its outputs; safe to call from any thread.
 
         Parameters
@@ -136,19 +136,26 @@ class PreparedProgram:
             For each of the program's blocks one of the device's memory, as large or larger, or None. The inputs are
             given. Blocks that are None come from the device's pool; those that are no outputs go back there. The
             outputs are the caller's, who frees them (``device.pool.free``).
+        should_stop
+            Asked before each step is queued; no more are once it returns something true.
 
         Raises
         ------
         KernelError
             If these are not such blocks.
+        KernelStoppedError
+            If the run was given up. What the outputs hold is undefined.
         OutOfMemoryError
             If the device has too little memory; what was taken is given back.
         """
         memories = self._checked(blocks)
         pool = self.device.pool
         owned: dict[int, Memory] = {}
+        finished = False
         try:
             for stage in self._stages:
+                if should_stop is not None and should_stop():
+                    raise KernelStoppedError("this kernel was stopped before its end; its outputs are not to be used")
                 for block in stage.writes:
                     if memories[block] is None:
                         memories[block] = owned[block] = pool.allocate(self._sizes[block])
@@ -157,10 +164,11 @@ class PreparedProgram:
                 for block in stage.frees:
                     if block in owned:
                         pool.free(owned.pop(block))
-        except BaseException:
-            for memory in owned.values():
-                pool.free(memory)
-            raise
+            finished = True
+        finally:
+            if not finished:
+                for memory in owned.values():
+                    pool.free(memory)
         return [_present(memories[output]) for output in self.program.outputs]
 
     def _checked(self, blocks: Sequence[Memory | None]) -> list[Memory | None]:
@@ -279,10 +287,10 @@ class _Preparation:
             return []
         can = self._device.capabilities
         if step.dtype in can.matmul_dtypes:
-            if can.language == "cuda" and can.matmul_transposes:
+            if can.matmul_transposes:
                 return [self._product(step)]
-            if can.unified:
-                # Processors: their caches do what local memory does elsewhere, and barriers are dear.
+            if can.host_cores:
+                # Their caches do what local memory does elsewhere, and barriers are dear.
                 return self._untransposed(step)
         kernel = codegen_matmul.matmul(self._language, step, self._threads)
         numbers = _numbers(kernel.arguments, kernel.is_wide)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sparkle_mesh import limits
+from sparkle_mesh.devices.detect import usable_logical_cores
 from sparkle_mesh.devices.device import Device
 from sparkle_mesh.kernels.estimate import Corrections, Estimate, Speed, estimate
 from sparkle_mesh.kernels.fusion import fused
@@ -86,10 +87,20 @@ class Placement:
         What a device was measured to do.
     corrections
         What kernels took.
+    host_threads
+        How many threads the CPU's device has, which may be fewer than there are cores.
     """
 
-    def __init__(self, devices: Sequence[Device], speed: Callable[[Device], Speed], corrections: Corrections) -> None:
+    def __init__(
+        self,
+        devices: Sequence[Device],
+        speed: Callable[[Device], Speed],
+        corrections: Corrections,
+        *,
+        host_threads: int,
+    ) -> None:
         self._devices, self._speed, self._corrections = devices, speed, corrections
+        self._host_threads = host_threads
 
     def choices(self, graph: Graph, gathering: Gathering, sharing: Sequence[Device] = ()) -> list[Choice]:
         """Return the ways to run ``graph``, that which is expected to be the fastest first.
@@ -103,12 +114,31 @@ class Placement:
         found = [self._whole(graph, device, gathering.all_s(device)) for device in usable]
         best_s = min((choice.seconds for choice in found), default=0.0)
         if len(usable) > 1 and (sharing or best_s >= limits.SHARED_WORK_MIN_S):
-            shared = self._shared(graph, usable, gathering, is_told=bool(sharing))
+            together = usable if sharing else self._without_rivals(found)
+            shared = self._shared(graph, together, gathering, is_told=bool(sharing))
             if shared is not None:
                 found.append(shared)
         if sharing:
             return sorted(found, key=lambda choice: (not choice.parts, choice.seconds))
         return sorted(found, key=lambda choice: _order(choice, best_s))
+
+    def _cores(self, device: Device) -> int:
+        """Return how many of the host's cores a device computes with."""
+        cores = device.capabilities.host_cores
+        return min(cores, self._host_threads) if device.capabilities.memory_is_host else cores
+
+    def _crowding(self, devices: Sequence[Device]) -> float:
+        """Return how many times there are as many users of the host's cores as cores; 1 at least."""
+        return max(1.0, sum(map(self._cores, devices)) / max(usable_logical_cores(), 1))
+
+    def _without_rivals(self, found: Sequence[Choice]) -> list[Device]:
+        """Return the devices that do not take each other's cores, the fastest ones of those that do."""
+        taken: list[Device] = []
+        for choice in sorted(found, key=lambda choice: choice.seconds):
+            (device,) = choice.devices
+            if not self._cores(device) or self._crowding([*taken, device]) == 1:
+                taken.append(device)
+        return [device for device in self._devices if device in taken]
 
     @staticmethod
     def _computes(device: Device, graph: Graph) -> bool:
@@ -131,6 +161,11 @@ class Placement:
         if found is None:
             return None
         lines = [self._line(found, device, gathering) for device in devices]
+        crowding = self._crowding(devices)
+        lines = [
+            (rate / crowding if self._cores(device) else rate, overhead)
+            for device, (rate, overhead) in zip(devices, lines, strict=True)
+        ]
         rates, overheads = [rate for rate, _ in lines], [0.0 if is_told else overhead for _, overhead in lines]
         counts = first_parts(found.length, rates, overheads, grain_of(found.length))
         parts = tuple(

@@ -60,7 +60,7 @@ class _Generated:
         for block, data in zip((*range(len(inputs)), *self._program.outputs), (*inputs, *outputs), strict=True):
             assert isinstance(data, Buffer)
             blocks[block] = data.memory
-        self._prepared.run(blocks)
+        self._prepared.run(blocks, should_stop=should_stop)
 
 
 class _OnHost:
@@ -127,7 +127,7 @@ class Runner:
             return self.device.prepare_program(program)
         if self._generated is not None:
             return _Generated(self._generated.prepare(program), program)
-        if self.device.kind == "null":
+        if self.device.capabilities.keeps_nothing:
             return _Nothing()
         on_cpu = _OnCpu(self._cpu.prepare(program), program)
         return on_cpu if self.takes_arrays else _OnHost(on_cpu)
@@ -135,7 +135,7 @@ class Runner:
     @property
     def takes_arrays(self) -> bool:
         """Whether it computes in the host's memory: NumPy arrays are as good as buffers."""
-        return self.device.kind == "cpu"
+        return self.device.capabilities.memory_is_host and self.device.capabilities.host_cores > 0
 
     def run(self, graph: Graph, inputs: Sequence[Data], outputs: Sequence[Data], should_stop: Stop) -> None:
         """Compute the outputs of ``graph``; the work may be queued only when this returns.

@@ -89,7 +89,8 @@ class Runtime:
         self._turns = {device: Turns() for device in devices}
         self.corrections = Corrections()
         # Devices that hold nothing compute nothing that anybody wants.
-        self.placement = Placement([one for one in devices if one.kind != "null"], speed, self.corrections)
+        useful = [one for one in devices if not one.capabilities.keeps_nothing]
+        self.placement = Placement(useful, speed, self.corrections, host_threads=self.cpu.threads)
         self.recorder = Recorder()
         self._lock = threading.Lock()
         self._run_counts: OrderedDict[tuple[str, int], int] = OrderedDict()

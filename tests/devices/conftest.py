@@ -41,16 +41,18 @@ def cupy_stand_in() -> ModuleType:
     """Return the CuPy backend over a stand-in for CuPy; its ``cupy`` is the stand-in."""
     import sparkle_mesh.devices as package
 
-    before = sys.modules.get("cupy")
     fake = load_file("fake_cupy", Path(__file__).with_name("fake_cupy.py"))
-    sys.modules["cupy"] = fake
-    try:
-        return load_file("cupy_on_stand_in", Path(package.__path__[0]) / "cupy_device.py")
-    finally:
-        if before is None:
-            del sys.modules["cupy"]
-        else:
-            sys.modules["cupy"] = before
+    libraries = ModuleType("cupy_backends.cuda.libs")
+    libraries.cublas = fake.cublas  # type: ignore[attr-defined]
+    folder = Path(package.__path__[0])
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("cupy_backends", "cupy_backends.cuda"):
+            patch.setitem(sys.modules, name, ModuleType(name))
+        patch.setitem(sys.modules, "cupy_backends.cuda.libs", libraries)
+        patch.setitem(sys.modules, "cupy", fake)
+        products = load_file("cupy_products_on_stand_in", folder / "cupy_products.py")
+        patch.setitem(sys.modules, "sparkle_mesh.devices.cupy_products", products)
+        return load_file("cupy_on_stand_in", folder / "cupy_device.py")
 
 
 def load_file(name: str, path: Path) -> ModuleType:

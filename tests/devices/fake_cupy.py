@@ -231,13 +231,71 @@ class Pinned(bytearray):
         state.pinned.add(self.address)
 
     def __del__(self):
-        state.pinned.discard(self.address)
+        state.pinned.discard(getattr(self, "address", None))
+
+
+class PinnedMemory(Pinned):
+    def __init__(self, nbytes):
+        if not state.is_pinnable:
+            raise CUDARuntimeError(2)
+        super().__init__(nbytes)
 
 
 def alloc_pinned_memory(nbytes):
-    if not state.is_pinnable:
-        raise CUDARuntimeError(2)
-    return Pinned(nbytes)
+    """Return what CuPy's own pool would keep."""
+    return PinnedMemory(nbytes)
+
+
+def pinned_pointer(memory, offset):
+    assert offset == 0
+    return memory
+
+
+# --- cuBLAS: matrices lie by columns --------------------------------------------------------------
+
+_KINDS = {(2, 68): np.float16, (0, 68): np.float32, (1, 70): np.float64}
+
+
+def _columns(pointer, kind, rows, columns, leading):
+    """Return the matrix of ``rows`` by ``columns`` at ``pointer``, whose columns are ``leading`` elements apart."""
+    assert leading >= max(rows, 1)
+    size = leading * (columns - 1) + rows
+    itemsize = np.dtype(kind).itemsize
+    flat = np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(ctypes.c_uint8)), (size * itemsize,))
+    return np.lib.stride_tricks.as_strided(flat.view(kind), (rows, columns), (itemsize, leading * itemsize))
+
+
+def _scalar(pointer, kind):
+    held = np.float64 if kind == np.float64 else np.float32
+    number = ctypes.c_double if held == np.float64 else ctypes.c_float
+    return ctypes.cast(pointer, ctypes.POINTER(number)).contents.value
+
+
+def _gemm(handle, op_a, op_b, m, n, k, alpha, a, type_a, lda, b, type_b, ldb, beta, c, type_c, ldc, compute, algorithm):
+    assert (handle, algorithm) == ("handle", -1)
+    assert type_a == type_b == type_c
+    kind = _KINDS[type_a, compute]
+    left = _columns(a, kind, k, m, lda).T if op_a else _columns(a, kind, m, k, lda)
+    right = _columns(b, kind, n, k, ldb).T if op_b else _columns(b, kind, k, n, ldb)
+    assert (_scalar(alpha, kind), _scalar(beta, kind)) == (1, 0)
+    wide = np.float32 if kind == np.float16 else kind
+    with np.errstate(all="ignore"):
+        _columns(c, kind, m, n, ldc)[...] = left.astype(wide) @ right.astype(wide)
+
+
+def _gemm_batched(
+    handle, op_a, op_b, m, n, k, alpha, a, type_a, lda, step_a, b, type_b, ldb, step_b,
+    beta, c, type_c, ldc, step_c, count, compute, algorithm,
+):  # fmt: skip
+    size = np.dtype(_KINDS[type_a, compute]).itemsize
+    for at in range(count):
+        _gemm(
+            *(handle, op_a, op_b, m, n, k, alpha, a + at * step_a * size, type_a, lda),
+            *(b + at * step_b * size, type_b, ldb, beta, c + at * step_c * size, type_c, ldc, compute, algorithm),
+        )
+
+
+cublas = types.SimpleNamespace(gemmEx=_gemm, gemmStridedBatchedEx=_gemm_batched)
 
 
 def _copy(target, source, size, kind, stream):
@@ -309,6 +367,9 @@ runtime = types.SimpleNamespace(
 )
 cuda = types.SimpleNamespace(
     Device=Device,
+    device=types.SimpleNamespace(get_cublas_handle=lambda: "handle"),
+    PinnedMemory=PinnedMemory,
+    PinnedMemoryPointer=pinned_pointer,
     Stream=Stream,
     get_current_stream=lambda: Stream.null,
     Event=Event,

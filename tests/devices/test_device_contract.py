@@ -430,6 +430,20 @@ def test_factors_may_lie_transposed_on_gpus(real_device, batch, transposed, dtyp
     np.testing.assert_array_equal(content(out, expected), expected)
 
 
+@pytest.mark.parametrize("dtype", ["int32", "float16", "float32", "float64"])
+@pytest.mark.parametrize("transposed", [(True, False), (False, True), (True, True)], ids=str)
+def test_one_right_factor_for_left_ones_that_lie_transposed(real_device, transposed, dtype):
+    if not real_device.capabilities.matmul_transposes:
+        pytest.skip(f"{real_device} takes no factors that lie transposed")
+    a, b = np.arange(3 * 20).reshape(3, 4, 5) % 7, np.arange(35).reshape(5, 7) % 5
+    lie = [np.swapaxes(one, -1, -2) if flag else one for one, flag in zip((a, b), transposed, strict=True)]
+    blocks = [block_of(real_device, np.ascontiguousarray(one.astype(dtype))) for one in lie]
+    expected = np.matmul(a, b).astype(dtype)
+    out = real_device.allocate(expected.nbytes)
+    real_device.matmul(*blocks, out, a.shape, b.shape, dtype, transposed=transposed)
+    np.testing.assert_array_equal(content(out, expected), expected)
+
+
 def test_matrices_that_do_not_fit_are_refused(device):
     block, out = device.allocate(16), device.allocate(16)
     for shapes, why in [
@@ -445,6 +459,8 @@ def test_matrices_that_do_not_fit_are_refused(device):
         device.matmul(block, out, out, (1, 1), (1, 1), "float32")
     with pytest.raises(UsageError, match="multiplies no matrices of datetime64"):
         device.matmul(block, block, out, (1, 1), (1, 1), "M8[s]")
+    with pytest.raises(UsageError, match="other byte order"):
+        device.matmul(block, block, out, (1, 1), (1, 1), np.dtype("float32").newbyteorder())
 
 
 def test_work_is_measured(device):
@@ -472,7 +488,7 @@ def test_a_backend_that_promises_too_much_is_told(cpu):
     with pytest.raises(DeviceError, match="says that it compiles opencl, and does not"):
         boaster.compile("", "f")
     with pytest.raises(DeviceError, match="says that it multiplies float32, and does not"):
-        Device._matmul(boaster, None, None, None, (1, 1), (1, 1), (1, 1), np.dtype("float32"))
+        Device._multiplier(boaster, boaster._product((1, 1), (1, 1), "float32", (False, False)))
 
 
 def test_a_block_that_another_thread_freed_in_between_is_told(cpu, monkeypatch):

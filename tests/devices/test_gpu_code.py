@@ -60,6 +60,21 @@ def test_peer_access_that_is_on_is_fine(gpus, state):
     assert gpus[1].reaches(gpus[0])
 
 
+def test_peer_access_that_was_refused_is_asked_for_again(gpus, state, monkeypatch, stand_in):
+    gpus[1]._peers.clear()
+    state.enabled_peers.discard((1, 0))
+
+    def refuse(peer):
+        raise stand_in.cupy.cuda.runtime.CUDARuntimeError(2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stand_in.cupy.cuda.runtime, "deviceEnablePeerAccess", refuse)
+        with pytest.raises(DeviceError, match="cudaError: 2"):
+            gpus[1].reaches(gpus[0])
+    assert gpus[1].reaches(gpus[0])
+    assert (1, 0) in state.enabled_peers
+
+
 def test_gpus_that_do_not_reach_each_other_go_through_the_host(gpus, state):
     state.peers = False
     for gpu in gpus:

@@ -100,6 +100,19 @@ def test_a_full_device_gets_the_kept_blocks_back():
     assert device.counts["allocate"] == 2
 
 
+def test_what_fits_is_not_refused_for_the_sake_of_rounding():
+    device = NullDevice(memory_bytes=64 * KIB)
+    kept = device.pool.allocate(KIB)
+    exact = device.pool.allocate(62 * KIB)
+    assert exact.nbytes == 62 * KIB
+    device.pool.free(exact)
+    assert exact.freed
+    with pytest.raises(OutOfMemoryError):
+        device.pool.allocate(64 * KIB)
+    device.pool.free(kept)
+    assert device.pool.allocate(64 * KIB).nbytes == 64 * KIB
+
+
 class Copies:
     """Holds blocks that it could do without."""
 

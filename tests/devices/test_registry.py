@@ -12,7 +12,7 @@ from sparkle_mesh.devices import registry as registry_module
 from sparkle_mesh.devices.cpu import CpuBackend, CpuDevice
 from sparkle_mesh.devices.device import Backend, Device
 from sparkle_mesh.devices.null import NullBackend, NullDevice
-from sparkle_mesh.devices.registry import ENTRY_POINT_GROUP, Registry, default_registry, is_installed
+from sparkle_mesh.devices.registry import ENTRY_POINT_GROUP, Registry, is_installed
 from sparkle_mesh.errors import DeviceError, UsageError
 
 HERE = __name__
@@ -67,7 +67,6 @@ def importable(monkeypatch):
 def test_the_cpu_is_first_and_always_there():
     found = Registry(entry_points=nothing_else).devices()
     assert isinstance(found[0], CpuDevice)
-    assert default_registry() is default_registry()
 
 
 def test_what_is_not_installed_is_absent(only_builtin, caplog):

@@ -136,6 +136,22 @@ def test_blocks_come_back_after_a_failure(fails_at):
     assert staging._places.qsize() == limits.STAGING_BLOCKS_MAX_COUNT
 
 
+def test_blocks_come_back_when_waiting_fails(monkeypatch):
+    bus = Bus()
+    staging = Staging(bus)
+
+    def fail(fence):
+        with bus.lock:
+            bus.waiting -= 1
+        raise RuntimeError("the copy failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Fence, "synchronize", fail)
+        with pytest.raises(RuntimeError, match="the copy failed"):
+            staging.write(np.zeros(20 * STEP, dtype=np.uint8), random_bytes(20 * STEP), 0)
+    assert staging._places.qsize() == limits.STAGING_BLOCKS_MAX_COUNT
+
+
 def test_closing_gives_the_blocks_back():
     bus = Bus(2 * limits.STAGING_BLOCKS_MAX_COUNT)
     staging = Staging(bus)

@@ -67,7 +67,7 @@ def test_a_damaged_file_is_set_aside_and_told(cache, wall_clock, caplog, content
     cache.path.parent.mkdir()
     cache.path.write_bytes(content)
     assert cache.load() == ()
-    assert "are damaged" in caplog.text
+    assert "is damaged" in caplog.text
     assert cache.path.with_suffix(".damaged").read_bytes() == content
     assert not cache.path.exists()
     cache.save([peer("A", wall_clock.time)])
@@ -79,7 +79,7 @@ def test_a_file_of_another_version_or_mesh_is_set_aside(cache, tag, caplog, chan
     cache.path.parent.mkdir()
     cache.path.write_bytes(wire.encode(CacheFile(**{"version": VERSION, "mesh_tag": tag, "peers": (), **change})))
     assert cache.load() == ()
-    assert "are damaged" in caplog.text
+    assert "is damaged" in caplog.text
 
 
 def test_a_damaged_file_that_cannot_be_moved_is_told(cache, caplog):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +24,8 @@ class SecondCpu(Backend):
     def __init__(self) -> None:
         (self._device,) = CpuBackend().devices()
         self._device.info = msgspec.structs.replace(self._device.info, kind="second")
+        # As if it did not compute with the first one's cores.
+        self._device.capabilities = dataclasses.replace(self._device.capabilities, host_cores=0)
 
     def devices(self) -> tuple[Device, ...]:
         return (self._device,)

@@ -140,6 +140,11 @@ def test_no_product_is_contracted_with_a_sum() -> None:
 def test_doubles_are_asked_for_only_where_they_are_needed() -> None:
     assert all("fp64" not in source for source in sources_of(scaled(3), "opencl"))
     assert all("cl_khr_fp64 : enable" in source for source in sources_of(scaled(3, dtype="float64"), "opencl"))
+    # These are digits of a constant.
+    builder = GraphBuilder([TensorType((3,), "float32")])
+    digits = builder.finish([builder.elementwise("add", 0, WeakScalar(0.890625))])
+    assert any("0x3f640000u" in source for source in sources_of(digits, "opencl"))
+    assert all("fp64" not in source for source in sources_of(digits, "opencl"))
     # float16 needs no extension.
     assert all("cl_khr" not in source for source in sources_of(scaled(3, dtype="float16"), "opencl"))
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 
 from sparkle_mesh.errors import KernelStoppedError
+from sparkle_mesh.kernels import cpu_threads
 from sparkle_mesh.kernels.cpu_threads import Portions, WorkerThreads
 
 
@@ -98,6 +100,46 @@ def test_an_interrupted_caller_leaves_no_one_working(workers: WorkerThreads) -> 
     with pytest.raises(KeyboardInterrupt):
         workers.share(10**6, work)
     assert not working
+
+
+def test_an_interruption_while_it_waits_leaves_no_one_working(
+    workers: WorkerThreads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    working: set[int] = set()
+    caller = threading.get_ident()
+    begun, waited = threading.Event(), threading.Event()
+
+    def work(portions: Portions) -> None:
+        if threading.get_ident() == caller:
+            begun.wait(10)
+            return
+        working.add(threading.get_ident())
+        for _ in portions:
+            begun.set()
+            waited.wait(10)
+        working.discard(threading.get_ident())
+
+    really_wait = cpu_threads.wait
+    interruptions = [KeyboardInterrupt("first"), KeyboardInterrupt("second")]
+
+    def interrupted(futures: Any) -> Any:
+        if interruptions:
+            raise interruptions.pop(0)
+        waited.set()
+        return really_wait(futures)
+
+    monkeypatch.setattr(cpu_threads, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="second"):
+        workers.share(10**6, lambda portions: quietly_stopped(work, portions, working))
+    assert not working
+
+
+def quietly_stopped(work: Callable[[Portions], None], portions: Portions, working: set[int]) -> None:
+    try:
+        work(portions)
+    except KernelStoppedError:
+        working.discard(threading.get_ident())
+        raise
 
 
 def test_a_task_is_given_up_when_its_caller_wants(workers: WorkerThreads) -> None:

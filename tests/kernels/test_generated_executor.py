@@ -17,7 +17,7 @@ from sparkle_mesh import limits
 from sparkle_mesh.devices.device import Device
 from sparkle_mesh.devices.null import NullBackend
 from sparkle_mesh.devices.registry import Registry
-from sparkle_mesh.errors import KernelError
+from sparkle_mesh.errors import KernelError, KernelStoppedError
 from sparkle_mesh.kernels.fusion import fuse
 from sparkle_mesh.kernels.generated_executor import GeneratedExecutor
 from sparkle_mesh.kernels.graph import Graph, GraphBuilder, WeakScalar
@@ -438,6 +438,20 @@ def test_what_was_taken_is_given_back_when_a_step_fails(device: Device) -> None:
     before = device.pool.in_use_bytes
     with pytest.raises(Exception, match="was freed"):
         prepared.run([gone, *[None] * (len(prepared.program.blocks) - 1)])
+    assert device.pool.in_use_bytes == before
+
+
+def test_no_step_is_queued_once_it_is_to_stop(device: Device) -> None:
+    builder = GraphBuilder([TensorType((64, 64), "float32")])
+    y = builder.reduce("sum", builder.elementwise("square", 0), [0])
+    program = fuse(builder.finish([builder.reduce("max", y, [0])]))
+    prepared = executor(device).prepare(program)
+    blocks = [device.pool.allocate(64 * 64 * 4), *[None] * (len(program.blocks) - 1)]
+    before = device.pool.in_use_bytes
+    answers = iter([False, True])
+    with pytest.raises(KernelStoppedError):
+        prepared.run(blocks, should_stop=lambda: next(answers))
+    assert list(answers) == []
     assert device.pool.in_use_bytes == before
 
 

@@ -105,7 +105,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 ONLY_IN: dict[str, tuple[str, ...]] = {
     "libp2p": ("sparkle_mesh.fabric", "sparkle_mesh.transport.libp2p_stream"),
     "torch": (),
-    "cupy": ("sparkle_mesh.devices.cupy_device", "sparkle_mesh.collectives.cupy_arrays"),
+    "cupy": (
+        "sparkle_mesh.devices.cupy_device",
+        "sparkle_mesh.devices.cupy_products",
+        "sparkle_mesh.collectives.cupy_arrays",
+    ),
+    "cupy_backends": ("sparkle_mesh.devices.cupy_products",),
     "pyopencl": ("sparkle_mesh.devices.opencl_device",),
     "jax": (),
     "sklearn": (),

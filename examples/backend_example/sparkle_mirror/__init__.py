@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 
 import numpy as np
 
-from sparkle_mesh.backends import Backend, Device, DeviceCapabilities, DeviceInfo, Prepared, Program
+from sparkle_mesh.backends import Backend, Device, DeviceCapabilities, DeviceInfo, Prepared, Product, Program
 from sparkle_mirror.programs import MirrorProgram
 
 DEVICE_COUNT = 2
@@ -94,23 +94,17 @@ class MirrorDevice(Device):
         target.driver.block(to)[:nbytes] = source.driver.block(native)[:nbytes]
         return True
 
-    def _matmul(
-        self,
-        a: int,
-        b: int,
-        out: int,
-        shape_a: Sequence[int],
-        shape_b: Sequence[int],
-        shape: Sequence[int],
-        dtype: np.dtype,
-    ) -> None:
+    def _multiplier(self, product: Product) -> Callable[[int, int, int], None]:
         # For whoever calls device.matmul; programs have a step of their own for it. A device may do without.
-        arrays = [
-            self.driver.block(number)[: prod(lengths) * dtype.itemsize].view(dtype).reshape(lengths)
-            for number, lengths in ((a, shape_a), (b, shape_b), (out, shape))
-        ]
-        with np.errstate(all="ignore"):
-            np.matmul(arrays[0], arrays[1], out=arrays[2])
+        def array(number: int, shape: Sequence[int]) -> np.ndarray:
+            nbytes = prod(shape) * product.dtype.itemsize
+            return self.driver.block(number)[:nbytes].view(product.dtype).reshape(shape)
+
+        def multiply(a: int, b: int, out: int) -> None:
+            with np.errstate(all="ignore"):
+                np.matmul(array(a, product.shape_a), array(b, product.shape_b), out=array(out, product.shape))
+
+        return multiply
 
 
 class MirrorBackend(Backend):
