@@ -637,6 +637,8 @@ HOST_CHECKED_MIN_BYTES = 64 * MIB
 POOL_KEPT_RATIO = 0.25
 POOL_KEPT_HOST_MAX_BYTES = 1024 * MIB
 # The smallest block that a pool asks for. Between powers of two there are as many sizes as the second says.
+# A device that lacks memory is asked again while others give some back, so often at most.
+POOL_ROOM_TRIES_COUNT = 3
 POOL_BLOCK_MIN_BYTES = 256
 POOL_SIZES_PER_OCTAVE_COUNT = 8
 # Through pinned memory goes what is larger than the first, in blocks of the second, by so many threads with two each.

@@ -83,27 +83,14 @@ class MemoryPool:
                 memory = self._blocks.pop(ages.pop())
                 self._kept_bytes -= size
                 return memory
-        try:
-            return self._device.allocate(size)
-        except OutOfMemoryError:
-            if not self.empty() and not self._reclaim(size):
-                raise
-        try:
-            return self._device.allocate(size)
-        except OutOfMemoryError:
-            if not self._reclaim(size):
-                return self._exactly(nbytes, size)
-        try:
-            return self._device.allocate(size)
-        except OutOfMemoryError:
-            return self._exactly(nbytes, size)
-
-    def _exactly(self, nbytes: int, size: int) -> Memory:
-        """Return a block of just ``nbytes``: the rest of one of ``size`` may be what the device lacks."""
-        exact = whole_bytes(nbytes)
-        if exact == size:
-            raise self.out_of_memory(size)
-        return self._device.allocate(exact)
+        for tries_left in reversed(range(limits.POOL_ROOM_TRIES_COUNT)):
+            try:
+                return self._device.allocate(size)
+            except OutOfMemoryError:
+                if not tries_left or (not self.empty() and not self._reclaim(size)):
+                    break
+        # The rest of a rounded block may be what the device lacks.
+        return self._device.allocate(whole_bytes(nbytes))
 
     def free(self, memory: Memory) -> None:
         """Take a block back. Nobody may use it after that."""

@@ -156,11 +156,14 @@ class Corrections:
             if len(self._ratios) > limits.COST_CORRECTIONS_MAX_COUNT:
                 self._ratios.popitem(last=False)
 
-    def correction(self, device: str, graph_form: int, moved_bytes: int) -> float:
-        """Return what to multiply a roofline by: what was measured at this size, else at the nearest, else 1."""
+    def correction(self, device: str, graph_form: int, moved_bytes: int, *, otherwise: str | None = None) -> float:
+        """Return what to multiply a roofline by: what was measured at this size, else at the nearest, else 1.
+
+        If nothing was measured for ``device``, what was for ``otherwise`` counts.
+        """
         wanted = self._size_class(moved_bytes)
         with self._lock:
-            known = self._ratios.get((device, graph_form))
+            known = self._ratios.get((device, graph_form)) or self._ratios.get((otherwise or device, graph_form))
             if not known:
                 return 1.0
             # One that was held up says nothing.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sparkle_mesh import limits
 from sparkle_mesh.devices.detect import usable_logical_cores
@@ -47,12 +47,15 @@ class Choice:
         Of the whole there; None if it is shared.
     seconds
         What it is expected to take.
+    correction
+        Of shared work: what it takes for each second that the devices' own speeds would make it.
     """
 
     devices: tuple[Device, ...]
     seconds: float
     estimate: Estimate | None = None
     parts: tuple[Part, ...] = ()
+    correction: float = 1.0
 
     @property
     def name(self) -> str:
@@ -70,10 +73,14 @@ class Gathering:
         To have all of them on a device.
     one_s
         To have one of them there, by its number.
+    to_s, from_s
+        To copy so many bytes from the host's memory to a device, and back.
     """
 
     all_s: Callable[[Device], float]
     one_s: Callable[[Device, int], float]
+    to_s: Callable[[Device, int], float]
+    from_s: Callable[[Device, int], float]
 
 
 class Placement:
@@ -144,9 +151,10 @@ class Placement:
     def _computes(device: Device, graph: Graph) -> bool:
         return {node.dtype for node in graph.nodes} <= device.capabilities.dtypes
 
-    def _estimate(self, graph: Graph, device: Device, transfer_s: float) -> Estimate:
+    def _estimate(self, graph: Graph, device: Device, transfer_s: float, *, is_part: bool = False) -> Estimate:
         plain = estimate(fused(graph), self._speed(device), transfer_s=transfer_s)
-        return plain.corrected(self._corrections.correction(str(device), graph.form, plain.moved_bytes))
+        name = part_name(device) if is_part else str(device)
+        return plain.corrected(self._corrections.correction(name, graph.form, plain.moved_bytes, otherwise=str(device)))
 
     def _whole(self, graph: Graph, device: Device, transfer_s: float) -> Choice:
         found = self._estimate(graph, device, transfer_s)
@@ -177,7 +185,14 @@ class Placement:
             return None
         # All begins and ends in the host's memory.
         seconds = gathering.all_s(self._devices[0]) + max(part.overhead_s + part.count / part.rate for part in parts)
-        return Choice(tuple(part.device for part in parts), seconds, None, parts)
+        choice = Choice(tuple(part.device for part in parts), seconds, None, parts)
+        correction = self._corrections.correction(choice.name, graph.form, _host_bytes(graph))
+        return replace(choice, seconds=seconds * correction, correction=correction)
+
+    def learn_shared(self, graph: Graph, choice: Choice, took_s: float) -> None:
+        """Shared work took so long, with all that threads and several devices get in each other's way."""
+        expected_s = choice.seconds / choice.correction
+        self._corrections.measured(choice.name, graph.form, _host_bytes(graph), expected_s, took_s)
 
     def _line(self, found: Split, device: Device, gathering: Gathering) -> tuple[float, float]:
         """Return a device's rate along the axis, and what each range costs beside: through two lengths."""
@@ -190,15 +205,15 @@ class Placement:
         return 1 / per_one, max(seconds[0] - few * per_one, 0.0)
 
     def _part_s(self, found: Split, device: Device, count: int, gathering: Gathering) -> float:
-        graph, speed = found.part(count), self._speed(device)
+        graph = found.part(count)
         # Ranges are read from the host's memory, and go back there.
-        transfer_s = sum(tensor.nbytes for tensor in graph.output_types) / speed.from_device_bytes_per_s
+        transfer_s = sum(gathering.from_s(device, tensor.nbytes) for tensor in graph.output_types)
         for number, (tensor, axis) in enumerate(zip(graph.inputs, found.input_axes, strict=True)):
             if axis is not None:
-                transfer_s += tensor.nbytes / speed.to_device_bytes_per_s
+                transfer_s += gathering.to_s(device, tensor.nbytes)
             else:
                 transfer_s += gathering.one_s(device, number)
-        return self._estimate(graph, device, transfer_s).seconds
+        return self._estimate(graph, device, transfer_s, is_part=True).seconds
 
 
 def _order(choice: Choice, best_s: float) -> float:
@@ -206,6 +221,16 @@ def _order(choice: Choice, best_s: float) -> float:
     if choice.parts and choice.seconds > limits.SHARED_GAIN_MAX_RATIO * best_s:
         return max(choice.seconds, best_s) * (1 + 1e-9)
     return choice.seconds
+
+
+def part_name(device: Device) -> str:
+    """Return under what name it is kept what parts of shared work take on a device: others work beside it."""
+    return f"{device}, sharing"
+
+
+def _host_bytes(graph: Graph) -> int:
+    """Return what is read from the host's memory and written there."""
+    return sum(tensor.nbytes for tensor in (*graph.inputs, *graph.output_types))
 
 
 def grain_of(length: int) -> int:

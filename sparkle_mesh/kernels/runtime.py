@@ -25,11 +25,14 @@ from sparkle_mesh.kernels.events import Event, Recorder
 from sparkle_mesh.kernels.fusion import fused
 from sparkle_mesh.kernels.graph import Graph
 from sparkle_mesh.kernels.ops import OPS
-from sparkle_mesh.kernels.placement import Choice, Gathering, Part, Placement, grain_of
+from sparkle_mesh.kernels.placement import Choice, Gathering, Part, Placement, grain_of, part_name
 from sparkle_mesh.kernels.runners import Data, Runner, Stop
 from sparkle_mesh.kernels.sharing import Share, Sharing
 from sparkle_mesh.kernels.splitting import Split, split
 from sparkle_mesh.kernels.turns import Turns
+
+# Copies by their direction, where programs have their form.
+_TO, _FROM = 0, 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,8 @@ class Runtime:
         self.host = devices[0]
         self._turns = {device: Turns() for device in devices}
         self.corrections = Corrections()
+        # Of copies between a device and ordinary memory, which take more than the bus does.
+        self.transfers = Corrections()
         # Devices that hold nothing compute nothing that anybody wants.
         useful = [one for one in devices if not one.capabilities.keeps_nothing]
         self.placement = Placement(useful, speed, self.corrections, host_threads=self.cpu.threads)
@@ -114,7 +119,7 @@ class Runtime:
         def all_s(device: Device) -> float:
             return sum(one_s(device, number) for number in range(len(operands)))
 
-        found = self.placement.choices(graph, Gathering(all_s, one_s), sharing)
+        found = self.placement.choices(graph, Gathering(all_s, one_s, self._to_s, self._from_s), sharing)
         if not found:
             dtypes = ", ".join(sorted({node.dtype for node in graph.nodes}))
             known = ", ".join(map(str, sharing or self.runners))
@@ -129,8 +134,16 @@ class Runtime:
             if device in where:
                 return 0.0
             if where[0] is not self.host:
-                seconds += nbytes / self._speed(where[0]).from_device_bytes_per_s
-        return seconds + nbytes / self._speed(device).to_device_bytes_per_s
+                seconds += self._from_s(where[0], nbytes)
+        return seconds + self._to_s(device, nbytes)
+
+    def _to_s(self, device: Device, nbytes: int) -> float:
+        plain_s = nbytes / self._speed(device).to_device_bytes_per_s
+        return plain_s * self.transfers.correction(str(device), _TO, nbytes)
+
+    def _from_s(self, device: Device, nbytes: int) -> float:
+        plain_s = nbytes / self._speed(device).from_device_bytes_per_s
+        return plain_s * self.transfers.correction(str(device), _FROM, nbytes)
 
     def turn(self, device: Device, priority: int = 0) -> AbstractContextManager[None]:
         """Return a context in which nothing else of this runs on ``device``."""
@@ -167,9 +180,10 @@ class Runtime:
         runner = self.runners[device]
         with self.turn(device, order.priority):
             self._check_stop(order)
-            inputs = [self._operand(operand, device, runner) for operand in operands]
+            is_timed = self._is_to_be_timed(graph, device)
+            inputs = [self._gathered(operand, runner, is_timed=is_timed) for operand in operands]
             outputs = runner.allocate(graph)
-            took = self._run_timed(graph, order, runner, inputs, outputs, is_part=False)
+            took = self._run_timed(graph, order, runner, inputs, outputs, is_timed=is_timed)
         self._learn(graph, order.name, device, took, is_part=False)
         return self._arrays(graph, outputs)
 
@@ -190,6 +204,22 @@ class Runtime:
             return array
         return Buffer(array.size, array.dtype, device).copy_from(array)
 
+    def _gathered(self, operand: Any, runner: Runner, *, is_timed: bool) -> Data:
+        """Return ``operand`` on a device; if it comes there from the host's memory, learn what that takes."""
+        device = runner.device
+        speed = None if not is_timed or device.capabilities.memory_is_host else self._known_speed(device)
+        if speed is None or (isinstance(operand, Array) and operand.whereabouts()[0] is not self.host):
+            return self._operand(operand, device, runner)
+        if isinstance(operand, Array) and device in operand.whereabouts():
+            return self._operand(operand, device, runner)
+        device.synchronize()
+        started = self._clock.now()
+        data = self._operand(operand, device, runner)
+        device.synchronize()
+        took_s = self._clock.now() - started
+        self.transfers.measured(str(device), _TO, data.nbytes, data.nbytes / speed.to_device_bytes_per_s, took_s)
+        return data
+
     def _run_timed(
         self,
         graph: Graph,
@@ -198,11 +228,11 @@ class Runtime:
         inputs: Sequence[Data],
         outputs: Sequence[Data],
         *,
-        is_part: bool,
+        is_timed: bool,
     ) -> _Took | None:
         """Run ``graph``; time it if that is of use: then the device is waited for."""
         device = runner.device
-        if not (is_part or self._is_to_be_timed(graph, device)):
+        if not is_timed:
             runner.run(graph, inputs, outputs, order.should_stop)
             return None
         is_first = not runner.is_prepared(graph)
@@ -233,11 +263,12 @@ class Runtime:
         details: dict[str, float | int | str] = {}
         if speed is not None:
             plain = estimate(fused(graph), speed)
-            before = self.corrections.correction(str(device), graph.form, plain.moved_bytes)
+            kept_as = part_name(device) if is_part else str(device)
+            before = self.corrections.correction(kept_as, graph.form, plain.moved_bytes)
             details["expected_us"] = plain.compute_s * before * 1e6
             # Of the first run some time went into making it ready: the next ones will not take that.
             if not took.is_first:
-                self.corrections.measured(str(device), graph.form, plain.moved_bytes, plain.compute_s, took.seconds)
+                self.corrections.measured(kept_as, graph.form, plain.moved_bytes, plain.compute_s, took.seconds)
         if self.recorder.is_wanted:
             demand = program_demand(fused(graph))
             details |= {"bytes": demand.moved_bytes, "flops": demand.flops}
@@ -268,8 +299,11 @@ class Runtime:
             should_stop=order.should_stop,
             clock=self._clock,
         )
+        started = self._clock.now()
         shares: list[Share] = sharing.run()
         work.combine()
+        if not work.made_ready:
+            self.placement.learn_shared(graph, choice, self._clock.now() - started)
         self.last_shares = {str(worker.part.device): share for worker, share in zip(workers, shares, strict=True)}
         return self._arrays(graph, outputs)
 
@@ -286,7 +320,7 @@ class Runtime:
         targets = work.targets(start, stop)
         with self.turn(device, order.priority):
             inputs = [
-                self._operand(part, device, runner) if part is not None else self._whole(work, number, device)
+                self._gathered(part, runner, is_timed=True) if part is not None else self._whole(work, number, device)
                 for number, part in enumerate(work.ranges(start, stop))
             ]
             if runner.takes_arrays:
@@ -295,14 +329,25 @@ class Runtime:
                 ]
             else:
                 outputs = list(runner.allocate(graph))
-            took = self._run_timed(graph, order, runner, inputs, outputs, is_part=True)
+            took = self._run_timed(graph, order, runner, inputs, outputs, is_timed=True)
             for target, output in zip(targets, outputs, strict=True):
                 if isinstance(output, Buffer):
-                    output.copy_to(target.reshape(-1) if target.flags.c_contiguous else target)
+                    self._fetch(output, target.reshape(-1) if target.flags.c_contiguous else target)
                 elif output is not target:
                     target[...] = output.reshape(target.shape)
         work.add(device, targets)
+        work.made_ready |= took is not None and took.is_first
         self._learn(graph, order.name, device, took, is_part=True)
+
+    def _fetch(self, source: Buffer, target: npt.NDArray[Any]) -> None:
+        """Copy a result that is there to the host's memory, and learn what that takes."""
+        speed, device = self._known_speed(source.device), source.device
+        started = self._clock.now()
+        source.copy_to(target)
+        took_s = self._clock.now() - started
+        if speed is not None:
+            expected_s = target.nbytes / speed.from_device_bytes_per_s
+            self.transfers.measured(str(device), _FROM, target.nbytes, expected_s, took_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,6 +369,8 @@ class _SharedWork:
         self.operands, self._hosted, self._results = operands, hosted, results
         # Of outputs that are combined: what each device has come to so far, by its name and the output's number.
         self._sums: dict[tuple[str, int], npt.NDArray[Any]] = {}
+        #: Whether some of the time went into making kernels ready.
+        self.made_ready = False
         #: Operands that every range takes all of, by device and number.
         self.whole: dict[tuple[Device, int], Data] = {}
 

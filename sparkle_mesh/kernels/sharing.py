@@ -95,6 +95,15 @@ def first_parts(length: int, rates: Sequence[float], overheads_s: Sequence[float
     return counts
 
 
+def _in_grains(counts: Sequence[int], grain: int) -> list[int]:
+    """Return ``counts`` in whole grains, with the same sum; the last one that gets something has the rest."""
+    ends, end, total = [], 0, sum(counts)
+    for count in counts:
+        end += count
+        ends.append(total if end == total else min(round(end / grain) * grain, total))
+    return [end - before for before, end in zip([0, *ends], ends, strict=False)]
+
+
 class Sharing:
     """The work of one call.
 
@@ -128,7 +137,7 @@ class Sharing:
             counts = first_parts(length, rates, overheads, self._grain)
         self._parts: list[_Part] = []
         start = 0
-        for count, rate, overhead_s in zip(counts, rates, overheads, strict=True):
+        for count, rate, overhead_s in zip(_in_grains(counts, self._grain), rates, overheads, strict=True):
             self._parts.append(_Part(start, start + count, rate, overhead_s))
             start += count
         self._lock = threading.Lock()
@@ -186,10 +195,9 @@ class Sharing:
             if not part.left and not self._steal(number):
                 return None
             count = max(self._grain, -(-part.left // limits.SHARE_PIECES_COUNT))
-            # Few different lengths, for each of which a kernel is made ready.
-            count = self._grain << (count // self._grain).bit_length() - 1
-            if part.left - count < self._grain:
-                count = part.left
+            # Few different lengths, for each of which a kernel is made ready: but for the last piece of all, grains
+            # times a power of two.
+            count = min(self._grain << (count // self._grain).bit_length() - 1, part.left)
             part.start += count
             return part.start - count, part.start
 
@@ -207,7 +215,8 @@ class Sharing:
         if victim.rate > 0:
             both = victim.rate + thief.rate
             count = int((victim.left - victim.rate * thief.overhead_s) * thief.rate / both)
-        if count < self._grain:
+        count = victim.left - (victim.left - count) // self._grain * self._grain
+        if count < self._grain or not victim.left:
             return False
         victim.stop -= count
         thief.start, thief.stop = victim.stop, victim.stop + count

@@ -15,7 +15,12 @@ from sparkle_mesh.kernels.ops import TensorType
 from sparkle_mesh.kernels.placement import Choice, Gathering, Placement
 
 ALL = max(usable_logical_cores(), 1)
-AT_HAND = Gathering(all_s=lambda device: 0.0, one_s=lambda device, number: 0.0)
+AT_HAND = Gathering(
+    all_s=lambda device: 0.0,
+    one_s=lambda device, number: 0.0,
+    to_s=lambda device, nbytes: 0.0,
+    from_s=lambda device, nbytes: 0.0,
+)
 
 
 def on_cores(index: int, cores: int) -> Device:

@@ -80,6 +80,18 @@ def test_who_is_done_takes_from_who_is_not():
     assert sharing.shares[1].length > 450
 
 
+@given(st.integers(1, 5000), st.lists(st.floats(0.5, 50), min_size=2, max_size=4), st.integers(1, 80))
+def test_ranges_have_few_lengths(length, rates, grain):
+    sharing = Sharing(length, [Counter(rate=rate) for rate in rates], grain=grain)
+    lengths = set()
+    left = list(range(len(rates)))
+    while left:
+        # In turns, so that those with small parts take from the others.
+        left = [number for number in left if (taken := sharing.take(number)) and not lengths.add(taken[1] - taken[0])]
+    powers = {grain << bits for bits in range(14)}
+    assert lengths <= {*powers, length % grain, min(length, grain)}
+
+
 def test_what_would_not_pay_is_not_taken():
     sharing = Sharing(100, [Counter(rate=1000.0), Counter(rate=0.001, overhead_s=1000.0)])
     assert sharing.take(1) is None
