@@ -81,7 +81,7 @@ class Case:
     def __init__(self, context: sparkle.Context, name: str, kernel: Any, operands: tuple[Any, ...]) -> None:
         self.context, self.name, self.kernel, self.operands = context, name, kernel, operands
 
-    def run(self, device: str) -> None:
+    def run(self, device: str | list[str]) -> None:
         """Run it, to the end of the work."""
         self.context.run(self.kernel, *self.operands, device=device)
         self.context.synchronize()
@@ -89,16 +89,17 @@ class Case:
     def measure(self, rounds: int) -> dict[str, Any]:
         """Return one row."""
         devices = [str(device) for device in self.context.devices]
+        ways: dict[str, str | list[str]] = {**{device: device for device in devices}, "auto": "auto", "told": devices}
         # The first runs make kernels ready and tell the model what they take.
         for _ in range(9):
-            for device in (*devices, "auto"):
-                self.run(device)
+            for way in ways.values():
+                self.run(way)
         chosen = self.context.explain(self.kernel, *self.operands).chosen
         expected = {str(choice.name): choice.seconds for choice in self._choices()}
-        took: dict[str, list[float]] = {device: [] for device in (*devices, "auto")}
+        took: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(rounds):
-            for device, times in took.items():
-                times.append(seconds_of(lambda device=device: self.run(device)))  # type: ignore[misc]
+            for name, times in took.items():
+                times.append(seconds_of(lambda way=ways[name]: self.run(way)))  # type: ignore[misc]
         medians = {device: statistics.median(times) for device, times in took.items()}
         best = min(devices, key=lambda device: medians[device])
         return {
@@ -110,6 +111,9 @@ class Case:
             "peer": f"{best} alone",
             "peer_s": medians[best],
             "ratio": medians[best] / medians["auto"],
+            "alone_s": {device: medians[device] for device in devices},
+            "told_s": medians["told"],
+            "told_ratio": medians[best] / medians["told"],
             "expected_s": chosen.seconds,
             "model_error": abs(chosen.seconds - medians["auto"]) / medians["auto"],
             "alone_errors": [abs(expected[device] - medians[device]) / medians[device] for device in devices],
@@ -137,13 +141,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tempfile.TemporaryDirectory() as folder,
         sparkle.Context([second], data_dir=folder, threads=threads) as context,
     ):
-        print(f"{'what':22} {'runs on':20} {'took':>10} {'expected':>10}   {'the better alone':>22}   faster")
+        names = [str(device) for device in context.devices]
+        head = "".join(f"{name:>11}" for name in names)
+        print(f"{'what':22}{head}{'both, told':>14}   left to itself, on{'':15}{'took':>8}{'expected':>11}  faster")
         for name, kernel, operands in cases(options.quick):
             row = Case(context, name, kernel, operands).measure(options.rounds)
             rows.append(row)
             print(
-                f"{row['what']:22} {row['link']:20} {row['ours_s'] * 1e3:7.2f} ms {row['expected_s'] * 1e3:7.2f} ms"
-                f"   {row['peer']:>14} {row['peer_s'] * 1e3:7.2f} ms   {row['ratio']:.2f}"
+                f"{row['what']:22}"
+                + "".join(f"{row['alone_s'][name] * 1e3:8.2f} ms" for name in names)
+                + f"{row['told_s'] * 1e3:11.2f} ms   {row['link']:30}{row['ours_s'] * 1e3:8.2f} ms"
+                f"{row['expected_s'] * 1e3:8.2f} ms   {row['ratio']:.2f}"
             )
     errors = [row["model_error"] for row in rows] + [error for row in rows for error in row["alone_errors"]]
     print(f"the model is off by {statistics.median(errors):.0%} at the median (goal: under 25%)")
