@@ -701,6 +701,11 @@ GENERATED_REDUCE_WORDS_COUNT = 16
 CPU_THREADS_MAX_COUNT = 256
 # What the values between two operations take, all together, in one thread: a core's own cache (L2), about.
 CPU_SCRATCH_BYTES = 1 * MIB
+# Where many threads work on one kernel they would wait for each other between pieces as short as these: with 16 of them
+# longer ones, though they go through a slower cache, take half as long.
+CPU_MANY_THREADS_COUNT = 5
+CPU_MANY_THREADS_SCRATCH_BYTES = 4 * MIB
+CPU_MANY_THREADS_TILE_MAX_COUNT = 512 * KIB
 # Calls into NumPy take about a microsecond, and threads wait for each other around them: longer pieces hide both.
 CPU_TILE_MAX_COUNT = 256 * KIB
 # Kernels of very many values would leave pieces too short to be worth a call.

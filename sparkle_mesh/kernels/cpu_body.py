@@ -108,12 +108,15 @@ class CompiledBody:
         """Return what the buffers take for pieces of ``count`` elements."""
         return self.buffer_bytes * count + _LINE_BYTES * len(self.buffers)
 
-    def tile_max_count(self) -> int:
+    def tile_max_count(self, threads: int = 1) -> int:
         """Return how many elements a piece may have for its buffers to stay in the cache."""
-        fitting = limits.CPU_SCRATCH_BYTES // max(1, self.buffer_bytes)
+        scratch_bytes, most = limits.CPU_SCRATCH_BYTES, limits.CPU_TILE_MAX_COUNT
+        if threads >= limits.CPU_MANY_THREADS_COUNT:
+            scratch_bytes, most = limits.CPU_MANY_THREADS_SCRATCH_BYTES, limits.CPU_MANY_THREADS_TILE_MAX_COUNT
+        fitting = scratch_bytes // max(1, self.buffer_bytes)
         # Whole pages, and lengths that vector registers divide.
         fitting = 1 << max(0, fitting.bit_length() - 1)
-        return max(limits.CPU_TILE_MIN_COUNT, min(limits.CPU_TILE_MAX_COUNT, fitting))
+        return max(limits.CPU_TILE_MIN_COUNT, min(most, fitting))
 
 
 class Frame:

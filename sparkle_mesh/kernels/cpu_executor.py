@@ -161,7 +161,7 @@ def _prepare(step: Step, program: Program, threads: int) -> PreparedStep:
         case ElementwiseStep():
             return prepare_elementwise(step, threads)
         case ReduceStep():
-            return PreparedReduction(step)
+            return PreparedReduction(step, threads)
         case MatmulStep():
             return PreparedMatmul(step)
         case WriteStep():

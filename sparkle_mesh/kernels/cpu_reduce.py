@@ -29,7 +29,7 @@ _IDENTITIES = {"sum": 0, "prod": 1}
 class PreparedReduction:
     """A :class:`.program.ReduceStep`."""
 
-    def __init__(self, step: ReduceStep) -> None:
+    def __init__(self, step: ReduceStep, threads: int) -> None:
         self._step = step
         kept = tuple(length for axis, length in enumerate(step.body.shape) if axis not in step.axes)
         self._is_empty = not prod(kept)
@@ -65,6 +65,7 @@ class PreparedReduction:
         if not self._body.buffers and not halved:
             most = min(limits.CPU_DIRECT_TILE_MAX_COUNT, prod(lengths) // limits.CPU_DIRECT_TILES_COUNT)
             tile = reduction_tile_of(lengths, is_kept, max(prod(tile), most))
+        tile = self._longer(tile, is_kept, threads)
         self._fold = _Fold(ufunc, dtype, tuple(not keep for keep in is_kept), in_turn)
         self._spare_bytes = prod(tile) * np.dtype(dtype).itemsize if halved else 0
         self._tiles = Tiles(lengths, tile)
@@ -78,6 +79,17 @@ class PreparedReduction:
         is_small = self._tiles.count <= limits.CPU_PIECES_KEPT_MAX_COUNT
         self._parts = [self._make_part(number) for number in range(self._count if is_small else 0)]
         self._alone = prod(lengths) * self._body.weight < limits.CPU_SHARED_MIN_COUNT
+
+    def _longer(self, tile: Shape, is_kept: Sequence[bool], threads: int) -> Shape:
+        """Return the tile for so many threads: a longer one, where the order in which is added up stays."""
+        lengths = self._body.lengths
+        longer = reduction_tile_of(lengths, is_kept, self._body.tile_max_count(threads))
+        pairs = list(zip(lengths, tile, longer, is_kept, strict=True))
+        is_whole = all(keep or length == size == other for length, size, other, keep in pairs)
+        is_longer = all(other >= size for _, size, other, _ in pairs)
+        same_order = _axes_of_long_rows(tile, is_kept) == _axes_of_long_rows(longer, is_kept)
+        enough = prod(-(-length // size) for length, size in zip(lengths, longer, strict=True)) >= 2 * threads
+        return longer if is_whole and is_longer and same_order and enough else tile
 
     def run(self, blocks: Blocks, place: Workplace) -> None:
         """See :class:`.cpu_steps.PreparedStep`."""

@@ -52,7 +52,7 @@ class PreparedElementwise:
         lengths = self._body.lengths
         size = prod(lengths)
         self._alone = size * self._body.weight < limits.CPU_SHARED_MIN_COUNT
-        count = self._body.tile_max_count()
+        count = self._body.tile_max_count(threads)
         if not self._alone:
             # Enough pieces for all threads, even if they are small.
             count = min(count, max(limits.CPU_TILE_MIN_COUNT, -(-size // threads)))

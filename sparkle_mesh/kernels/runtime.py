@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -120,7 +121,9 @@ class Runtime:
         def all_s(device: Device) -> float:
             return sum(one_s(device, number) for number in range(len(operands)))
 
-        found = self.placement.choices(graph, Gathering(all_s, one_s, self._to_s, self._from_s), sharing)
+        found = self.placement.choices(
+            graph, Gathering(all_s, one_s, partial(self._to_s, is_part=True), self._from_s), sharing
+        )
         if not found:
             dtypes = ", ".join(sorted({node.dtype for node in graph.nodes}))
             known = ", ".join(map(str, sharing or self.runners))
@@ -161,13 +164,15 @@ class Runtime:
                 seconds += self._from_s(where[0], nbytes)
         return seconds + self._to_s(device, nbytes)
 
-    def _to_s(self, device: Device, nbytes: int) -> float:
+    def _to_s(self, device: Device, nbytes: int, *, is_part: bool = False) -> float:
         plain_s = nbytes / self._speed(device).to_device_bytes_per_s
-        return plain_s * self.transfers.correction(str(device), _TO, nbytes)
+        name = part_name(device) if is_part else str(device)
+        return plain_s * self.transfers.correction(name, _TO, nbytes, otherwise=str(device))
 
     def _from_s(self, device: Device, nbytes: int) -> float:
         plain_s = nbytes / self._speed(device).from_device_bytes_per_s
-        return plain_s * self.transfers.correction(str(device), _FROM, nbytes)
+        # Measured where parts of shared work end.
+        return plain_s * self.transfers.correction(part_name(device), _FROM, nbytes)
 
     def turn(self, device: Device, priority: int = 0) -> AbstractContextManager[None]:
         """Return a context in which nothing else of this runs on ``device``."""
@@ -205,7 +210,7 @@ class Runtime:
         with self.turn(device, order.priority):
             self._check_stop(order)
             is_timed = self._is_to_be_timed(graph, device)
-            inputs = [self._gathered(operand, runner, is_timed=is_timed) for operand in operands]
+            inputs = [self._gathered(operand, runner, str(device), is_timed=is_timed) for operand in operands]
             outputs = runner.allocate(graph)
             took = self._run_timed(graph, order, runner, inputs, outputs, is_timed=is_timed)
         self._learn(graph, order.name, device, took, is_part=False)
@@ -228,7 +233,7 @@ class Runtime:
             return array
         return Buffer(array.size, array.dtype, device).copy_from(array)
 
-    def _gathered(self, operand: Any, runner: Runner, *, is_timed: bool) -> Data:
+    def _gathered(self, operand: Any, runner: Runner, kept_as: str, *, is_timed: bool) -> Data:
         """Return ``operand`` on a device; if it comes there from the host's memory, learn what that takes."""
         device = runner.device
         speed = None if not is_timed or device.capabilities.memory_is_host else self._known_speed(device)
@@ -241,7 +246,7 @@ class Runtime:
         data = self._operand(operand, device, runner)
         device.synchronize()
         took_s = self._clock.now() - started
-        self.transfers.measured(str(device), _TO, data.nbytes, data.nbytes / speed.to_device_bytes_per_s, took_s)
+        self.transfers.measured(kept_as, _TO, data.nbytes, data.nbytes / speed.to_device_bytes_per_s, took_s)
         return data
 
     def _run_timed(
@@ -344,7 +349,9 @@ class Runtime:
         targets = work.targets(start, stop)
         with self.turn(device, order.priority):
             inputs = [
-                self._gathered(part, runner, is_timed=True) if part is not None else self._whole(work, number, device)
+                self._whole(work, number, device)
+                if part is None
+                else self._gathered(part, runner, part_name(device), is_timed=True)
                 for number, part in enumerate(work.ranges(start, stop))
             ]
             if runner.takes_arrays:
@@ -371,7 +378,7 @@ class Runtime:
         took_s = self._clock.now() - started
         if speed is not None:
             expected_s = target.nbytes / speed.from_device_bytes_per_s
-            self.transfers.measured(str(device), _FROM, target.nbytes, expected_s, took_s)
+            self.transfers.measured(part_name(device), _FROM, target.nbytes, expected_s, took_s)
 
 
 @dataclass(slots=True)

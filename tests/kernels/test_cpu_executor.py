@@ -333,6 +333,28 @@ def simple(count: int = 1000, dtype: str = "float32") -> Program:
     return fuse(builder.finish([builder.reduce("max", builder.elementwise("exp", builder.elementwise("exp", 0)))]))
 
 
+def test_many_threads_take_longer_pieces_and_give_the_same_bits() -> None:
+    builder = GraphBuilder([TensorType((60_000, 100), "float32")])
+    squares = builder.elementwise("multiply", 0, builder.elementwise("add", 0, 0))
+    program = fuse(builder.finish([builder.reduce("sum", squares, [1]), builder.elementwise("sqrt", squares)]))
+    given = np.random.default_rng(0).standard_normal(6_000_000).astype("float32")
+    found = []
+    for threads in (1, limits.CPU_MANY_THREADS_COUNT):
+        executor = CpuExecutor(threads)
+        prepared = executor.prepare(program)
+        blocks: list[Any] = [None] * len(program.blocks)
+        blocks[0] = given
+        for output in program.outputs:
+            blocks[output] = np.empty(program.blocks[output].size, "float32")
+        prepared.run(blocks)
+        executor.close()
+        pieces = [step._tiles.count for step in prepared._steps if hasattr(step, "_tiles")]
+        found.append((pieces, [blocks[output] for output in program.outputs]))
+    (few, alone), (many, together) = found
+    assert all(count > other for count, other in zip(few, many, strict=True))
+    assert all(np.array_equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
 def test_threads_are_bounded() -> None:
     for wrong in (0, -1, limits.CPU_THREADS_MAX_COUNT + 1):
         with pytest.raises(KernelError, match="threads is"):
