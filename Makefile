@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check simulate format bench docs clean
+.PHONY: help setup demo test check simulate format bench bench-devices docs clean
 
 help:  ## show what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,13 @@ bench: setup .venv/.bench  ## measure all_reduce beside gloo (BENCH_FLAGS="--ran
 .venv/.bench: .venv/.ready
 	@echo "bench: installing PyTorch, the peer to measure beside"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]' && touch $@
+
+bench-devices: setup .venv/.bench-devices  ## measure kernels on devices beside NumPy, numexpr and numba (BENCH_FLAGS=--quick)
+	@$(BIN)/python benchmarks/devices.py $(BENCH_FLAGS)
+
+.venv/.bench-devices: .venv/.ready
+	@echo "bench: installing numexpr and numba, the peers to measure beside"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench-devices]' && touch $@
 
 docs: setup  ## check the documentation: links lead somewhere, code compiles, commands exist
 	@$(BIN)/python .ci/check_docs.py

@@ -27,7 +27,7 @@ def run(main: Callable[[ManyPeers], Awaitable[None]], seed: int = 0) -> None:
         trio.run(all_of_it, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(240)
 def test_sixty_peers_are_one_mesh_of_bounded_degree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scale, "SEARCHERS_COUNT", 4)
     figures_file = tmp_path / "figures.json"
@@ -75,6 +75,7 @@ def test_halves_that_meet_at_one_place_are_soon_joined_at_many() -> None:
     run(main)
 
 
+@pytest.mark.timeout(180)
 def test_trainers_among_many_nodes_are_all_connected_and_have_few_nodes() -> None:
     async def main(world: ManyPeers) -> None:
         chance = random.Random(3)
