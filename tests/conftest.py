@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib.util
 import os
 import re
 import signal
@@ -129,6 +131,19 @@ def left_behind(before: Held) -> Held:
         if process.status() != psutil.STATUS_ZOMBIE:
             psutil.wait_procs([process], timeout=GRACE_S / len(left.children))
     return Held.now().beyond(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def drivers() -> None:
+    """Open the GPUs' driver, if there is one, before any test: it keeps a socket for as long as the process lives."""
+    if importlib.util.find_spec("cupy") is None:
+        return
+    import cupy
+
+    with contextlib.suppress(cupy.cuda.runtime.CUDARuntimeError):
+        for index in range(cupy.cuda.runtime.getDeviceCount()):
+            with cupy.cuda.Device(index):
+                cupy.cuda.runtime.deviceSynchronize()
 
 
 @pytest.fixture(autouse=True)
