@@ -20,7 +20,8 @@ from sparkle_mesh import limits
 from sparkle_mesh.clock import SYSTEM_CLOCK, Clock
 from sparkle_mesh.devices.buffers import Buffer
 from sparkle_mesh.devices.device import Device
-from sparkle_mesh.devices.profiles import DeviceProfile, ProfileStore
+from sparkle_mesh.devices.kept_profiles import DeviceProfile
+from sparkle_mesh.devices.profiles import ProfileStore
 from sparkle_mesh.devices.registry import Registry
 from sparkle_mesh.environment import resolve_data_dir
 from sparkle_mesh.errors import ClosedError, UsageError

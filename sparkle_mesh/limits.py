@@ -664,6 +664,8 @@ PROFILE_MATRIX_MIN_COUNT = 64
 PROFILE_MATRIX_MAX_COUNT = 4096
 PROFILE_LAUNCHES_COUNT = 200
 PROFILE_FILE_MAX_BYTES = 64 * KIB
+# Of all machines that share a data directory, a node reads no more.
+PROFILES_READ_MAX_COUNT = 256
 
 # --- Tracing --------------------------------------------------------------------------------------
 # Graphs that one kernel keeps, each for operands of other types; those used longest ago are forgotten.

@@ -21,6 +21,7 @@ from sparkle_mesh.capabilities.search import DeviceQuery, FoundDevice
 from sparkle_mesh.capabilities.service import CapabilityService
 from sparkle_mesh.clock import SYSTEM_CLOCK, SYSTEM_ENTROPY, Clock, Entropy
 from sparkle_mesh.devices.detect import DeviceInfo, detect_devices
+from sparkle_mesh.devices.kept_profiles import with_gflops
 from sparkle_mesh.discovery.public_peers import PublicPeers
 from sparkle_mesh.discovery.reach import ReachConfig, ReachService
 from sparkle_mesh.discovery.service import DiscoveryService
@@ -309,7 +310,7 @@ class MeshNode:
                 self.discovery.heard(trainer.peer_id, trainer.addresses, "exchange", "trainer")
 
     async def _offer_devices(self) -> None:
-        self._devices = await trio.to_thread.run_sync(detect_devices)
+        self._devices = await trio.to_thread.run_sync(lambda: with_gflops(detect_devices(), self.config.data_dir))
         self.capabilities.offer(self._devices)
 
     def revoke(self, peer_id: PeerId) -> RevocationStatus:

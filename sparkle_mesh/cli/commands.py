@@ -21,6 +21,7 @@ from sparkle_mesh.cli.render import (
     one_line,
     peers_text,
     printable,
+    profiles_text,
     revoked_text,
     status_text,
     to_json,
@@ -385,6 +386,21 @@ def find_devices(
     found = ask(_resolve_for(context, data_dir), "devices", devices=query, wait_s=wait_s).devices
     assert found is not None
     click.echo(to_json(found) if as_json else found_devices_text(found))
+
+
+@sparkle_node.command("measure", short_help="Measure this machine's devices.")
+@_data_dir_option
+@_json_option
+@click.pass_context
+def measure_devices(context: click.Context, data_dir: str | None, as_json: bool) -> None:
+    """Measure what this machine's devices do, and keep it: a node that starts after that tells the others.
+
+    It takes some seconds for each device, which should have nothing else to do meanwhile.
+    """
+    from sparkle_mesh.cli.measuring import measure
+
+    profiles = measure(_resolve_for(context, data_dir), told=sys.stderr if sys.stderr.isatty() else None)
+    click.echo(to_json(profiles) if as_json else profiles_text(profiles))
 
 
 @sparkle_node.command("invite", short_help="Print a line with which others can join.")

@@ -5,7 +5,7 @@ Text that comes from other machines is printed with its control characters escap
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from sparkle_mesh.status import DeviceStatus, NodeStatus, PeerStatus, Revocation
 
 if TYPE_CHECKING:
     from sparkle_mesh.capabilities.search import FoundDevice
+    from sparkle_mesh.devices.kept_profiles import DeviceProfile
     from sparkle_mesh.membership.view import View
 
 _LABEL_WIDTH = 11
@@ -201,6 +202,27 @@ def found_devices_text(found: Sequence[FoundDevice]) -> str:
         for one in found
     ]
     return _table(table)
+
+
+def profiles_text(profiles: Mapping[str, DeviceProfile]) -> str:
+    """Return what devices were measured to do, one a line, with a heading."""
+    table = [("DEVICE", "GFLOP/S", "MEMORY", "TO IT", "FROM IT", "LAUNCH")]
+    table += [
+        (
+            printable(name),
+            ", ".join(f"{printable(dtype)} {value:.0f}" for dtype, value in sorted(profile.gflops.items())) or "-",
+            _speed(profile.memory_bytes_per_s),
+            _speed(profile.to_device_bytes_per_s),
+            _speed(profile.from_device_bytes_per_s),
+            f"{profile.launch_s * 1e6:.1f} us",
+        )
+        for name, profile in profiles.items()
+    ]
+    return _table(table)
+
+
+def _speed(bytes_per_s: float) -> str:
+    return f"{bytes_per_s / 1e9:.1f} GB/s" if bytes_per_s else "-"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

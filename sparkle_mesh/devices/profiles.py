@@ -18,57 +18,27 @@ import numpy.typing as npt
 from sparkle_mesh import limits, wire
 from sparkle_mesh.clock import SYSTEM_CLOCK, SYSTEM_ENTROPY, Clock, Entropy
 from sparkle_mesh.devices import transfers
-from sparkle_mesh.devices.detect import DeviceInfo, GflopsByDtype
 from sparkle_mesh.devices.device import Device, Memory
-from sparkle_mesh.errors import OutOfMemoryError, ProtocolError, VersionError
-from sparkle_mesh.files import make_private_folder, read_bounded, set_aside, write_private
+from sparkle_mesh.devices.kept_profiles import (
+    FOLDER,
+    SUFFIX,
+    VERSION,
+    DeviceProfile,
+    ProfileFile,
+    hardware_words,
+    read_profile,
+)
+from sparkle_mesh.errors import OutOfMemoryError
+from sparkle_mesh.files import make_private_folder, write_private
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
-FOLDER = "devices"
-SUFFIX = ".profile"
 _FLOATS = ("float32", "float64", "float16")
 # Does nothing, in CUDA C++ and in OpenCL C.
 _NOTHING = {
     "cuda": 'extern "C" __global__ void sparkle_nothing(int ignored) {}',
     "opencl": "__kernel void sparkle_nothing(int ignored) {}",
 }
-
-
-class DeviceProfile(wire.Message, frozen=True):
-    """What one device was measured to do; 0 where that was not possible.
-
-    Attributes
-    ----------
-    hardware
-        What tells this hardware, its driver and its library apart from others.
-    gflops
-        Products of matrices, in 10^9 floating-point operations a second, by dtype.
-    memory_bytes_per_s
-        Its memory, bytes read and bytes written counted both, in a copy.
-    to_device_bytes_per_s, from_device_bytes_per_s
-        Between ordinary host memory and its own.
-    launch_s
-        From one small kernel to the next, in seconds.
-    measured_at
-        In seconds since the Unix epoch.
-    """
-
-    hardware: str
-    gflops: GflopsByDtype
-    memory_bytes_per_s: float
-    to_device_bytes_per_s: float
-    from_device_bytes_per_s: float
-    launch_s: float
-    measured_at: float
-
-
-class ProfileFile(wire.Message, frozen=True):
-    """The whole file."""
-
-    version: wire.Count
-    profile: DeviceProfile
 
 
 class ProfileStore:
@@ -103,22 +73,7 @@ class ProfileStore:
     def load(self, device: Device) -> DeviceProfile | None:
         """Return the profile that is kept, or None. A damaged or foreign file is set aside; never raises for it."""
         hardware = hardware_id(device)
-        path = self.path(hardware)
-        try:
-            data = read_bounded(path, limits.PROFILE_FILE_MAX_BYTES)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            logger.warning("profile %s cannot be read: %s; measuring again", path, error)
-            return None
-        try:
-            content = wire.decode(data, ProfileFile, max_bytes=limits.PROFILE_FILE_MAX_BYTES)
-            if content.version != VERSION or content.profile.hardware != hardware:
-                raise VersionError(f"it is of version {content.version} or of other hardware")
-        except ProtocolError as error:
-            set_aside(path, str(error))
-            return None
-        return content.profile
+        return read_profile(self.path(hardware), hardware)
 
     def save(self, profile: DeviceProfile) -> None:
         """Keep ``profile``. Logs instead of raising."""
@@ -136,9 +91,9 @@ class ProfileStore:
 
 def hardware_id(device: Device) -> str:
     """Return what devices of the same speed share: model, cores, features, driver; and NumPy's version."""
-    info: DeviceInfo = device.info
-    parts = (info.kind, info.name, info.cores, info.logical_cores, *info.features, info.driver, np.__version__)
-    return " ".join(str(part).replace(" ", "_") for part in parts)
+    info = device.info
+    rest = (*info.features, info.driver, np.__version__)
+    return " ".join([*hardware_words(info), *(str(part).replace(" ", "_") for part in rest)])
 
 
 def measure_profile(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import select
@@ -17,10 +18,15 @@ from typing import Any
 
 import pytest
 
+from sparkle_mesh import limits
+from sparkle_mesh.cli import measuring
 from sparkle_mesh.cli.commands import run_command_line
 from sparkle_mesh.cli.control import SOCKET_NAME, run_dir
 from sparkle_mesh.cli.lock import LOCK_NAME
 from sparkle_mesh.cli.signals import StopSignals
+from sparkle_mesh.devices.detect import detect_cpu
+from sparkle_mesh.devices.kept_profiles import with_gflops
+from sparkle_mesh.devices.registry import Registry
 from sparkle_mesh.fabric.identity import Identity, load_or_create_identity
 from sparkle_mesh.membership.invite import Invite
 from sparkle_mesh.membership.keys import MeshKey
@@ -441,3 +447,28 @@ def test_output_that_cannot_be_written_is_one_line_and_a_failure(data_dir: Path)
         )
     assert ended.returncode == 1
     assert ended.stderr == "sparkle-node: the output could not be written: No space left on device\n"
+
+
+def test_measured_devices_are_printed_and_kept(call: Any, data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "PROFILE_BUDGET_S", 0.3)
+    monkeypatch.setattr(limits, "PROFILE_COPY_MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(limits, "PROFILE_MATRIX_MAX_COUNT", 128)
+    monkeypatch.setattr(measuring, "Registry", lambda: Registry(entry_points=list, extra=[]))
+    code, out, _ = call("measure", "--json")
+    assert code == 0
+    assert json.loads(out)["cpu:0"]["gflops"]["float32"] > 0
+    (told,) = with_gflops([detect_cpu()], data_dir)
+    assert told.gflops["float32"] > 0
+    code, out, _ = call("measure")
+    assert code == 0
+    assert out.splitlines()[0].split() == ["DEVICE", "GFLOP/S", "MEMORY", "TO", "IT", "FROM", "IT", "LAUNCH"]
+    assert out.splitlines()[1].startswith("cpu:0 ")
+
+
+def test_what_is_being_measured_is_told_where_it_is_wanted(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "PROFILE_BUDGET_S", 0.1)
+    monkeypatch.setattr(limits, "PROFILE_COPY_MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(limits, "PROFILE_MATRIX_MAX_COUNT", 64)
+    told = io.StringIO()
+    measuring.measure(data_dir, told=told)
+    assert told.getvalue().startswith("measuring cpu:0 (")

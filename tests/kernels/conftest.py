@@ -12,7 +12,8 @@ import pytest
 from sparkle_mesh.context import Context
 from sparkle_mesh.devices.cpu import CpuBackend
 from sparkle_mesh.devices.device import Backend, Device
-from sparkle_mesh.devices.profiles import DeviceProfile, ProfileStore, hardware_id
+from sparkle_mesh.devices.kept_profiles import DeviceProfile
+from sparkle_mesh.devices.profiles import ProfileStore, hardware_id
 from sparkle_mesh.devices.registry import Registry
 
 
