@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,14 +19,14 @@ import numpy.typing as npt
 
 from sparkle_mesh import limits
 from sparkle_mesh.clock import SYSTEM_CLOCK, Clock
-from sparkle_mesh.devices.buffers import Buffer
+from sparkle_mesh.devices.buffers import Buffer, plain_dtype
 from sparkle_mesh.devices.device import Device
 from sparkle_mesh.devices.kept_profiles import DeviceProfile
 from sparkle_mesh.devices.profiles import ProfileStore
 from sparkle_mesh.devices.registry import Registry
 from sparkle_mesh.environment import resolve_data_dir
-from sparkle_mesh.errors import ClosedError, UsageError
-from sparkle_mesh.kernels.array import Array
+from sparkle_mesh.errors import ClosedError, ForkedProcessError, UsageError
+from sparkle_mesh.kernels.array import Array, as_of_now
 from sparkle_mesh.kernels.copies import SpareCopies
 from sparkle_mesh.kernels.estimate import Estimate, Speed
 from sparkle_mesh.kernels.events import Profile
@@ -79,6 +80,7 @@ class Context:
         self._submissions = Submissions(len(self.devices) + 1)
         self._methods = lru_cache(limits.ARRAY_METHODS_MAX_COUNT)(_method_kernel)
         self._closing = threading.Lock()
+        self._process = os.getpid()
         self._is_closed = False
         self._copies = SpareCopies()
         for device in self.devices:
@@ -173,7 +175,7 @@ class Context:
     def _memory_for(self, size: int, dtype: npt.DTypeLike, device: str | Device) -> Device:
         if device != "auto":
             return self.device(device)
-        nbytes = size * np.dtype(dtype).itemsize
+        nbytes = size * plain_dtype(dtype).itemsize
         usable = [one for one in self.devices if not one.capabilities.keeps_nothing]
         if len(usable) == 1:
             return usable[0]
@@ -204,7 +206,10 @@ class Context:
         if isinstance(values, Array):
             found = values if dtype is None or np.dtype(dtype) == values.dtype else values.astype(np.dtype(dtype))
             return found if device == "auto" else found.to_device(self.device(device))
-        source = np.asarray(values, dtype)
+        try:
+            source = np.asarray(values, dtype)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise UsageError(f"these values make no array of {dtype or 'one dtype'}: {error}") from error
         # In the machine's order of bytes.
         source = source.astype(as_dtype(source.dtype), copy=False)
         where = self.host if device == "auto" else self.device(device)
@@ -265,12 +270,17 @@ class Context:
         priority: int = 0,
         **keywords: Any,
     ) -> PendingRun:
-        """Run a kernel in the background, the most urgent first; see :meth:`run`."""
+        """Run a kernel in the background, the most urgent first; see :meth:`run`.
+
+        It computes with the operands as they are now: NumPy's arrays are copied for that.
+        """
         self._check_open()
         # What is wrong with the call is told now, and not to who asks for the result.
         found = as_kernel(kernel)
         call = found.prepare(*operands, **keywords)
         order = self._order(found.name, device, priority, lambda: False)
+        # What the caller does to them later is nothing to this kernel.
+        call = replace(call, operands=tuple(map(as_of_now, call.operands)))
 
         def work(should_stop: Stop) -> Any:
             # Also while the context is being closed, which waits for it.
@@ -281,6 +291,8 @@ class Context:
     def _order(
         self, name: str, device: str | Device | Sequence[str | Device], priority: int, should_stop: Stop
     ) -> Order:
+        if isinstance(priority, bool) or not isinstance(priority, (int, np.integer)):
+            raise UsageError(f"priority is {priority!r}; give a whole number, more for what is more urgent")
         if isinstance(device, (list, tuple)):
             several = tuple(dict.fromkeys(map(self.device, device)))
             if not several:
@@ -351,6 +363,11 @@ class Context:
             self._registry.close()
 
     def _check_open(self) -> None:
+        if os.getpid() != self._process:
+            raise ForkedProcessError(
+                f"this context belongs to process {self._process}; the forked process {os.getpid()} cannot use it"
+                " (open another here, or start workers by spawn)"
+            )
         if self._is_closed:
             raise ClosedError("this context is closed; call sparkle.init() again")
 
@@ -458,6 +475,18 @@ def init(
         _current.append(context)
         set_execute(context.execute)
     return context
+
+
+def _leave_to_parent() -> None:
+    """In a forked child: kernels that are called by themselves do without the parent's contexts."""
+    global _current_lock
+    _current_lock = threading.Lock()
+    _current.clear()
+    set_execute(execute_by_numpy)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def _no_longer_current(context: Context) -> None:

@@ -22,7 +22,7 @@ class UsageError(SparkleError, ValueError):
 
 
 class ForkedProcessError(UsageError):
-    """A mesh was used in a forked child; only the process that joined may use it."""
+    """A mesh or a context was used in a forked child; only the process that opened it may use it."""
 
 
 class IdentityError(UsageError):

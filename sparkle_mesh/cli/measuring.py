@@ -9,6 +9,7 @@ from sparkle_mesh.devices.device import Device
 from sparkle_mesh.devices.kept_profiles import DeviceProfile
 from sparkle_mesh.devices.profiles import ProfileStore, measure_profile
 from sparkle_mesh.devices.registry import Registry
+from sparkle_mesh.errors import UsageError
 
 
 def measure(data_dir: Path, *, told: TextIO | None = None) -> dict[str, DeviceProfile]:
@@ -28,6 +29,8 @@ def measure(data_dir: Path, *, told: TextIO | None = None) -> dict[str, DevicePr
     ------
     DeviceError
         If a device fails while it is measured.
+    UsageError
+        If what was found cannot be kept.
     """
     store, registry = ProfileStore(data_dir), Registry()
     profiles: dict[str, DeviceProfile] = {}
@@ -37,7 +40,8 @@ def measure(data_dir: Path, *, told: TextIO | None = None) -> dict[str, DevicePr
             if told is not None:
                 print(f"measuring {device} ({device.name}) ...", file=told, flush=True)
             profiles[str(device)] = measure_profile(device)
-            store.save(profiles[str(device)])
+            if not store.save(profiles[str(device)]):
+                raise UsageError(f"what {device} was measured to do cannot be kept in {data_dir}; make it writable")
     finally:
         registry.close()
     return profiles

@@ -75,14 +75,16 @@ class ProfileStore:
         hardware = hardware_id(device)
         return read_profile(self.path(hardware), hardware)
 
-    def save(self, profile: DeviceProfile) -> None:
-        """Keep ``profile``. Logs instead of raising."""
+    def save(self, profile: DeviceProfile) -> bool:
+        """Keep ``profile``; return whether it is. Logs instead of raising."""
         path = self.path(profile.hardware)
         try:
             make_private_folder(self._folder)
             write_private(path, wire.encode(ProfileFile(version=VERSION, profile=profile)), self._entropy)
         except OSError as error:
             logger.warning("profile cannot be kept in %s: %s; it will be measured again", path, error)
+            return False
+        return True
 
     def path(self, hardware: str) -> Path:
         """Return the file for a hardware."""

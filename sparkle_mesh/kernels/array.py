@@ -70,6 +70,8 @@ class Array:
         self._copies: dict[Device, Buffer] = {buffer.device: buffer}
         # Whoever has been shown this one may write to it at any time: others are of no use for longer than one look.
         self._shown: Device | None = None
+        # Whether a snapshot has the same memory, which is not to be written then.
+        self._is_shared = False
 
     # --- What it is -------------------------------------------------------------------------------
 
@@ -222,11 +224,27 @@ class Array:
             random.fill_random(self._written().memory, self._dtype, self.size, seed)
         return self
 
-    def _written(self) -> Buffer:
-        """Return the one copy that is left, about to be written."""
+    def snapshot(self) -> Array:
+        """Return an array of the elements as they are now, whatever is written to this one; nothing is copied yet."""
+        with self._lock:
+            if self._shown is not None:
+                return self.copy()
+            taken = Array(self._home, self._shape, next(iter(self._copies.values())))
+            taken._copies = dict(self._copies)
+            taken._is_shared = self._is_shared = True
+            return taken
+
+    def _written(self, *, keeps_elements: bool = False) -> Buffer:
+        """Return the one copy that is left, about to be written: all of it, unless it ``keeps_elements``."""
         self.drop_copies()
         (buffer,) = self._copies.values()
-        return buffer
+        if not self._is_shared:
+            return buffer
+        own = Buffer(self.size, self._dtype, buffer.device)
+        if keeps_elements:
+            own.copy_from(buffer)
+        self._copies, self._is_shared = {own.device: own}, False
+        return own
 
     # --- For other libraries ----------------------------------------------------------------------
 
@@ -262,7 +280,7 @@ class Array:
     def _show(self) -> Buffer:
         """Return the newest copy, to be written by whoever sees it from now on."""
         with self._lock:
-            buffer = self._written()
+            buffer = self._written(keeps_elements=True)
             self._shown = buffer.device
             return buffer
 
@@ -286,7 +304,11 @@ class Array:
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **keywords: Any) -> Any:
         out = keywords.get("out", ())
-        if any(isinstance(one, Array) for one in (out if isinstance(out, tuple) else (out,))):
+        written = out if isinstance(out, tuple) else (out,)
+        if method == "at":
+            # It would write through the view of the elements, which is for reading only.
+            written = (*written, *inputs[:1])
+        if any(isinstance(one, Array) for one in written):
             raise UsageError(f"numpy.{ufunc.__name__} cannot write into an Array; take what it returns")
         if method != "__call__" or keywords:
             return getattr(ufunc, method)(*map(_as_numpy, inputs), **keywords)
@@ -411,6 +433,13 @@ def _run_function(home: Home, function: Callable[..., Any], arguments: Sequence[
     operands: list[Any] = []
     frozen = freeze((arguments, sorted(keywords.items())), _is_array, operands)
     return home.run(home.method("__array_function__", (freeze(function), frozen), ()), *operands)
+
+
+def as_of_now(operand: Any) -> Any:
+    """Return ``operand`` as it is now, whatever is done to it later."""
+    if isinstance(operand, Array):
+        return operand.snapshot()
+    return operand.copy() if isinstance(operand, np.ndarray) else operand
 
 
 def _as_numpy(value: Any) -> Any:

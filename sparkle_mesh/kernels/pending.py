@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -11,7 +12,7 @@ from itertools import count
 from typing import Any
 
 from sparkle_mesh import limits
-from sparkle_mesh.errors import ClosedError, DeadlineError, KernelStoppedError, UsageError
+from sparkle_mesh.errors import ClosedError, DeadlineError, ForkedProcessError, KernelStoppedError, UsageError
 from sparkle_mesh.kernels.runners import Stop
 
 
@@ -22,6 +23,7 @@ class PendingRun:
         self._work: Callable[[Stop], Any] | None = work
         self._future: Future[Any] = Future()
         self._cancelled = threading.Event()
+        self._process = os.getpid()
 
     def done(self) -> bool:
         """Whether there is a result, or an error."""
@@ -40,7 +42,11 @@ class PendingRun:
             If it is not within ``timeout_s``; it goes on.
         KernelStoppedError
             If it was cancelled before it was done.
+        ForkedProcessError
+            In a forked child, where nobody computes it.
         """
+        if os.getpid() != self._process and not self._future.done():
+            raise ForkedProcessError(f"this kernel is computed in process {self._process}; ask for its result there")
         try:
             return self._future.result(timeout_s)
         except FutureTimeoutError as error:

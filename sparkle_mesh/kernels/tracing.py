@@ -144,6 +144,8 @@ class Kernel:
         update_wrapper(self, function)
         self.function = function
         self.name = name or str(getattr(function, "__name__", type(function).__name__))
+        if not callable(function):
+            raise TraceError(f"{function!r} is no function; a kernel is one that takes and returns arrays")
         self.signature = inspect.signature(function)
         self.static = frozenset((static,) if isinstance(static, str) else static) | _annotated(function)
         self._derive = _derive

@@ -472,3 +472,17 @@ def test_what_is_being_measured_is_told_where_it_is_wanted(data_dir: Path, monke
     told = io.StringIO()
     measuring.measure(data_dir, told=told)
     assert told.getvalue().startswith("measuring cpu:0 (")
+
+
+def test_what_was_measured_and_cannot_be_kept_is_an_error(
+    call: Any, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "PROFILE_BUDGET_S", 0.1)
+    monkeypatch.setattr(limits, "PROFILE_COPY_MAX_BYTES", 1 << 20)
+    monkeypatch.setattr(limits, "PROFILE_MATRIX_MAX_COUNT", 64)
+    data_dir.mkdir(parents=True, exist_ok=True)
+    (data_dir / "devices").write_bytes(b"")
+    code, out, err = call("measure")
+    assert code != 0
+    assert out == ""
+    assert "cpu:0 was measured to do cannot be kept" in err
