@@ -195,7 +195,7 @@ def found_devices_text(found: Sequence[FoundDevice]) -> str:
             f"{printable(one.device.kind)} {one.device.index}",
             printable(one.device.name),
             f"{one.device.memory_bytes / 2**30:.1f} GiB" if one.device.memory_bytes else "-",
-            ", ".join(f"{printable(dtype)} {value:.0f}" for dtype, value in sorted(one.device.gflops.items())) or "-",
+            _gflops(one.device.gflops),
             duration(one.age_s),
             printable(one.addresses[0]) if one.addresses else "-",
         )
@@ -210,7 +210,7 @@ def profiles_text(profiles: Mapping[str, DeviceProfile]) -> str:
     table += [
         (
             printable(name),
-            ", ".join(f"{printable(dtype)} {value:.0f}" for dtype, value in sorted(profile.gflops.items())) or "-",
+            _gflops(profile.gflops),
             _speed(profile.memory_bytes_per_s),
             _speed(profile.to_device_bytes_per_s),
             _speed(profile.from_device_bytes_per_s),
@@ -219,6 +219,11 @@ def profiles_text(profiles: Mapping[str, DeviceProfile]) -> str:
         for name, profile in profiles.items()
     ]
     return _table(table)
+
+
+def _gflops(by_dtype: Mapping[str, float]) -> str:
+    rates = ((printable(dtype), value) for dtype, value in sorted(by_dtype.items()))
+    return ", ".join(f"{dtype} {value:.0f}" if value >= 10 else f"{dtype} {value:.1f}" for dtype, value in rates) or "-"
 
 
 def _speed(bytes_per_s: float) -> str:
