@@ -114,11 +114,14 @@ class _LentByOthers(Lent[D]):
         self._written = False
 
     async def run(self, call: Callable[[Any], Awaitable[T]]) -> T:
+        finished = False
         try:
-            return await call(self.arrays)
-        except BaseException:
-            self.release()
-            raise
+            result = await call(self.arrays)
+            finished = True
+            return result
+        finally:
+            if not finished:
+                self.release()
 
     def release(self) -> None:
         with self._lock:

@@ -1,4 +1,4 @@
-"""NVIDIA and AMD GPUs through CuPy, which this file and :mod:`.cupy_products` alone import.
+"""NVIDIA and AMD GPUs through CuPy, which among devices this file and :mod:`.cupy_products` import.
 
 All work of a device goes into its null stream, which orders it with whatever else the process does with the GPU (but
 for streams that ask not to be). Blocks come from the driver itself, not from CuPy's own pool: ours sees all of them.

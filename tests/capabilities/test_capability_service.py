@@ -147,6 +147,16 @@ async def test_who_has_left_publishes_no_more(open_mesh, autojump_clock):
             assert peers[0].peer_id not in await peers[1].finds("cpu")
 
 
+async def _settled(mesh, count):
+    """Return peers that hear each other, and have not looked for other holders for a while."""
+    peers = []
+    for _ in range(count):
+        peers.append(await mesh.add([device()], peers))
+    mesh.nursery.start_soon(_hear, peers)
+    await trio.sleep(6 * limits.CAPABILITY_REPUBLISH_MIN_S)
+    return peers
+
+
 async def _hear(peers) -> None:
     """Let all that are connected hear each other, as the pings of membership do."""
     while True:
@@ -181,11 +191,7 @@ async def test_while_they_hear_each_other_little_is_said(open_mesh, autojump_clo
 
 async def test_a_holder_that_comes_back_with_nothing_is_told_again(open_mesh, autojump_clock):
     async with open_mesh() as mesh:
-        peers = []
-        for _ in range(3):
-            peers.append(await mesh.add([device()], peers))
-        mesh.nursery.start_soon(_hear, peers)
-        await trio.sleep(6 * limits.CAPABILITY_REPUBLISH_MIN_S)
+        peers = await _settled(mesh, 3)
         peers[0].kill()
         await trio.sleep(1.0)
         again = await mesh.add([device()], peers[1:], identity=peers[0].identity)
@@ -226,11 +232,7 @@ async def test_a_record_that_made_way_is_held_again_soon(open_mesh, autojump_clo
 
 async def test_who_did_not_move_for_longer_than_its_record_lives_tells_it_again(open_mesh, autojump_clock):
     async with open_mesh() as mesh:
-        peers = []
-        for _ in range(3):
-            peers.append(await mesh.add([device()], peers))
-        mesh.nursery.start_soon(_hear, peers)
-        await trio.sleep(6 * limits.CAPABILITY_REPUBLISH_MIN_S)
+        peers = await _settled(mesh, 3)
         publisher, now = peers[1].service._publisher, trio.current_time()
         holder = next(one for one in publisher._holders.values() if one.peer.peer_id == peers[0].peer_id)
         assert not holder.is_due(now, limits.CAPABILITY_RENEW_S)

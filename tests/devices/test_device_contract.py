@@ -434,7 +434,7 @@ def test_factors_may_lie_transposed_on_gpus(real_device, batch, transposed, dtyp
 @pytest.mark.parametrize("transposed", [(True, False), (False, True), (True, True)], ids=str)
 def test_one_right_factor_for_left_ones_that_lie_transposed(real_device, transposed, dtype):
     if not real_device.capabilities.matmul_transposes:
-        pytest.skip(f"{real_device} takes no factors that lie transposed")
+        pytest.skip(f"needs a device that takes factors that lie transposed, a GPU through CuPy; not {real_device}")
     a, b = np.arange(3 * 20).reshape(3, 4, 5) % 7, np.arange(35).reshape(5, 7) % 5
     lie = [np.swapaxes(one, -1, -2) if flag else one for one, flag in zip((a, b), transposed, strict=True)]
     blocks = [block_of(real_device, np.ascontiguousarray(one.astype(dtype))) for one in lie]
