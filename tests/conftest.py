@@ -8,9 +8,10 @@ import importlib.util
 import os
 import re
 import signal
+import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -144,6 +145,21 @@ def drivers() -> None:
         for index in range(cupy.cuda.runtime.getDeviceCount()):
             with cupy.cuda.Device(index):
                 cupy.cuda.runtime.deviceSynchronize()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    """Do not measure coverage in tests that are marked ``untraced``."""
+    measuring = None
+    if item.get_closest_marker("untraced") and "coverage" in sys.modules:
+        measuring = sys.modules["coverage"].Coverage.current()
+    if measuring is None:
+        return (yield)
+    measuring.stop()
+    try:
+        return (yield)
+    finally:
+        measuring.start()
 
 
 @pytest.fixture(autouse=True)

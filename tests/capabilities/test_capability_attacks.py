@@ -189,6 +189,7 @@ async def test_who_does_not_hold_the_key_is_not_answered(open_mesh, autojump_clo
             await receive_message(stream, Sealed)
 
 
+@pytest.mark.untraced
 async def test_a_crowd_from_one_network_does_not_surround_a_joining_peer(open_mesh, autojump_clock):
     async with open_mesh(delay_s=0.0) as mesh:
         crowd = [await mesh.add([], addresses=[f"/ip4/8.8.4.{n}/tcp/45654"]) for n in range(60)]
@@ -200,7 +201,7 @@ async def test_a_crowd_from_one_network_does_not_surround_a_joining_peer(open_me
         honest = []
         for number in range(4):
             honest.append(await mesh.add([CPU], [*honest, newcomer], addresses=[f"/ip4/9.9.{number}.9/tcp/45654"]))
-        await trio.sleep(2 * limits.CAPABILITY_REPUBLISH_S)
+        await trio.sleep(2.5 * limits.CAPABILITY_REPUBLISH_MIN_S)
         table = newcomer.service.table
         assert all(peer.peer_id in table for peer in honest)
         assert sum(sybil.peer_id in table for sybil in crowd) <= limits.ROUTING_NETWORK_MAX_COUNT

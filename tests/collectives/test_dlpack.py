@@ -53,6 +53,11 @@ new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char
 )
 
 
+# Whoever takes a capsule reads it once more when it lets go, which may be after its exporter has gone. What is here
+# stays, as it would for an exporter whose deleter frees it.
+LENT: list[Any] = []
+
+
 class ByHand:
     """An exporter all of whose words are chosen: its memory is a NumPy array's."""
 
@@ -63,6 +68,7 @@ class ByHand:
         self.shape = (ctypes.c_int64 * len(shape))(*shape)
         strides = self.words["strides"]
         self.strides = None if strides is None else (ctypes.c_int64 * len(shape))(*strides)
+        LENT.append((memory, self.shape, self.strides))
         self.code = code
         self.asked: list[dict[str, Any]] = []
 
@@ -90,10 +96,12 @@ class ByHand:
             words["offset"],
         )
         if words["version"] is None:
-            self.managed: Any = Managed(tensor, None, None)
-            return new_capsule(ctypes.addressof(self.managed), b"dltensor", None)
-        self.managed = ManagedVersioned(words["version"], None, None, words["flags"], tensor)
-        return new_capsule(ctypes.addressof(self.managed), b"dltensor_versioned", None)
+            managed: Any = Managed(tensor, None, None)
+            LENT.append(managed)
+            return new_capsule(ctypes.addressof(managed), b"dltensor", None)
+        managed = ManagedVersioned(words["version"], None, None, words["flags"], tensor)
+        LENT.append(managed)
+        return new_capsule(ctypes.addressof(managed), b"dltensor_versioned", None)
 
 
 @pytest.mark.parametrize("version", [None, (1, 0), (1, 9)])

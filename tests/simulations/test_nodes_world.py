@@ -34,6 +34,7 @@ def run(seed: int) -> World:
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.untraced
 @pytest.mark.parametrize("part", range(4))
 def test_fixed_seeds_hold_the_invariants(part: int) -> None:
     exercised = [run(seed).exercised for seed in SEEDS[part::4]]
@@ -153,6 +154,7 @@ def of_two_meshes_that_meet_both_give_way(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.untraced
 @pytest.mark.parametrize("name", BUGS.names)
 def test_a_planted_bug_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Some bugs end in an error of the program.

@@ -34,6 +34,7 @@ def run(seed: int) -> World:
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.untraced
 @pytest.mark.parametrize("part", range(2))
 def test_fixed_seeds_hold_the_invariants(part: int) -> None:
     exercised = [run(seed).exercised for seed in SEEDS[part:120:2]]
@@ -304,6 +305,7 @@ def nobody_steps_in_for_a_dead_proposer(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.untraced
 @pytest.mark.parametrize("name", BUGS.names)
 def test_a_planted_bug_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InvariantBroken):
