@@ -6,6 +6,8 @@ The only library file that reads the environment.
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import stat
 import uuid
 from hashlib import sha256
@@ -17,6 +19,7 @@ from sparkle_mesh.errors import UsageError
 
 DATA_DIR_VARIABLE = "SPARKLE_DATA_DIR"
 BOOTSTRAP_VARIABLE = "SPARKLE_BOOTSTRAP"
+COMPILER_VARIABLE = "SPARKLE_CC"
 #: The file in the data directory that holds the machine's Ed25519 key.
 IDENTITY_NAME = "identity.key"
 
@@ -63,6 +66,33 @@ def bootstrap_peers() -> tuple[str, ...] | None:
     if text is None:
         return None
     return tuple(item.strip() for item in text.split(",") if item.strip() and item.strip() != "none")
+
+
+def c_compiler() -> tuple[str, ...] | None:
+    """Return the command of the C compiler that kernels on the CPU are compiled with; None if there is none.
+
+    The variable ``SPARKLE_CC`` names it, with options if need be; ``none`` wants none. Else it is the first of cc, gcc
+    and clang that can be found.
+
+    Raises
+    ------
+    UsageError
+        If what the variable names cannot be found.
+    """
+    text = os.environ.get(COMPILER_VARIABLE, "").strip()
+    if text == "none" or os.name != "posix":
+        return None
+    if not text:
+        found = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+        return (found,) if found else None
+    try:
+        name, *options = shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"{COMPILER_VARIABLE} is {text!r}, which is no command: {error}") from error
+    found = shutil.which(name)
+    if found is None:
+        raise UsageError(f"{COMPILER_VARIABLE} is {text!r}, and there is no command {name}; name a C compiler, or none")
+    return found, *options
 
 
 def host_id() -> bytes:

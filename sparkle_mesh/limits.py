@@ -739,6 +739,15 @@ CPU_POOL_MAX_BYTES = 256 * MIB
 CPU_HALF_TILE_SIDE_COUNT = 1024
 # Products of matrices below that many multiplications are done by one thread each, if there are several.
 CPU_SMALL_PRODUCT_MAX_COUNT = 1 << 21
+# To compile a function takes as long as some runs of NumPy's over so many elements.
+C_BODY_MIN_COUNT = 32 * KIB
+# Calls take some microseconds: what is called for is longer, and short enough for threads to end together.
+C_PIECE_MIN_COUNT = 64 * KIB
+C_PIECE_MAX_COUNT = 512 * KIB
+# Of one process, in all and at a time; each takes some tens of KiB, and about 0.1 s.
+C_FUNCTIONS_MAX_COUNT = 512
+C_FUNCTIONS_WANTED_MAX_COUNT = 8
+C_COMPILE_TIMEOUT_S = 60.0
 
 
 # --- Arrays of other libraries -------------------------------------------------------------------

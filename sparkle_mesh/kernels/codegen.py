@@ -1,6 +1,6 @@
-"""Generated kernels: the text around them, in CUDA C (HIP on ROCm) and OpenCL C.
+"""Generated kernels: the text around them, in CUDA C (HIP on ROCm), OpenCL C, and C.
 
-One generator writes for both languages. What differs between them stands in a few definitions before a kernel (its
+One generator writes for all languages. What differs between them stands in a few definitions before a kernel (its
 *prelude*), and in the names of mathematical functions. So a device of one language tests what the other runs.
 
 Values are kept in registers as the type that they are computed with: float16 as ``f32`` that is rounded after each
@@ -19,7 +19,7 @@ import numpy as np
 
 from sparkle_mesh.kernels.ops import Scalar
 
-Language: TypeAlias = Literal["cuda", "opencl"]
+Language: TypeAlias = Literal["cuda", "opencl", "c"]
 
 _NAMES = {"bool": "u8", "float16": "u16", "float32": "f32", "float64": "f64"}
 
@@ -128,6 +128,28 @@ typedef double f64;
 #define F64_OF_BITS(x) as_double((u64)(x))
 """
 
+_C = """\
+#include <math.h>
+#include <stdint.h>
+typedef int8_t i8;
+typedef int16_t i16;
+typedef int32_t i32;
+typedef int64_t i64;
+typedef uint8_t u8;
+typedef uint16_t u16;
+typedef uint32_t u32;
+typedef uint64_t u64;
+typedef float f32;
+typedef double f64;
+#define FUNCTION static inline
+#define GLOBAL
+#define RESTRICT restrict
+FUNCTION f32 F32_OF_BITS(u32 bits) { union { u32 bits; f32 value; } one = {bits}; return one.value; }
+FUNCTION f64 F64_OF_BITS(u64 bits) { union { u64 bits; f64 value; } one = {bits}; return one.value; }
+FUNCTION u32 BITS_OF_F32(f32 value) { union { f32 value; u32 bits; } one = {value}; return one.bits; }
+FUNCTION u64 BITS_OF_F64(f64 value) { union { f64 value; u64 bits; } one = {value}; return one.bits; }
+"""
+
 #: One access of so many bytes.
 WORDS = {1: "u8", 2: "word2", 4: "word4", 8: "word8", 16: "word16"}
 
@@ -166,7 +188,7 @@ class Code:
 
     def math(self, name: str, dtype: str) -> str:
         """Return C's name of a mathematical function of a value in registers of ``dtype``."""
-        return f"{name}f" if self.language == "cuda" and dtype != "float64" else name
+        return f"{name}f" if self.language != "opencl" and dtype != "float64" else name
 
     def finish(self, kind: str, body: str, *, wide: bool) -> KernelSource:
         """Return the whole source. ``body`` has ``@name@`` where the kernel's name goes.
@@ -178,7 +200,7 @@ class Code:
         """
         index = f"typedef {'i64' if wide else 'i32'} ix;\n"
         text = index + "\n".join([*self._functions.values(), body])
-        head = _CUDA if self.language == "cuda" else _OPENCL
+        head = {"cuda": _CUDA, "opencl": _OPENCL, "c": _C}[self.language]
         if self.language == "opencl" and _IS_DOUBLE.search(text):
             head += _OPENCL_DOUBLE
         if "_half(" in text:

@@ -173,14 +173,19 @@ def _unchanged(code: Code, operands: Sequence[str], dtype: str) -> str:
 
 
 def _larger(code: Code, operands: Sequence[str], dtype: str) -> str:
-    a, b = operands
-    # NaN, from either side, stays.
-    return f"({a} >= {b} || {a} != {a} ? {a} : {b})" if dtype in FLOATS else f"({a} >= {b} ? {a} : {b})"
+    return _chosen(code, ">", operands, dtype)
 
 
 def _smaller(code: Code, operands: Sequence[str], dtype: str) -> str:
+    return _chosen(code, "<", operands, dtype)
+
+
+def _chosen(code: Code, sign: str, operands: Sequence[str], dtype: str) -> str:
     a, b = operands
-    return f"({a} <= {b} || {a} != {a} ? {a} : {b})" if dtype in FLOATS else f"({a} <= {b} ? {a} : {b})"
+    # Of zeros with different signs NumPy takes the second one where C is compiled for the same processor, an x86.
+    sign = sign if code.language == "c" else f"{sign}="
+    # NaN, from either side, stays.
+    return f"({a} {sign} {b} || {a} != {a} ? {a} : {b})" if dtype in FLOATS else f"({a} {sign} {b} ? {a} : {b})"
 
 
 # --- Integers -------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
-"""Runs programs on this machine's processors, about as fast as their memory allows, by NumPy alone.
+"""Runs programs on this machine's processors, about as fast as their memory allows, by NumPy and loops in C.
 
 NumPy goes through memory once for each operation. Here each step goes through it once: pieces that fit into a core's
 cache pass through all operations of a step before the next pieces come, in all cores at once, since NumPy lets other
 threads run while it computes. Each operation is done by the same ufunc as in :mod:`.reference`, so elementwise results
-are the same bits. Reductions and products may differ in their last bits, but not from run to run, nor with the number
+are the same bits; also where a loop in C takes over after some runs (:mod:`.cpu_native`), which only does what gives
+the same bits. Reductions and products may differ in their last bits, but not from run to run, nor with the number
 of threads.
 """
 
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from sparkle_mesh import limits
+from sparkle_mesh.devices.c_compiler import CCompiler
 from sparkle_mesh.devices.detect import usable_logical_cores
 from sparkle_mesh.errors import KernelError
 from sparkle_mesh.kernels.cpu_memory import BlockPool
@@ -46,14 +48,18 @@ class CpuExecutor:
     threads
         How many threads work on one program, the caller's included; by default one for each core that this process may
         use. They are started when they are first needed.
+    compiler
+        Of loops in C; by default one that looks for the machine's own.
 
     Raises
     ------
     KernelError
         If there cannot be so many.
+    UsageError
+        If the environment names a compiler that is not there.
     """
 
-    def __init__(self, threads: int | None = None) -> None:
+    def __init__(self, threads: int | None = None, *, compiler: CCompiler | None = None) -> None:
         if threads is None:
             threads = min(usable_logical_cores(), limits.CPU_THREADS_MAX_COUNT)
         if not 1 <= threads <= limits.CPU_THREADS_MAX_COUNT:
@@ -61,6 +67,7 @@ class CpuExecutor:
         self.threads = threads
         self._workers = WorkerThreads(threads)
         self._pool = BlockPool()
+        self.compiler = CCompiler() if compiler is None else compiler
 
     def prepare(self, program: Program) -> PreparedProgram:
         """Return ``program`` made ready to run: keep it, since this takes longer than to run a small one.
@@ -70,10 +77,11 @@ class CpuExecutor:
         KernelError
             If something in it cannot be computed.
         """
-        return PreparedProgram(program, self.threads, self._workers, self._pool)
+        return PreparedProgram(program, self.threads, self._workers, self._pool, self.compiler)
 
     def close(self) -> None:
         """End the threads and let go of the memory. A later run starts anew."""
+        self.compiler.close()
         self._workers.close()
         self._pool.clear()
 
@@ -81,10 +89,12 @@ class CpuExecutor:
 class PreparedProgram:
     """A program that can be run any number of times, by several threads at once. Made by :class:`CpuExecutor`."""
 
-    def __init__(self, program: Program, threads: int, workers: WorkerThreads, pool: BlockPool) -> None:
+    def __init__(
+        self, program: Program, threads: int, workers: WorkerThreads, pool: BlockPool, compiler: CCompiler
+    ) -> None:
         self.program = program
         self._workers, self._pool = workers, pool
-        self._steps = tuple(_prepare(step, program, threads) for step in program.steps)
+        self._steps = tuple(_prepare(step, program, threads, compiler) for step in program.steps)
         self._given = frozenset(range(program.input_count)) | frozenset(program.outputs)
         # Blocks of our own, where they are first needed.
         self._written = tuple(sorted(blocks_written(step) - self._given) for step in program.steps)
@@ -156,10 +166,10 @@ def _has_integer_powers(step: Step) -> bool:
     return any(one.op == "power" and np.dtype(one.dtype).kind in "iu" for one in step.body.instructions)
 
 
-def _prepare(step: Step, program: Program, threads: int) -> PreparedStep:
+def _prepare(step: Step, program: Program, threads: int, compiler: CCompiler) -> PreparedStep:
     match step:
         case ElementwiseStep():
-            return prepare_elementwise(step, threads)
+            return prepare_elementwise(step, threads, compiler)
         case ReduceStep():
             return PreparedReduction(step, threads)
         case MatmulStep():

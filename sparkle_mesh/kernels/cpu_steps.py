@@ -10,8 +10,10 @@ from typing import Protocol
 import numpy as np
 
 from sparkle_mesh import limits
+from sparkle_mesh.devices.c_compiler import CCompiler
 from sparkle_mesh.kernels.cpu_body import Frame, compile_body, uniform_values
 from sparkle_mesh.kernels.cpu_memory import BlockPool
+from sparkle_mesh.kernels.cpu_native import NativeElementwise, in_c
 from sparkle_mesh.kernels.cpu_threads import Portions, WorkerThreads
 from sparkle_mesh.kernels.cpu_tiles import Access, Array, Blocks, Tiles, tile_of
 from sparkle_mesh.kernels.ops import element_strides
@@ -44,7 +46,9 @@ class PreparedStep(Protocol):
 class PreparedElementwise:
     """An :class:`.program.ElementwiseStep`, or anything else that goes from elements to elements."""
 
-    def __init__(self, body: Body, results: list[tuple[int, Access]], threads: int) -> None:
+    def __init__(
+        self, body: Body, results: list[tuple[int, Access]], threads: int, compiler: CCompiler | None = None
+    ) -> None:
         self._is_empty = not prod(body.shape)
         if self._is_empty:
             return
@@ -61,10 +65,16 @@ class PreparedElementwise:
         self._scratch_bytes = self._body.scratch_bytes(prod(self._tiles.tile))
         portions = threads * limits.CPU_PORTIONS_PER_THREAD_COUNT
         self._portion = 1 if self._alone else max(1, self._tiles.count // portions)
+        self._native: NativeElementwise | None = None
+        if compiler is not None and size >= limits.C_BODY_MIN_COUNT and (native := in_c(body, results)) is not None:
+            self._native = NativeElementwise(native, compiler, threads, alone=self._alone)
 
     def run(self, blocks: Blocks, place: Workplace) -> None:
         """See :class:`PreparedStep`."""
         if self._is_empty:
+            return
+        native = self._native
+        if native is not None and native.is_ready() and native.run(blocks, place.workers, place.should_stop):
             return
         body, tiles, portion = self._body, self._tiles, self._portion
         uniform = uniform_values(body, blocks)
@@ -83,12 +93,12 @@ class PreparedElementwise:
         place.workers.share(-(-count // portion), work, alone=self._alone, should_stop=place.should_stop)
 
 
-def prepare_elementwise(step: ElementwiseStep, threads: int) -> PreparedElementwise:
-    """Return ``step`` made ready."""
+def prepare_elementwise(step: ElementwiseStep, threads: int, compiler: CCompiler) -> PreparedElementwise:
+    """Return ``step`` made ready: for NumPy, and for C once that is compiled and where it is faster."""
     strides = element_strides(step.body.shape)
     dtypes = (*step.body.read_dtypes, *(one.dtype for one in step.body.instructions))
     results = [(slot, Access(block, dtypes[slot], 0, strides)) for slot, block in step.results]
-    return PreparedElementwise(step.body, results, threads)
+    return PreparedElementwise(step.body, results, threads, compiler)
 
 
 class PreparedWrite:

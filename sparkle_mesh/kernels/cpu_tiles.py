@@ -101,7 +101,7 @@ def tile_of(lengths: Shape, strides: Sequence[tuple[int, ...]], count: int) -> S
     """
     tile = [1] * len(lengths)
     order = list(range(len(lengths) - 1, -1, -1))
-    crossing = _crossing_axis(lengths, strides)
+    crossing = crossing_axis(lengths, strides)
     if crossing is not None:
         tile[-1] = min(lengths[-1], limits.CPU_TILE_SIDE_COUNT)
         order.remove(crossing)
@@ -113,7 +113,7 @@ def tile_of(lengths: Shape, strides: Sequence[tuple[int, ...]], count: int) -> S
     return tuple(tile)
 
 
-def _crossing_axis(lengths: Shape, strides: Sequence[tuple[int, ...]]) -> int | None:
+def crossing_axis(lengths: Shape, strides: Sequence[tuple[int, ...]]) -> int | None:
     """Return the axis along which memory is read that is not read along the last one; None if there is none."""
     for steps in strides:
         sizes = [abs(stride) for stride in steps]

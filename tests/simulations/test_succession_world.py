@@ -136,7 +136,7 @@ def a_promise_does_not_freeze(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(OpenOperations, "freeze", lambda self: None)
 
 
-@bug(caught_by=88)
+@bug(caught_by=72)
 def a_successor_ignores_what_was_accepted(patch: pytest.MonkeyPatch) -> None:
     def value(self: ViewChange, promises: dict[Any, Any]) -> Any:
         bare = {
@@ -237,7 +237,7 @@ def ranks_are_told_different_outcomes(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ViewChange, "_on_chosen", chosen)
 
 
-@bug(caught_by=42)
+@bug(caught_by=66)
 def messages_of_any_epoch_count(patch: pytest.MonkeyPatch) -> None:
     def hear(self: World, process: Process, sender: Any, epoch: int, number: int, word: str, digest: bytes) -> None:
         epoch = epoch if process.machine is None else process.machine.view.epoch
