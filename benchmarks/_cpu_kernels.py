@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 from _figures import ratio_per_round, spread
 
+import sparkle_mesh as sparkle
 from sparkle_mesh.kernels.cpu_executor import CpuExecutor
 from sparkle_mesh.kernels.fusion import fuse
-from sparkle_mesh.kernels.graph import GraphBuilder, WeakScalar
-from sparkle_mesh.kernels.ops import TensorType
 
 Array = np.ndarray[Any, Any]
 Call = Callable[[], object]
@@ -27,6 +26,7 @@ GEMM_SIDE, QUICK_GEMM_SIDE, SMALL_COUNT = 2048, 512, 1000
 CACHED_COUNT = 16384
 # So that what takes microseconds is measured over some milliseconds.
 SAMPLE_S = 0.002
+WARM_UPS_COUNT = 5
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Case:
     traffic_bytes
         What is read and written at least.
     ours
-        By name: into memory that is given, or into fresh memory.
+        By name: into memory that is given, or as ``Context.run`` has it, in memory of the context's own.
     peers
         By name; with the name of that one of ours which does the same.
     cached
@@ -57,17 +57,17 @@ class Case:
 
 def cpu_rows(*, elements: int, rounds: int, threads: int | None = None, quick: bool = False) -> list[dict[str, Any]]:
     """Measure everything in rounds, in which all contenders take turns; return a row for each peer."""
-    executor = CpuExecutor(threads)
+    ours = Ours(threads)
     try:
-        copy_bytes_per_s = copy_speed(executor.threads, elements)
-        cases = _cases(executor, elements, QUICK_GEMM_SIDE if quick else GEMM_SIDE)
+        copy_bytes_per_s = copy_speed(ours.threads, elements)
+        cases = _cases(ours.of, elements, QUICK_GEMM_SIDE if quick else GEMM_SIDE)
         rows: list[dict[str, Any]] = []
         for case in cases:
             _measure(case, rounds)
-            rows += _rows(case, executor.threads, copy_bytes_per_s)
+            rows += _rows_of(case, ours.threads, copy_bytes_per_s)
         return rows
     finally:
-        executor.close()
+        ours.close()
 
 
 def copy_speed(threads: int, elements: int) -> float:
@@ -85,8 +85,10 @@ def copy_speed(threads: int, elements: int) -> float:
 def _measure(case: Case, rounds: int) -> None:
     contenders = {**case.ours, **{name: call for name, (_, call) in case.peers.items()}}
     repeats = {}
-    for name, call in contenders.items():
+    # Compilers work beside the first calls.
+    for call in [*contenders.values()] * WARM_UPS_COUNT:
         call()
+    for name, call in contenders.items():
         repeats[name] = max(1, int(SAMPLE_S / max(_seconds(call), 1e-9)))
     for turn in range(rounds):
         names = list(contenders)
@@ -102,7 +104,7 @@ def _seconds(call: Call, repeats: int = 1) -> float:
     return (time.perf_counter() - started) / repeats
 
 
-def _rows(case: Case, threads: int, copy_bytes_per_s: float) -> list[dict[str, Any]]:
+def _rows_of(case: Case, threads: int, copy_bytes_per_s: float) -> list[dict[str, Any]]:
     memory_s = case.traffic_bytes / copy_bytes_per_s
     limit, limit_s = "copy", memory_s
     if case.cached is not None:
@@ -127,43 +129,65 @@ def _rows(case: Case, threads: int, copy_bytes_per_s: float) -> list[dict[str, A
 # --- What is computed -----------------------------------------------------------------------------
 
 
-def _prepared(
-    executor: CpuExecutor, build: Callable[[GraphBuilder], int], *arrays: Array
-) -> tuple[Callable[[Array], object], int]:
-    """Return what computes a kernel of ``arrays`` into a flat array, and the size of that."""
-    builder = GraphBuilder([TensorType(array.shape, array.dtype.name) for array in arrays])
-    graph = builder.finish([build(builder)])
-    program = fuse(graph)
-    prepared = executor.prepare(program)
-    blocks: list[Array | None] = [*(array.reshape(-1) for array in arrays)]
-    blocks += [None] * (len(program.blocks) - len(blocks))
-    (output,) = program.outputs
-
-    def run(out: Array) -> object:
-        prepared.run([*blocks[:output], out, *blocks[output + 1 :]])
-        return out
-
-    return run, graph.output_types[0].size
+@sparkle.kernel
+def _twice_plus(x: Any, y: Any) -> Any:
+    return 2 * x + y
 
 
-def _twice_plus(builder: GraphBuilder) -> int:
-    return builder.elementwise("add", builder.elementwise("multiply", 0, WeakScalar(2)), 1)
+@sparkle.kernel
+def _tanh(x: Any, y: Any) -> Any:
+    return np.tanh(2 * x + y * y) * x
 
 
-def _tanh(builder: GraphBuilder) -> int:
-    square = builder.elementwise("multiply", 1, 1)
-    total = builder.elementwise("add", builder.elementwise("multiply", 0, WeakScalar(2)), square)
-    return builder.elementwise("multiply", builder.elementwise("tanh", total), 0)
+@sparkle.kernel
+def _distance(x: Any, y: Any) -> Any:
+    return np.square(x - y).sum()
 
 
-def _distance(builder: GraphBuilder) -> int:
-    return builder.reduce("sum", builder.elementwise("square", builder.elementwise("subtract", 0, 1)))
+@sparkle.kernel
+def _rows(x: Any) -> Any:
+    return x.sum(axis=1)
 
 
-def _softmax(builder: GraphBuilder) -> int:
-    top = builder.reduce("max", 0, [1], keepdims=True)
-    weight = builder.elementwise("exp", builder.elementwise("subtract", 0, top))
-    return builder.elementwise("divide", weight, builder.reduce("sum", weight, [1], keepdims=True))
+@sparkle.kernel
+def _columns(x: Any) -> Any:
+    return x.sum(axis=0)
+
+
+@sparkle.kernel
+def _softmax(x: Any) -> Any:
+    weight = np.exp(x - x.max(axis=1, keepdims=True))
+    return weight / weight.sum(axis=1, keepdims=True)
+
+
+@sparkle.kernel
+def _product(a: Any, b: Any) -> Any:
+    return a @ b
+
+
+class Ours:
+    """Two ways to run kernels: as users do, and into memory that is given, which no call of theirs has."""
+
+    def __init__(self, threads: int | None) -> None:
+        self._context = sparkle.Context(["cpu"], threads=threads)
+        self._executor = CpuExecutor(threads)
+        self.threads = self._executor.threads
+
+    def close(self) -> None:
+        """End their threads."""
+        self._executor.close()
+        self._context.close()
+
+    def of(self, kernel: Any, *arrays: Array) -> dict[str, Call]:
+        """Return both ways to run ``kernel``."""
+        graph = kernel.trace(*arrays)
+        program = fuse(graph)
+        prepared = self._executor.prepare(program)
+        blocks: list[Array | None] = [*(array.reshape(-1) for array in arrays)]
+        blocks += [None] * (len(program.blocks) - len(blocks))
+        (output,) = program.outputs
+        blocks[output] = np.zeros(graph.output_types[0].size, np.float32)
+        return {"given": lambda: prepared.run(blocks), "run": lambda: self._context.run(kernel, *arrays)}
 
 
 def _numpy_softmax(x: Array) -> Array:
@@ -172,7 +196,7 @@ def _numpy_softmax(x: Array) -> Array:
     return found
 
 
-def _cases(executor: CpuExecutor, elements: int, gemm_side: int) -> list[Case]:
+def _cases(mine: Callable[..., dict[str, Call]], elements: int, gemm_side: int) -> list[Case]:
     source = np.random.default_rng(0)
     side = int(elements**0.5)
     elements = side * side
@@ -189,33 +213,28 @@ def _cases(executor: CpuExecutor, elements: int, gemm_side: int) -> list[Case]:
         np.add(np.multiply(cx, np.float32(2), ct), cy * cy, ct)
         np.multiply(np.tanh(ct, ct), cx, ct)
 
-    def mine(build: Callable[[GraphBuilder], int], *arrays: Array) -> dict[str, Call]:
-        run, size = _prepared(executor, build, *arrays)
-        given = np.zeros(size, np.float32)
-        return {"given": lambda: run(given), "fresh": lambda: run(np.empty(size, np.float32))}
-
     def numpy_given() -> None:
         np.add(np.multiply(x, np.float32(2), out), y, out)
 
     cases = [
-        Case("2x + y", nbytes, 3 * nbytes, mine(_twice_plus, x, y), {"numpy": ("fresh", lambda: 2 * x + y)}),
+        Case("2x + y", nbytes, 3 * nbytes, mine(_twice_plus, x, y), {"numpy": ("run", lambda: 2 * x + y)}),
         Case("tanh(2x + yy)x", nbytes, 3 * nbytes, mine(_tanh, x, y), {}, cached_tanh, elements),
         Case("sum((x - y)^2)", nbytes, 2 * nbytes, mine(_distance, x, y), {}),
-        Case("sum of rows", nbytes, nbytes, mine(lambda builder: builder.reduce("sum", 0, [1]), table), {}),
-        Case("sum of columns", nbytes, nbytes, mine(lambda builder: builder.reduce("sum", 0, [0]), table), {}),
+        Case("sum of rows", nbytes, nbytes, mine(_rows, table), {}),
+        Case("sum of columns", nbytes, nbytes, mine(_columns, table), {}),
         Case("softmax of rows", nbytes, 2 * nbytes, mine(_softmax, table), {}),
-        Case("a @ b", a.nbytes, 3 * a.nbytes, mine(lambda builder: builder.matmul(0, 1), a, b), {}),
+        Case("a @ b", a.nbytes, 3 * a.nbytes, mine(_product, a, b), {}),
         Case("2x + y, small", few.nbytes, 3 * few.nbytes, mine(_twice_plus, few, few), {}),
     ]
     simple, tanh, distance, rows, columns, softmax, gemm, small = cases
     simple.peers["numpy, given"] = ("given", numpy_given)
-    tanh.peers["numpy"] = ("fresh", lambda: np.tanh(2 * x + y * y) * x)
-    distance.peers["numpy"] = ("fresh", lambda: np.square(x - y).sum())
-    rows.peers["numpy"] = ("fresh", lambda: table.sum(1))
-    columns.peers["numpy"] = ("fresh", lambda: table.sum(0))
-    softmax.peers["numpy"] = ("fresh", lambda: _numpy_softmax(table))
+    tanh.peers["numpy"] = ("run", lambda: np.tanh(2 * x + y * y) * x)
+    distance.peers["numpy"] = ("run", lambda: np.square(x - y).sum())
+    rows.peers["numpy"] = ("run", lambda: table.sum(1))
+    columns.peers["numpy"] = ("run", lambda: table.sum(0))
+    softmax.peers["numpy"] = ("run", lambda: _numpy_softmax(table))
     gemm.peers["numpy, given"] = ("given", lambda: np.matmul(a, b, out=product))
-    small.peers["numpy"] = ("fresh", lambda: 2 * few + few)
+    small.peers["numpy"] = ("run", lambda: 2 * few + few)
     _add_numexpr(simple, tanh, distance, small, {"x": x, "y": y, "few": few, "out": out, "few_out": few_out})
     _add_numba(simple, tanh, distance, x, y, out)
     return cases
@@ -232,11 +251,11 @@ def _add_numexpr(simple: Case, tanh: Case, distance: Case, small: Case, arrays: 
     def of(text: str, into: Array | None = None) -> Call:
         return lambda: numexpr.evaluate(text, local_dict=arrays, out=into)
 
-    simple.peers["numexpr"] = ("fresh", of("2*x + y"))
+    simple.peers["numexpr"] = ("run", of("2*x + y"))
     simple.peers["numexpr, given"] = ("given", of("2*x + y", out))
-    tanh.peers["numexpr"] = ("fresh", of("tanh(2*x + y*y)*x"))
+    tanh.peers["numexpr"] = ("run", of("tanh(2*x + y*y)*x"))
     tanh.peers["numexpr, given"] = ("given", of("tanh(2*x + y*y)*x", out))
-    distance.peers["numexpr"] = ("fresh", of("sum((x - y)**2)"))
+    distance.peers["numexpr"] = ("run", of("sum((x - y)**2)"))
     small.peers["numexpr, given"] = ("given", of("2*few + few", few_out))
 
 
@@ -266,8 +285,8 @@ def _add_numba(simple: Case, tanh: Case, distance: Case, x: Array, y: Array, out
             total += (x[i] - y[i]) ** 2
         return total
 
-    simple.peers["numba"] = ("fresh", lambda: simple_into(x, y, np.empty_like(x)))
+    simple.peers["numba"] = ("run", lambda: simple_into(x, y, np.empty_like(x)))
     simple.peers["numba, given"] = ("given", lambda: simple_into(x, y, out))
-    tanh.peers["numba"] = ("fresh", lambda: tanh_into(x, y, np.empty_like(x)))
+    tanh.peers["numba"] = ("run", lambda: tanh_into(x, y, np.empty_like(x)))
     tanh.peers["numba, given"] = ("given", lambda: tanh_into(x, y, out))
-    distance.peers["numba"] = ("fresh", lambda: distance_of(x, y))
+    distance.peers["numba"] = ("run", lambda: distance_of(x, y))

@@ -744,6 +744,9 @@ C_BODY_MIN_COUNT = 32 * KIB
 # Calls take some microseconds: what is called for is longer, and short enough for threads to end together.
 C_PIECE_MIN_COUNT = 64 * KIB
 C_PIECE_MAX_COUNT = 512 * KIB
+# Results that no cache of a core's would hold go past all of them, in runs of so many elements.
+C_STREAMED_MIN_BYTES = 32 * MIB
+C_STREAMED_COUNT = 1 * KIB
 # Of one process, in all and at a time; each takes some tens of KiB, and about 0.1 s.
 C_FUNCTIONS_MAX_COUNT = 512
 C_FUNCTIONS_WANTED_MAX_COUNT = 8

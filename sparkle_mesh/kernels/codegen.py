@@ -150,6 +150,32 @@ FUNCTION u32 BITS_OF_F32(f32 value) { union { f32 value; u32 bits; } one = {valu
 FUNCTION u64 BITS_OF_F64(f64 value) { union { f64 value; u64 bits; } one = {value}; return one.bits; }
 """
 
+# Past the caches, which would read first what is written over. Other processors have no such stores in plain C.
+_C_STREAM = """\
+#include <string.h>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#define STREAM_BYTES 16
+#define STREAM(to, from) _mm_stream_si128((__m128i *)(to), _mm_loadu_si128((const __m128i *)(from)))
+#define STREAMED() _mm_sfence()
+#else
+#define STREAMED()
+#endif
+FUNCTION void stream(void *target, const void *source, i64 bytes) {
+  char *to = target;
+  const char *from = source;
+#ifdef STREAM_BYTES
+  i64 i = -(intptr_t)to & (STREAM_BYTES - 1);
+  if (i > bytes) i = bytes;
+  memcpy(to, from, i);
+  for (; i + STREAM_BYTES <= bytes; i += STREAM_BYTES) STREAM(to + i, from + i);
+  memcpy(to + i, from + i, bytes - i);
+#else
+  memcpy(to, from, bytes);
+#endif
+}
+"""
+
 #: One access of so many bytes.
 WORDS = {1: "u8", 2: "word2", 4: "word4", 8: "word8", 16: "word16"}
 
@@ -203,6 +229,8 @@ class Code:
         head = {"cuda": _CUDA, "opencl": _OPENCL, "c": _C}[self.language]
         if self.language == "opencl" and _IS_DOUBLE.search(text):
             head += _OPENCL_DOUBLE
+        if "stream(" in text:
+            head += _C_STREAM
         if "_half(" in text:
             head += _CUDA_HALF if self.language == "cuda" else _OPENCL_HALF
         text = head + text

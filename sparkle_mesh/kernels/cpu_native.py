@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -75,7 +75,9 @@ def in_c(body: Body, results: Sequence[tuple[int, Access]]) -> NativeBody | None
     if lengths[-1] <= limits.CPU_SHORT_ROW_MAX_COUNT < prod(lengths) or crossing_axis(lengths, strides) is not None:
         return None
     together = codegen_access.restrided([*reads, *targets], strides)
-    source = _source(body, [slot for slot, _ in results], lengths, together)
+    result_bytes = prod(lengths) * sum(codegen.itemsize(target.dtype) for target in targets)
+    streams = result_bytes >= limits.C_STREAMED_MIN_BYTES and all(one[-1] == 1 for one in strides[len(reads) :])
+    source = _source(body, [slot for slot, _ in results], lengths, together, streams=streams)
     blocks = (*codegen_access.blocks_of(body), *(target.block for _, target in results))
     return NativeBody(source, blocks, prod(lengths[:-1]), lengths[-1])
 
@@ -90,7 +92,7 @@ def _is_exact(one: Instruction, dtypes: Sequence[str]) -> bool:
 
 
 def _source(
-    body: Body, slots: Sequence[int], lengths: Shape, accesses: Sequence[codegen_access.Access]
+    body: Body, slots: Sequence[int], lengths: Shape, accesses: Sequence[codegen_access.Access], *, streams: bool
 ) -> KernelSource:
     code = Code("c")
     codegen_access.compute_function(code, body, slots, wide=True, stores=True)
@@ -104,16 +106,44 @@ def _source(
     places, terms = codegen_access.offsets("row", outer, lengths, accesses, "c")
     lines += places
     lines += [f"const ix at{n} = {codegen_access.place(one, terms[n])};" for n, one in enumerate(accesses)]
-    elements = []
-    for number, one in enumerate(accesses):
-        place = f"at{number} + i * ({one.strides[-1]})"
-        element = f"{one.pointer}[{place}]" if one.pointer else place
-        elements.append(f"&{element}" if one.is_result else element)
-    lines.append(f"for (ix i = first; i < stop; ++i) compute({', '.join(elements)});")
-    lines.append("}")
+    lines.append("ix i = first;")
+    if streams:
+        lines += _streamed(accesses)
+    lines += [f"for (; i < stop; ++i) compute({_elements(accesses, 'i', {})});", "}"]
+    if streams:
+        lines.append("STREAMED();")
     takes = "void *const *pointers, ix row_first, ix row_stop, ix first, ix stop"
     text = f"void @name@({takes}) {{\n  " + "\n  ".join(lines) + "\n}\n"
     return code.finish("loop", text, wide=True)
+
+
+def _streamed(accesses: Sequence[codegen_access.Access]) -> list[str]:
+    """Return what goes through whole blocks of a row: their results go past the caches, which they would not fit in."""
+    block = limits.C_STREAMED_COUNT
+    results = [(number, one) for number, one in enumerate(accesses) if one.is_result]
+    number, first = results[0]
+    buffers = {number: f"b{number}[k]" for number, _ in results}
+    kinds = {number: codegen.memory_type(one.dtype) for number, one in results}
+    return [
+        # Lines of the cache that are written in part would be read first all the same.
+        f"for (; i < stop && ((intptr_t)({first.pointer} + (at{number} + i)) & 63); ++i)",
+        f"  compute({_elements(accesses, 'i', {})});",
+        f"for (; i + {block} <= stop; i += {block}) {{",
+        *(f"{kinds[number]} b{number}[{block}] __attribute__((aligned(64)));" for number in buffers),
+        f"for (ix k = 0; k < {block}; ++k) compute({_elements(accesses, 'i + k', buffers)});",
+        *(f"stream({one.pointer} + (at{number} + i), b{number}, sizeof b{number});" for number, one in results),
+        "}",
+    ]
+
+
+def _elements(accesses: Sequence[codegen_access.Access], place: str, buffers: Mapping[int, str]) -> str:
+    """Return what ``compute`` is called with at ``place`` of a row; some results go to ``buffers``."""
+    found = []
+    for number, one in enumerate(accesses):
+        at = f"at{number} + ({place}) * ({one.strides[-1]})"
+        element = buffers.get(number, f"{one.pointer}[{at}]") if one.pointer else at
+        found.append(f"&{element}" if one.is_result else element)
+    return ", ".join(found)
 
 
 class NativeElementwise:

@@ -22,7 +22,9 @@ from sparkle_mesh.errors import UsageError
 
 CC = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
 needs_one = pytest.mark.skipif(CC is None, reason="there is no C compiler")
-TEXT = "void {name}(long long *to, long long a, long long b, long long c, long long d) {{ *to = a + b + c + d; }}\n"
+TEXT = """#include <stdint.h>
+void {name}(int64_t *to, int64_t a, int64_t b, int64_t c, int64_t d) {{ *to = a + b + c + d; }}
+"""
 
 
 @pytest.fixture(autouse=True)
