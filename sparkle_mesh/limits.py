@@ -739,8 +739,10 @@ CPU_POOL_MAX_BYTES = 256 * MIB
 CPU_HALF_TILE_SIDE_COUNT = 1024
 # Products of matrices below that many multiplications are done by one thread each, if there are several.
 CPU_SMALL_PRODUCT_MAX_COUNT = 1 << 21
-# To compile a function takes as long as some runs of NumPy's over so many elements.
-C_BODY_MIN_COUNT = 32 * KIB
+# Shorter runs take as long by NumPy. To compile a function takes as long as some hundred times these: it is done for
+# what has computed as many elements before, and not at the first run.
+C_RUN_MIN_COUNT = 4 * KIB
+C_COMPILED_MIN_COUNT = 64 * KIB
 # Calls take some microseconds: what is called for is longer, and short enough for threads to end together.
 C_PIECE_MIN_COUNT = 64 * KIB
 C_PIECE_MAX_COUNT = 512 * KIB

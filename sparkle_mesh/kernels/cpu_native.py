@@ -147,7 +147,7 @@ def _elements(accesses: Sequence[codegen_access.Access], place: str, buffers: Ma
 
 
 class NativeElementwise:
-    """A loop that is run in C once it is compiled; not before its second run is it compiled.
+    """A loop that is run in C once it is compiled, which it is when it has run for some time.
 
     Parameters
     ----------
@@ -161,9 +161,9 @@ class NativeElementwise:
         self._native, self._compiler, self._alone = native, compiler, alone
         self._function: Function | None = None
         self._is_open = True
-        self._runs = 0
+        self._runs, self._size = 0, native.rows * native.columns
         portions = threads * limits.CPU_PORTIONS_PER_THREAD_COUNT
-        piece = -(-native.rows * native.columns // portions)
+        piece = -(-self._size // portions)
         piece = min(max(piece, limits.C_PIECE_MIN_COUNT), limits.C_PIECE_MAX_COUNT)
         self._columns = min(native.columns, piece)
         self._rows = max(1, piece // self._columns)
@@ -175,7 +175,8 @@ class NativeElementwise:
         if self._function is None and self._is_open:
             source = self._native.source
             self._runs += 1
-            self._function = self._compiler.function(source.name, source.text, is_wanted=self._runs > 1)
+            is_wanted = self._runs > 1 and self._runs * self._size >= limits.C_COMPILED_MIN_COUNT
+            self._function = self._compiler.function(source.name, source.text, is_wanted=is_wanted)
             self._is_open = self._function is None and not self._compiler.is_settled(source.name)
         return self._function is not None
 

@@ -66,7 +66,7 @@ class PreparedElementwise:
         portions = threads * limits.CPU_PORTIONS_PER_THREAD_COUNT
         self._portion = 1 if self._alone else max(1, self._tiles.count // portions)
         self._native: NativeElementwise | None = None
-        if compiler is not None and size >= limits.C_BODY_MIN_COUNT and (native := in_c(body, results)) is not None:
+        if compiler is not None and size >= limits.C_RUN_MIN_COUNT and (native := in_c(body, results)) is not None:
             self._native = NativeElementwise(native, compiler, threads, alone=self._alone)
 
     def run(self, blocks: Blocks, place: Workplace) -> None:

@@ -35,7 +35,8 @@ pytestmark = pytest.mark.skipif(
 def executor(monkeypatch: pytest.MonkeyPatch) -> Iterator[CpuExecutor]:
     """An executor that has everything compiled that can be, in small pieces."""
     monkeypatch.setattr(c_compiler._LOADED, "functions", {})
-    monkeypatch.setattr(limits, "C_BODY_MIN_COUNT", 1)
+    monkeypatch.setattr(limits, "C_RUN_MIN_COUNT", 1)
+    monkeypatch.setattr(limits, "C_COMPILED_MIN_COUNT", 1)
     monkeypatch.setattr(limits, "C_PIECE_MIN_COUNT", 5)
     monkeypatch.setattr(limits, "C_PIECE_MAX_COUNT", 61)
     monkeypatch.setattr(limits, "C_STREAMED_MIN_BYTES", 1000)
@@ -175,6 +176,16 @@ def test_it_takes_over_at_a_later_run(executor: CpuExecutor, native_runs: list[s
     assert len(native_runs) == 2
 
 
+def test_short_runs_are_compiled_for_after_many(
+    executor: CpuExecutor, native_runs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "C_COMPILED_MIN_COUNT", 2000)
+    results_of(executor, _doubled(211), [values("float32", 211)], runs=9)
+    assert executor.compiler._thread is None
+    results_of(executor, _doubled(211), [values("float32", 211)], runs=12)
+    assert native_runs
+
+
 def test_memory_that_is_not_aligned_stays_with_numpy(executor: CpuExecutor, native_runs: list[str]) -> None:
     graph, memory = _doubled(211), np.zeros(4 * 211 + 1, np.uint8)[1:].view("float32")
     memory[:] = np.arange(211)
@@ -194,7 +205,7 @@ def test_it_stops_between_pieces(executor: CpuExecutor, native_runs: list[str]) 
 
 
 def test_without_a_compiler_nothing_is_different(monkeypatch: pytest.MonkeyPatch, native_runs: list[str]) -> None:
-    monkeypatch.setattr(limits, "C_BODY_MIN_COUNT", 1)
+    monkeypatch.setattr(limits, "C_RUN_MIN_COUNT", 1)
     monkeypatch.setattr(c_compiler._LOADED, "functions", {})
     executor = CpuExecutor(1, compiler=CCompiler(()))
     found = results_of(executor, _doubled(7), [np.arange(7, dtype="float32")])[-1]
