@@ -141,7 +141,7 @@ typedef uint32_t u32;
 typedef uint64_t u64;
 typedef float f32;
 typedef double f64;
-#define FUNCTION static inline
+#define FUNCTION static inline __attribute__((always_inline))
 #define GLOBAL
 #define RESTRICT restrict
 FUNCTION f32 F32_OF_BITS(u32 bits) { union { u32 bits; f32 value; } one = {bits}; return one.value; }
