@@ -746,6 +746,8 @@ C_COMPILED_MIN_COUNT = 64 * KIB
 # Calls take some microseconds: what is called for is longer, and short enough for threads to end together.
 C_PIECE_MIN_COUNT = 64 * KIB
 C_PIECE_MAX_COUNT = 512 * KIB
+# Shorter rows leave little to vector instructions.
+C_ROW_MIN_BYTES = 128
 # Results that no cache of a core's would hold go past all of them, in runs of so many elements.
 C_STREAMED_MIN_BYTES = 32 * MIB
 C_STREAMED_COUNT = 1 * KIB
@@ -753,6 +755,8 @@ C_STREAMED_COUNT = 1 * KIB
 C_FUNCTIONS_MAX_COUNT = 512
 C_FUNCTIONS_WANTED_MAX_COUNT = 8
 C_COMPILE_TIMEOUT_S = 60.0
+# How soon a compiler is ended when nobody needs it any more.
+C_COMPILER_LOOK_S = 0.05
 
 
 # --- Arrays of other libraries -------------------------------------------------------------------

@@ -144,6 +144,11 @@ typedef double f64;
 #define FUNCTION static inline __attribute__((always_inline))
 #define GLOBAL
 #define RESTRICT restrict
+#if defined(__clang__)
+#define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define INDEPENDENT _Pragma("GCC ivdep")
+#endif
 FUNCTION f32 F32_OF_BITS(u32 bits) { union { u32 bits; f32 value; } one = {bits}; return one.value; }
 FUNCTION f64 F64_OF_BITS(u64 bits) { union { u64 bits; f64 value; } one = {bits}; return one.value; }
 FUNCTION u32 BITS_OF_F32(f32 value) { union { f32 value; u32 bits; } one = {value}; return one.bits; }

@@ -182,10 +182,16 @@ def _smaller(code: Code, operands: Sequence[str], dtype: str) -> str:
 
 def _chosen(code: Code, sign: str, operands: Sequence[str], dtype: str) -> str:
     a, b = operands
-    # Of zeros with different signs NumPy takes the second one where C is compiled for the same processor, an x86.
-    sign = sign if code.language == "c" else f"{sign}="
-    # NaN, from either side, stays.
-    return f"({a} {sign} {b} || {a} != {a} ? {a} : {b})" if dtype in FLOATS else f"({a} {sign} {b} ? {a} : {b})"
+    if dtype not in FLOATS:
+        return f"({a} {sign}= {b} ? {a} : {b})"
+    if code.language != "c":
+        # NaN, from either side, stays.
+        return f"({a} {sign}= {b} || {a} != {a} ? {a} : {b})"
+    # Of zeros with different signs NumPy takes the second one, on an x86. In this form compilers make vectors of it.
+    kind = value_type(dtype)
+    name = f"{'larger' if sign == '>' else 'smaller'}_{kind}"
+    text = f"{kind} {name}({kind} a, {kind} b) {{ const {kind} one = a {sign} b ? a : b; return a != a ? a : one; }}"
+    return f"{code.function(name, text)}({a}, {b})"
 
 
 # --- Integers -------------------------------------------------------------------------------------

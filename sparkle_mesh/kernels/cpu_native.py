@@ -22,12 +22,12 @@ from sparkle_mesh.kernels.cpu_tiles import Access, Blocks, crossing_axis
 from sparkle_mesh.kernels.ops import FLOATS, Shape
 from sparkle_mesh.kernels.program import Body, Instruction, collapse
 
-# Rounded by themselves, or exact.
+# Rounded by themselves, or exact; none that shows the sign of a NaN, which compilers do not keep.
 _ANY = frozenset({"copy", "cast", "constant", "iota", "where", "add", "subtract", "multiply", "negative", "absolute"})
 _ANY |= {"square", "equal", "not_equal", "less", "less_equal", "greater", "greater_equal", "logical_and", "logical_or"}
 _ANY |= {"logical_xor", "logical_not", "bitwise_and", "bitwise_or", "bitwise_xor", "invert", "isnan", "isinf"}
-_ANY |= {"isfinite", "signbit"}
-_OF_FLOATS = frozenset({"divide", "reciprocal", "sqrt", "copysign"})
+_ANY |= {"isfinite"}
+_OF_FLOATS = frozenset({"divide", "reciprocal", "sqrt"})
 # Of zeros with different signs NumPy chooses as the processor does, and of processors only these do it as C is written.
 _CHOOSING = frozenset({"maximum", "minimum"})
 _IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -72,7 +72,8 @@ def in_c(body: Body, results: Sequence[tuple[int, Access]]) -> NativeBody | None
     lengths, strides = collapse(body.shape, [one.strides for one in (*reads, *targets)])
     if not lengths:
         lengths, strides = (1,), ((0,),) * len(strides)
-    if lengths[-1] <= limits.CPU_SHORT_ROW_MAX_COUNT < prod(lengths) or crossing_axis(lengths, strides) is not None:
+    row_bytes = lengths[-1] * min(codegen.itemsize(dtype) for dtype in dtypes)
+    if (len(lengths) > 1 and row_bytes < limits.C_ROW_MIN_BYTES) or crossing_axis(lengths, strides) is not None:
         return None
     together = codegen_access.restrided([*reads, *targets], strides)
     result_bytes = prod(lengths) * sum(codegen.itemsize(target.dtype) for target in targets)
@@ -109,7 +110,7 @@ def _source(
     lines.append("ix i = first;")
     if streams:
         lines += _streamed(accesses)
-    lines += [f"for (; i < stop; ++i) compute({_elements(accesses, 'i', {})});", "}"]
+    lines += [f"INDEPENDENT for (; i < stop; ++i) compute({_elements(accesses, 'i', {})});", "}"]
     if streams:
         lines.append("STREAMED();")
     takes = "void *const *pointers, ix row_first, ix row_stop, ix first, ix stop"
@@ -130,7 +131,7 @@ def _streamed(accesses: Sequence[codegen_access.Access]) -> list[str]:
         f"  compute({_elements(accesses, 'i', {})});",
         f"for (; i + {block} <= stop; i += {block}) {{",
         *(f"{kinds[number]} b{number}[{block}] __attribute__((aligned(64)));" for number in buffers),
-        f"for (ix k = 0; k < {block}; ++k) compute({_elements(accesses, 'i + k', buffers)});",
+        f"INDEPENDENT for (ix k = 0; k < {block}; ++k) compute({_elements(accesses, 'i + k', buffers)});",
         *(f"stream({one.pointer} + (at{number} + i), b{number}, sizeof b{number});" for number, one in results),
         "}",
     ]

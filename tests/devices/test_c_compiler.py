@@ -7,12 +7,15 @@ import logging
 import multiprocessing
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from sparkle_mesh import environment, limits
@@ -98,7 +101,7 @@ def test_a_processor_that_the_compiler_does_not_know_gets_what_all_have(monkeypa
 def test_few_are_wanted_at_a_time_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
     run = c_compiler._run
-    monkeypatch.setattr(c_compiler, "_run", lambda command: (gate.wait(10), run(command))[1])
+    monkeypatch.setattr(c_compiler, "_run", lambda *arguments: (gate.wait(10), run(*arguments))[1])
     monkeypatch.setattr(limits, "C_FUNCTIONS_WANTED_MAX_COUNT", 2)
     monkeypatch.setattr(limits, "C_FUNCTIONS_MAX_COUNT", 3)
     compiler = CCompiler()
@@ -113,29 +116,96 @@ def test_few_are_wanted_at_a_time_and_kept(monkeypatch: pytest.MonkeyPatch) -> N
     assert list(c_compiler._LOADED.functions) == names[:3]
 
 
-@needs_one
-def test_closing_waits_for_the_one_that_is_being_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    begun, gate = threading.Event(), threading.Event()
-    run = c_compiler._run
+def hanging(folder: Path) -> tuple[str, ...]:
+    """Return a compiler that starts another process, and waits for it; ``begun`` has the ids of both."""
+    program = (
+        "import os, subprocess, sys; child = subprocess.Popen(['sleep', '60']);"
+        f"open({str(folder / 'begun~')!r}, 'w').write(f'{{os.getpid()}} {{child.pid}}');"
+        f"os.rename({str(folder / 'begun~')!r}, {str(folder / 'begun')!r}); child.wait()"
+    )
+    return (sys.executable, "-c", program)
 
-    def slow(command: Any) -> str:
-        begun.set()
-        gate.wait(10)
-        return run(command)
 
-    monkeypatch.setattr(c_compiler, "_run", slow)
-    compiler = CCompiler()
+def wait_for(condition: Any) -> None:
+    until = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def is_there(process_id: int) -> bool:
+    return psutil.pid_exists(process_id) and psutil.Process(process_id).status() != psutil.STATUS_ZOMBIE
+
+
+def test_closing_ends_the_compiler_and_what_it_started(nothing_loaded: Path, tmp_path_factory: Any) -> None:
+    folder = tmp_path_factory.mktemp("hanging")
+    compiler = CCompiler(hanging(folder))
     for name in ("first", "second"):
         compiler.function(name, TEXT.format(name=name), is_wanted=True)
-    assert begun.wait(10)
-    closing = threading.Thread(target=compiler.close)
-    closing.start()
-    while compiler._wanted:
-        pass
-    gate.set()
-    closing.join(10)
-    assert not closing.is_alive()
-    assert list(c_compiler._LOADED.functions) == ["first"]
+    wait_for((folder / "begun").exists)
+    started = time.monotonic()
+    compiler.close()
+    assert time.monotonic() - started < 5
+    ids = list(map(int, (folder / "begun").read_text().split()))
+    wait_for(lambda: not any(map(is_there, ids)))
+    assert c_compiler._LOADED.functions == {}
+    assert list(nothing_loaded.iterdir()) == []
+    # It was not the function's fault: another may try.
+    assert not compiler.is_settled("first")
+
+
+def test_the_programs_end_does_not_wait_for_a_compiler(tmp_path: Path) -> None:
+    program = (
+        "from sparkle_mesh.devices.c_compiler import CCompiler; import os, time;"
+        f"c = CCompiler({hanging(tmp_path)!r}); c.function('x', '', is_wanted=True)\n"
+        f"while not os.path.exists({str(tmp_path / 'begun')!r}): time.sleep(0.01)"
+    )
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", program], timeout=40, check=True, env=env)
+    assert [path.name for path in tmp_path.iterdir()] == ["begun"]
+
+
+def test_a_compiler_that_says_much_is_heard_in_part(caplog: pytest.LogCaptureFixture) -> None:
+    program = "import os\nfor _ in range(2000): os.write(2, b'x' * 65536)\nraise SystemExit(1)"
+    before = psutil.Process().memory_info().rss
+    with caplog.at_level(logging.INFO):
+        assert compiled(CCompiler((sys.executable, "-c", program)), "noisy") is None
+    assert caplog.text.count("x" * limits.COMPILER_OUTPUT_MAX_CHARS) == 1
+    assert psutil.Process().memory_info().rss - before < 50e6
+
+
+@needs_one
+def test_a_library_without_the_function_is_told_and_others_are_compiled(caplog: pytest.LogCaptureFixture) -> None:
+    compiler = CCompiler()
+    with caplog.at_level(logging.INFO):
+        assert compiled(compiler, "absent", TEXT.format(name="another")) is None
+    assert "undefined symbol" in caplog.text
+    assert called(compiled(compiler, "present")) == 4321
+
+
+def test_where_no_thread_can_start_numpy_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    compiler = CCompiler(("cc",))
+    assert compiler.function("x", "", is_wanted=True) is None
+    compiler.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_that_ends_leaves_the_parents_folder(nothing_loaded: Path, tmp_path_factory: Any) -> None:
+    folder = tmp_path_factory.mktemp("hanging")
+    compiler = CCompiler(hanging(folder))
+    compiler.function("x", "", is_wanted=True)
+    wait_for((folder / "begun").exists)
+    child = multiprocessing.get_context("fork").Process(target=int)
+    child.start()
+    child.join(30)
+    assert child.exitcode == 0
+    assert len(list(nothing_loaded.iterdir())) == 1
+    compiler.close()
 
 
 @needs_one
