@@ -149,17 +149,19 @@ def drivers() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
-    """Do not measure coverage in tests that are marked ``untraced``."""
-    measuring = None
-    if item.get_closest_marker("untraced") and "coverage" in sys.modules:
-        measuring = sys.modules["coverage"].Coverage.current()
-    if measuring is None:
+    """Do not trace tests that are marked ``untraced``, for coverage or a debugger."""
+    if not item.get_closest_marker("untraced"):
         return (yield)
-    measuring.stop()
+    # Not by coverage's own stop and start: each start patches os._exit once more, and forked children then save that
+    # often.
+    trace, trace_of_threads = sys.gettrace(), threading.gettrace()
+    sys.settrace(None)
+    threading.settrace(None)  # type: ignore[arg-type]
     try:
         return (yield)
     finally:
-        measuring.start()
+        threading.settrace(trace_of_threads)  # type: ignore[arg-type]
+        sys.settrace(trace)
 
 
 @pytest.fixture(autouse=True)
