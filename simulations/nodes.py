@@ -31,6 +31,7 @@ from sparkle_mesh.errors import (
     ClosedError,
     CollectiveAbortedError,
     CollectiveTimeoutError,
+    DivergenceError,
     LinkClosedError,
     MeshMergedError,
     OutcomeUnknownError,
@@ -298,7 +299,15 @@ class World:
         weights, step = np.zeros(ELEMENTS), 0
         try:
             while True:
-                done = await synchronizer.run(weights, step, on_drift="raise", check=False, timeout_s=200)
+                try:
+                    done = await synchronizer.run(weights, step, on_drift="raise", check=False, timeout_s=200)
+                except DivergenceError as error:
+                    # All who held the state died before a newcomer had all of it: once in some thousand worlds.
+                    if not str(error).startswith("all who held the state are lost"):
+                        raise
+                    self.note(f"{node.name} begins anew: {error}")
+                    weights[:], step = 0.0, 0
+                    continue
                 self.exercised.synchronized += done.bytes_received > 0
                 step = done.step
                 if node.leaving:

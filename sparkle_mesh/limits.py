@@ -757,6 +757,7 @@ C_FUNCTIONS_WANTED_MAX_COUNT = 8
 C_COMPILE_TIMEOUT_S = 60.0
 # How soon a compiler is ended when nobody needs it any more.
 C_COMPILER_LOOK_S = 0.05
+C_COMPILER_END_S = 1.0
 
 
 # --- Arrays of other libraries -------------------------------------------------------------------

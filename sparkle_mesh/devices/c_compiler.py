@@ -192,8 +192,11 @@ def _run(command: Sequence[str], is_closing: threading.Event) -> tuple[str, bool
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the compiler, and what it has started."""
+    """End the compiler, and what it has started: first so that it removes its own temporary files."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(limits.C_COMPILER_END_S)
         os.killpg(process.pid, signal.SIGKILL)
 
 
