@@ -27,8 +27,9 @@ check: setup  ## everything that a reviewer would ask for: format, lint, types, 
 	@echo "check: docs" && $(BIN)/python .ci/check_docs.py
 	@echo "check: tests" && .ci/test $(TEST_FLAGS)
 
-simulate: setup  ## run simulated worlds under faults: fixed seeds, and some that nobody has run
-	@$(BIN)/python -m simulations --seeds 1000
+SEEDS ?= 1000
+simulate: setup  ## run simulated worlds under faults: SEEDS=1000 fixed ones, and some that nobody has run
+	@$(BIN)/python -m simulations --seeds $(SEEDS)
 	@$(BIN)/python -m simulations --world nodes --seeds 40
 	@$(BIN)/python -m simulations --seeds 200 --first-seed $$(date +%s)
 	@$(BIN)/python -m simulations --world nodes --seeds 20 --first-seed $$(date +%s)
