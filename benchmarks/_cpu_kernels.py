@@ -244,7 +244,7 @@ def _add_numexpr(simple: Case, tanh: Case, distance: Case, small: Case, arrays: 
     try:
         import numexpr
     except ImportError:
-        print("numexpr is not installed, and not measured: pip install -e '.[bench]'", file=sys.stderr)
+        print("numexpr is not installed, and not measured: pip install -e '.[bench-devices]'", file=sys.stderr)
         return
     out, few_out = arrays["out"], arrays["few_out"]
 
@@ -263,7 +263,7 @@ def _add_numba(simple: Case, tanh: Case, distance: Case, x: Array, y: Array, out
     try:
         import numba
     except ImportError:
-        print("numba is not installed, and not measured: pip install -e '.[bench]'", file=sys.stderr)
+        print("numba is not installed, and not measured: pip install -e '.[bench-devices]'", file=sys.stderr)
         return
     in_all_cores: Callable[[Callable[..., Any]], Callable[..., Any]] = numba.njit(parallel=True)
     two = np.float32(2)

@@ -18,7 +18,6 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -40,7 +39,7 @@ _THIS_MACHINE = ("-march=native",)
 
 
 class _Loaded:
-    """What this process has compiled, by name; None for what could not be."""
+    """What this process has compiled, by name; None for what could not be. The lock is for compilers' queues, too."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -62,7 +61,7 @@ class CCompiler:
 
     def __init__(self, command: Sequence[str] | None = None) -> None:
         self._command = tuple(c_compiler() or () if command is None else command)
-        self._wanted: OrderedDict[str, str] = OrderedDict()
+        self._wanted: dict[str, str] = {}
         self._thread: threading.Thread | None = None
         self._is_closing = threading.Event()
         _ALL.add(self)
@@ -117,6 +116,10 @@ class CCompiler:
             self._is_closing.set()
             thread.join()
             self._is_closing.clear()
+
+    def forget(self) -> None:
+        """In a forked child, which has none of its parent's threads: begin anew when needed."""
+        self._wanted, self._thread, self._is_closing = {}, None, threading.Event()
 
     def _work(self) -> None:
         try:
@@ -209,18 +212,15 @@ def _load(library: Path, name: str) -> Function:
 
 
 def _close_all() -> None:
-    for compiler in _ALL:
+    for compiler in list(_ALL):
         compiler.close()
 
 
 def _forget() -> None:
     """In a forked child: whoever held the lock may not be there; what is loaded stays."""
-    functions = _LOADED.functions
-    _LOADED.__init__()  # type: ignore[misc]
-    _LOADED.functions = functions
+    _LOADED.lock = threading.Lock()
     for compiler in _ALL:
-        compiler._thread = None
-        compiler._wanted.clear()
+        compiler.forget()
 
 
 _ALL: WeakSet[CCompiler] = WeakSet()

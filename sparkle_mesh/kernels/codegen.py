@@ -142,7 +142,6 @@ typedef uint64_t u64;
 typedef float f32;
 typedef double f64;
 #define FUNCTION static inline __attribute__((always_inline))
-#define GLOBAL
 #define RESTRICT restrict
 #if defined(__clang__)
 #define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
@@ -151,8 +150,6 @@ typedef double f64;
 #endif
 FUNCTION f32 F32_OF_BITS(u32 bits) { union { u32 bits; f32 value; } one = {bits}; return one.value; }
 FUNCTION f64 F64_OF_BITS(u64 bits) { union { u64 bits; f64 value; } one = {bits}; return one.value; }
-FUNCTION u32 BITS_OF_F32(f32 value) { union { f32 value; u32 bits; } one = {value}; return one.bits; }
-FUNCTION u64 BITS_OF_F64(f64 value) { union { f64 value; u64 bits; } one = {value}; return one.bits; }
 """
 
 # Past the caches, which would read first what is written over. Other processors have no such stores in plain C.

@@ -193,7 +193,7 @@ def test_where_no_thread_can_start_numpy_goes_on(monkeypatch: pytest.MonkeyPatch
     compiler.close()
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork, which Windows lacks")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_that_ends_leaves_the_parents_folder(nothing_loaded: Path, tmp_path_factory: Any) -> None:
     folder = tmp_path_factory.mktemp("hanging")
@@ -209,7 +209,7 @@ def test_a_forked_child_that_ends_leaves_the_parents_folder(nothing_loaded: Path
 
 
 @needs_one
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork, which Windows lacks")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_has_what_is_loaded_and_compiles_its_own() -> None:
     compiler = CCompiler()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sparkle_mesh.errors import KernelError
 from sparkle_mesh.kernels.graph import Graph, GraphBuilder, WeakScalar
-from sparkle_mesh.kernels.ops import OPS, TensorType
+from sparkle_mesh.kernels.ops import FLOATS, OPS, TensorType
 
 #: Those whose values stay within what every backend computes alike.
 SMOOTH = ("negative", "absolute", "square", "tanh", "sin", "exp", "sqrt", "floor", "sign", "isfinite")
@@ -102,3 +102,25 @@ def inputs_for(graph: Graph, seed: int = 0) -> list[np.ndarray[Any, Any]]:
 def is_transcendental(graph: Graph) -> bool:
     """Whether results may differ in their last bits between correct ways to compute them."""
     return any(OPS[node.op].flops > 1 or node.op in ("matmul", "sum", "prod") for node in graph.nodes)
+
+
+def bits(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return whole numbers that differ if the elements do: zeros by their signs; all NaN are one."""
+    if array.dtype.kind == "f":
+        array = np.where(np.isnan(array), np.nan, array).astype(array.dtype)
+    return np.ascontiguousarray(array).view(f"u{array.itemsize}")
+
+
+def values(dtype: str, count: int, seed: int = 0) -> np.ndarray[Any, Any]:
+    """Return numbers of all sizes, and those that are special."""
+    source = np.random.default_rng(seed)
+    if dtype == "bool":
+        return source.random(count) < 0.5
+    if dtype not in FLOATS:
+        info = np.iinfo(dtype)
+        low, high = max(int(info.min), -100), min(int(info.max), 100)
+        return source.integers(low, high, count, dtype=dtype, endpoint=True)
+    drawn = source.standard_normal(count) * 10.0 ** source.integers(-3, 4, count)
+    special = source.random(count) < 0.05
+    drawn[special] = source.choice([0.0, -0.0, np.inf, -np.inf, np.nan, 1.0, 1e-40], int(special.sum()))
+    return drawn.astype(dtype)

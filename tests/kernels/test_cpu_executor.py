@@ -23,7 +23,7 @@ from sparkle_mesh.kernels.graph import Graph, GraphBuilder, WeakScalar
 from sparkle_mesh.kernels.ops import DTYPES, FLOATS, OPS, TensorType
 from sparkle_mesh.kernels.program import ElementwiseStep, Program
 from sparkle_mesh.kernels.reference import evaluate
-from tests.kernels.graphs import graphs, inputs_for
+from tests.kernels.graphs import bits, graphs, inputs_for, values
 
 Array = np.ndarray[Any, Any]
 #: What memory holds that nobody has written to.
@@ -98,13 +98,6 @@ def check(executors: list[CpuExecutor], graph: Graph, inputs: list[Array]) -> No
                 np.testing.assert_allclose(one, other, rtol=rtol, atol=rtol / 10)
 
 
-def bits(array: Array) -> Array:
-    """Return whole numbers that differ if the elements do: zeros by their signs; all NaN are one."""
-    if array.dtype.kind == "f":
-        array = np.where(np.isnan(array), np.nan, array).astype(array.dtype)
-    return np.ascontiguousarray(array).view(f"u{array.itemsize}")
-
-
 def test_it_computes_what_graphs_mean(executors: list[CpuExecutor], small_pieces: None) -> None:
     @settings(max_examples=400, deadline=None)
     @given(graphs(), st.integers(0, 5))
@@ -112,21 +105,6 @@ def test_it_computes_what_graphs_mean(executors: list[CpuExecutor], small_pieces
         check(executors, graph, inputs_for(graph, seed))
 
     holds()
-
-
-def values(dtype: str, count: int, seed: int = 0) -> Array:
-    """Return numbers of all sizes, and those that are special."""
-    source = np.random.default_rng(seed)
-    if dtype == "bool":
-        return source.random(count) < 0.5
-    if dtype not in FLOATS:
-        info = np.iinfo(dtype)
-        low, high = max(int(info.min), -100), min(int(info.max), 100)
-        return source.integers(low, high, count, dtype=dtype, endpoint=True)
-    drawn = source.standard_normal(count) * 10.0 ** source.integers(-3, 4, count)
-    special = source.random(count) < 0.05
-    drawn[special] = source.choice([0.0, -0.0, np.inf, -np.inf, np.nan, 1.0, 1e-40], int(special.sum()))
-    return drawn.astype(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -22,8 +22,7 @@ from sparkle_mesh.kernels.fusion import fuse
 from sparkle_mesh.kernels.graph import Graph, GraphBuilder, WeakScalar
 from sparkle_mesh.kernels.ops import DTYPES, FLOATS, OPS, TensorType
 from sparkle_mesh.kernels.reference import evaluate
-from tests.kernels.graphs import graphs, inputs_for
-from tests.kernels.test_cpu_executor import bits, values
+from tests.kernels.graphs import bits, graphs, inputs_for, values
 
 Array = np.ndarray[Any, Any]
 pytestmark = pytest.mark.skipif(
@@ -42,7 +41,7 @@ def executor(monkeypatch: pytest.MonkeyPatch) -> Iterator[CpuExecutor]:
     monkeypatch.setattr(limits, "C_STREAMED_MIN_BYTES", 1000)
     monkeypatch.setattr(limits, "C_STREAMED_COUNT", 7)
     monkeypatch.setattr(limits, "CPU_SHARED_MIN_COUNT", 0)
-    monkeypatch.setattr(limits, "CPU_SHORT_ROW_MAX_COUNT", 1)
+    monkeypatch.setattr(limits, "C_ROW_MIN_BYTES", 1)
     made = CpuExecutor(3)
     yield made
     made.close()
